@@ -1,0 +1,360 @@
+"""The training loop shared by pretrain, finetune_expert and finetune_router.
+
+A stage brings a model, the parameters to train and a loss of one batch; the loop brings data, optimizer, schedule,
+data parallelism, logging and resume. Length is counted in samples seen, batch sizes are global, and all state is
+saved as one step number plus tensors: data order, crops and captions are functions of (seed, step).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipgraft import dist
+from clipgraft.checkpoint import TrainingState
+from clipgraft.config import ConfigError, TrainSettings
+from clipgraft.data.loader import Batch, Loader
+from clipgraft.data.sampler import HomogeneousBatches, UniformBatches
+from clipgraft.data.shards import Shards
+from clipgraft.data.tokens import Tokens
+from clipgraft.job import REQUEUE
+from clipgraft.models.build import normalize
+from clipgraft.optim import build_optimizer, cosine_lr
+
+log = logging.getLogger(__name__)
+
+LOG_SECONDS = 10.0
+SAVE_SECONDS = 60.0
+NUM_ROWS = 100  # rows of metrics.jsonl, about
+
+Sampler = UniformBatches | HomogeneousBatches
+# What a stage computes from one batch: the loss with gradient, and numbers or lists worth logging without.
+Step = Callable[[nn.Module, Tensor, Batch], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images and tokens of the training set, row for row."""
+
+    shards: Shards
+    tokens: Tokens
+
+    @classmethod
+    def open(cls, index: Path, shard: Path) -> Data:
+        """Open both and check that they are of the same samples.
+
+        Raises:
+            ConfigError: if they are not.
+        """
+        data = cls(Shards.open(shard), Tokens.open(index))
+        if data.shards.samples_id != data.tokens.samples_id:
+            raise ConfigError(
+                f"{shard} holds samples {data.shards.samples_id}, {index} holds {data.tokens.samples_id}: they are not "
+                "of one data set. Hint: give the shards that were made from this index"
+            )
+        return data
+
+
+@dataclass
+class Fit:
+    """One training: its fixed parts, and how far it is.
+
+    Attributes:
+        model: with the right parameters frozen.
+        step_fn: the stage's loss of a batch.
+        settings: length, batch size, optimizer.
+        data: the training set.
+        sampler: which rows are in which batch.
+        image_size: side of the crops in pixels.
+        text_length: tokens per caption.
+        preprocess: `mean` and `std` of the model.
+        seed: of crops and caption choice.
+        world: this process.
+        threads: for decoding.
+        state: where training state is saved, or None.
+    """
+
+    model: nn.Module
+    step_fn: Step
+    settings: TrainSettings
+    data: Data
+    sampler: Sampler
+    image_size: int
+    text_length: int
+    preprocess: Mapping[str, Any]
+    seed: int
+    world: dist.World
+    threads: int = 1
+    state: TrainingState | None = None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps in all."""
+        return math.ceil(self.settings.samples_seen / self.settings.batch_size)
+
+    def run(self, out: Path) -> dict[str, Any]:
+        """Train, write `metrics.jsonl`, and return facts for the manifest.
+
+        Raises:
+            ConfigError: if the loss is not finite (names the steps), or the batch does not divide.
+            SystemExit: with `REQUEUE`, after saving, when told to stop.
+        """
+        if self.settings.batch_size % self.world.size:
+            raise ConfigError(
+                f"batch_size = {self.settings.batch_size} does not divide by {self.world.size} processes. "
+                f"Hint: {self.settings.batch_size // self.world.size * self.world.size}"
+            )
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        optimizer = build_optimizer(trained, self.settings.optim)
+        first_step = self._resume(optimizer)
+        self._announce(trained, first_step)
+        if first_step < self.num_steps:
+            self._loop(optimizer, list(trained.values()), first_step)
+        if self.world.is_first:
+            lines = "".join(json.dumps(row) + "\n" for row in self.rows)
+            (out / "metrics.jsonl").write_text(lines)
+        seen = self.num_steps * self.settings.batch_size
+        final = self.rows[-1]["loss"] if self.rows else None
+        return {
+            "samples_seen": seen,
+            "num_steps": self.num_steps,
+            "train_seconds": round(self.seconds, 2),
+            "precision": str(precision(self.world.device)).removeprefix("torch."),
+            "num_processes": self.world.size,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "trained_parameters": sum(p.numel() for p in trained.values()),
+            "metrics": {"loss": final},
+        }
+
+    def _loop(self, optimizer: torch.optim.Optimizer, trained: list[nn.Parameter], first_step: int) -> None:
+        model = self._parallel()
+        loader = Loader(
+            self.data.shards,
+            self.data.tokens,
+            self.sampler,
+            image_size=self.image_size,
+            text_length=self.text_length,
+            crop_scale=self.settings.crop_scale,
+            seed=self.seed,
+            rank=self.world.rank,
+            world=self.world.size,
+            num_threads=self.threads,
+            start_step=first_step,
+            num_steps=self.num_steps,
+        )
+        meter = Meter(self, loader, first_step)
+        model.train()
+        saved = time.monotonic()
+        with _stop_requests() as stop:
+            for step, batch in enumerate(loader, start=first_step):
+                self._step(model, optimizer, trained, batch, step, meter)
+                done = step + 1
+                if done == self.num_steps:
+                    break
+                must_stop = dist.any_true(stop.requested, self.world.device)
+                if must_stop or dist.any_true(time.monotonic() - saved > SAVE_SECONDS, self.world.device):
+                    meter.flush(done)
+                    self._save(optimizer, done)
+                    saved = time.monotonic()
+                if must_stop:
+                    log.info("told to stop: saved at step %d/%d, leaving", done, self.num_steps)
+                    sys.exit(REQUEUE)
+        meter.flush(self.num_steps)
+
+    def _step(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        trained: list[nn.Parameter],
+        batch: Batch,
+        step: int,
+        meter: Meter,
+    ) -> None:
+        optim, device = self.settings.optim, self.world.device
+        lr = cosine_lr(step, self.num_steps, round(optim.warmup * self.num_steps), optim.lr, optim.lr_min)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        pixels = batch.images_BCHW.to(device, non_blocking=True)
+        images = normalize(pixels, self.preprocess["mean"], self.preprocess["std"])
+        dtype = precision(device)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            loss, extras = self.step_fn(model, images, batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if optim.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(trained, optim.max_grad_norm)
+        optimizer.step()
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(0, math.log(100))  # type: ignore[operator,union-attr]
+        meter.add(step + 1, loss.detach(), lr, extras)
+
+    def _parallel(self) -> nn.Module:
+        self.model.to(self.world.device)
+        if self.world.size == 1:
+            return self.model
+        return nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+
+    def _save(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        if self.state is not None and self.world.is_first:
+            trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+            progress = {"rows": json.dumps(self.rows), "seconds": self.seconds}
+            self.state.save({"step": step, "trained": trained, "optimizer": optimizer.state_dict(), **progress})
+
+    def _resume(self, optimizer: torch.optim.Optimizer) -> int:
+        saved = self.state.load() if self.state is not None else None
+        if saved is None:
+            return 0
+        parameters = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, value in saved["trained"].items():
+                parameters[name].copy_(value)
+        self.model.to(self.world.device)
+        optimizer.load_state_dict(saved["optimizer"])
+        self.rows, self.seconds = json.loads(saved["rows"]), saved["seconds"]
+        log.info("resumed at step %d/%d", saved["step"], self.num_steps)
+        return int(saved["step"])
+
+    def _announce(self, trained: Mapping[str, nn.Parameter], first_step: int) -> None:
+        total = sum(p.numel() for p in self.model.parameters())
+        count = sum(p.numel() for p in trained.values())
+        size, num = self.settings.batch_size, len(self.data.shards)
+        log.info("%s params, %s trained   %s samples", _human(total), _human(count), f"{num:,}")
+        log.info("image %d px, text %d tokens", self.image_size, self.text_length)
+        passes = self.num_steps * size / num
+        log.info(
+            "batch %s = %d %s x %d   %s steps = %.1f passes   %s on %s",
+            f"{size:,}",
+            self.world.size,
+            "process" if self.world.size == 1 else "processes",
+            size // self.world.size,
+            f"{self.num_steps:,}",
+            passes,
+            str(precision(self.world.device)).removeprefix("torch."),
+            device_name(self.world.device),
+        )
+
+
+class Meter:
+    """Averages between two log lines; keeps about `NUM_ROWS` rows and speaks every `LOG_SECONDS`."""
+
+    def __init__(self, fit: Fit, loader: Loader, first_step: int) -> None:
+        self.fit, self.loader = fit, loader
+        self.every = max(1, fit.num_steps // NUM_ROWS)
+        self.sums: dict[str, Tensor] = {}
+        self.count, self.row_step, self.lr = 0, first_step, 0.0
+        self.row_time = self.start = self.spoke = time.monotonic()
+        self.start_step, self.waited, self.seconds_before = first_step, 0.0, fit.seconds
+
+    def add(self, step: int, loss: Tensor, lr: float, extras: Mapping[str, Tensor]) -> None:
+        """Count one step; values stay on the device until a row is due."""
+        for name, value in {"loss": loss, **extras}.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.count, self.lr = self.count + 1, lr
+        if step % self.every == 0:
+            self.flush(step)
+
+    def flush(self, step: int) -> None:
+        """Close the current row, if it has steps."""
+        if not self.count:
+            return
+        values = {name: (dist.mean(total.float() / self.count)).tolist() for name, total in self.sums.items()}
+        now = time.monotonic()
+        seconds, samples = now - self.row_time, (step - self.row_step) * self.fit.settings.batch_size
+        self.fit.seconds = self.seconds_before + now - self.start
+        row = {
+            "step": step,
+            "samples_seen": step * self.fit.settings.batch_size,
+            "seconds": round(self.fit.seconds, 3),
+            "lr": self.lr,
+            "tau": 1 / math.exp(self.fit.model.logit_scale.item()),  # type: ignore[operator,union-attr]
+            "samples_per_second": round(samples / max(seconds, 1e-9), 1),
+            "data_wait": round((self.loader.wait_seconds - self.waited) / max(seconds, 1e-9), 4),
+            **values,
+        }
+        if not math.isfinite(row["loss"]):
+            raise ConfigError(
+                f"the loss is {row['loss']} between steps {self.row_step} and {step} of {self.fit.num_steps} (tau "
+                f"{row['tau']:.4g}, lr {self.lr:.3g}). Hint: a lower optim.lr, a longer warmup, or max_grad_norm"
+            )
+        self.fit.rows.append(row)
+        self.sums, self.count = {}, 0
+        self.row_time, self.row_step, self.waited = now, step, self.loader.wait_seconds
+        if now - self.spoke > LOG_SECONDS or step == self.fit.num_steps:
+            self.speak(row, now)
+
+    def speak(self, row: Mapping[str, Any], now: float) -> None:
+        """One line for people."""
+        total, step = self.fit.num_steps, row["step"]
+        rate = (now - self.start) / max(step - self.start_step, 1)
+        eta = round(rate * (total - step))
+        log.info(
+            "step %5d/%d %5.1f%%  loss %.3f  tau %.4f  lr %.1e  %s img/s  data %.0f%%  eta %dm%02ds",
+            step,
+            total,
+            100 * step / total,
+            row["loss"],
+            row["tau"],
+            row["lr"],
+            f"{row['samples_per_second']:,.0f}",
+            100 * row["data_wait"],
+            *divmod(eta, 60),
+        )
+        self.spoke = now
+
+
+@dataclass
+class _Stop:
+    requested: bool = False
+
+
+@contextmanager
+def _stop_requests() -> Iterator[_Stop]:
+    """While training, SIGTERM and SIGUSR1 mean: save and leave."""
+    stop = _Stop()
+
+    def request(*_: object) -> None:
+        stop.requested = True
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def precision(device: torch.device) -> torch.dtype:
+    """bf16 where the hardware multiplies it, else float32; CLIPGRAFT_PRECISION=fp32 forces the latter."""
+    if os.environ.get("CLIPGRAFT_PRECISION") == "fp32":
+        return torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return torch.float32
+    return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else torch.float32
+
+
+def device_name(device: torch.device) -> str:
+    """What to call the device in a log line."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def _human(count: int) -> str:
+    return f"{count / 1e6:.1f}M" if count >= 1e5 else f"{count:,}"
