@@ -55,7 +55,9 @@ class ShapesSource(Settings):
     )
     num_samples: PositiveInt = 12_000
     image_size: PositiveInt = Field(64, description="Side of the picture in pixels.")
-    noise: NonNegativeFloat = Field(0.04, description="Standard deviation of the pixel noise, 0..1.")
+    noise: NonNegativeFloat = Field(
+        0.04, description="Standard deviation of the pixel noise, 0..1."
+    )
     num_captions: PositiveInt = 1
     mention: dict[str, Fraction] = Field(
         default_factory=dict,
@@ -71,7 +73,9 @@ class UrlSource(Settings):
     url_column: str = "url"
     caption_column: str = "caption"
     image_size: PositiveInt = Field(256, description="Longer images are shrunk to this short side.")
-    min_success: Fraction = Field(0.5, description="Fail if a smaller share of the URLs could be had.")
+    min_success: Fraction = Field(
+        0.5, description="Fail if a smaller share of the URLs could be had."
+    )
     allow_local_files: bool = Field(False, description="Let `file://` URLs read local files.")
     timeout_seconds: PositiveInt = 10
     retries: NonNegativeInt = 1
@@ -81,8 +85,12 @@ class TarSource(Settings):
     """WebDataset tars on this machine: `KEY.jpg` with `.txt`, `.json` (captions) or `.cls` (class number)."""
 
     kind: Literal["tars"]
-    tars: str = Field(description="Glob of tar files, e.g. data/train-*.tar; environment variables allowed.")
-    classes: str | None = Field(None, description="Text file with one class name per line (line = .cls).")
+    tars: str = Field(
+        description="Glob of tar files, e.g. data/train-*.tar; environment variables allowed."
+    )
+    classes: str | None = Field(
+        None, description="Text file with one class name per line (line = .cls)."
+    )
 
 
 class FolderSource(Settings):
@@ -103,7 +111,9 @@ class IndexSettings(Settings):
 
     min_side: PositiveInt = Field(16, description="Reject images with a shorter side, in pixels.")
     max_aspect_ratio: PositiveFloat = 5.0
-    max_megapixels: PositiveFloat = Field(100.0, description="Reject larger images before decoding.")
+    max_megapixels: PositiveFloat = Field(
+        100.0, description="Reject larger images before decoding."
+    )
     vocabulary: Literal["corpus", "full"] = Field(
         "corpus",
         description="corpus: keep only the merges of CLIP's BPE that the training captions use, so small "
@@ -171,7 +181,9 @@ class PhaseSettings(TrainSettings):
 
     name: Name
     image_size: PositiveInt
-    text_length: Annotated[int, Field(ge=3)] = Field(description="Tokens, with start and end token.")
+    text_length: Annotated[int, Field(ge=3)] = Field(
+        description="Tokens, with start and end token."
+    )
     temperature: PositiveFloat = Field(0.07, description="Initial tau of the first phase.")
 
 
@@ -210,7 +222,9 @@ class MoeSettings(Settings):
 
     num_experts: Annotated[int, Field(ge=2)] = 4
     top_k: PositiveInt = 2
-    image_layers: Literal["all"] | list[NonNegativeInt] = Field("all", description="Blocks with experts.")
+    image_layers: Literal["all"] | list[NonNegativeInt] = Field(
+        "all", description="Blocks with experts."
+    )
     text_layers: Literal["all"] | list[NonNegativeInt] = "all"
 
     @model_validator(mode="after")
@@ -226,7 +240,9 @@ class MoeSettings(Settings):
 class RouterSettings(TrainSettings):
     """Training of the routers alone: contrastive plus balance loss."""
 
-    balance_weight: NonNegativeFloat = Field(0.01, description="Weight of the balance loss per layer.")
+    balance_weight: NonNegativeFloat = Field(
+        0.01, description="Weight of the balance loss per layer."
+    )
     z_weight: NonNegativeFloat = Field(0.001, description="Weight of the router z-loss.")
 
 
@@ -246,7 +262,9 @@ class TaskSettings(Settings):
     """One evaluation data set and what is measured on it."""
 
     data: str = Field(description="A name under `download`.")
-    retrieval: bool = Field(False, description="Image to text and text to image, recall at 1, 5, 10.")
+    retrieval: bool = Field(
+        False, description="Image to text and text to image, recall at 1, 5, 10."
+    )
     zero_shot: list[ZeroShotSettings] = Field(default_factory=list)
 
     @model_validator(mode="after")
@@ -345,8 +363,11 @@ class RunSettings(Settings):
         return self
 
     def _check_patches(self) -> None:
-        patch = ((self.model.config or {}).get("vision_cfg") or {}).get("patch_size")
-        for phase in self.pretrain if isinstance(patch, int) else []:
+        vision: dict[str, Any] = (self.model.config or {}).get("vision_cfg") or {}
+        patch = vision.get("patch_size")
+        for phase in self.pretrain:
+            if not isinstance(patch, int):
+                return
             if phase.image_size % patch:
                 lower = phase.image_size // patch * patch
                 raise ValueError(
@@ -358,8 +379,13 @@ class RunSettings(Settings):
         train = self.download["train"]
         if not isinstance(train, ShapesSource):
             return  # the number of samples is known after `index`; training checks it there
-        sections = {f"pretrain.{phase.name}": phase for phase in self.pretrain}
-        sections |= {"finetune_expert": self.finetune_expert, "finetune_router": self.finetune_router}
+        sections: dict[str, TrainSettings] = {
+            f"pretrain.{phase.name}": phase for phase in self.pretrain
+        }
+        sections |= {
+            "finetune_expert": self.finetune_expert,
+            "finetune_router": self.finetune_router,
+        }
         for where, section in sections.items():
             if section.batch_size > train.num_samples:
                 raise ValueError(
@@ -369,10 +395,17 @@ class RunSettings(Settings):
 
     def resources_of(self, stage: str) -> ResourceSettings:
         """The wish of a stage, or the default."""
-        return self.resources.get(stage, ResourceSettings())  # type: ignore[call-overload]
+        wishes = {str(name): wish for name, wish in self.resources.items()}
+        return wishes.get(stage, ResourceSettings())
 
 
 # --- what a job is handed: its section, and what it needs from others ---------------------------------------
+
+
+class DownloadJob(Settings):
+    """Settings of one `download` job."""
+
+    source: Source
 
 
 class IndexJob(IndexSettings):
@@ -445,7 +478,9 @@ def load_config(raw: Mapping[str, Any]) -> dict[str, RunSettings]:
     shared = {key: value for key, value in raw.items() if key != "runs"}
     overlays = raw.get("runs") or {"main": {}}
     if not isinstance(overlays, Mapping):
-        raise ConfigError(f"runs must map names to overlays, got {type(overlays).__name__} {overlays!r}")
+        raise ConfigError(
+            f"runs must map names to overlays, got {type(overlays).__name__} {overlays!r}"
+        )
     runs = {}
     for name, overlay in overlays.items():
         if not str(name).replace("_", "").replace("-", "").isalnum():
@@ -490,7 +525,9 @@ def validate(model: type[S], raw: Any, where: str = "") -> S:
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        lines = [where + _explain(model, problem) for problem in error.errors()]
+        # A misspelt key is the cause, the missing one its consequence: name it first.
+        problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+        lines = [where + _explain(model, problem) for problem in problems]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
 
 
@@ -553,9 +590,17 @@ def _deref(root: Mapping[str, Any], node: Any) -> Any:
 
 def _hint(word: str, known: Any) -> str:
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean `{close[0]}`?" if close else (f". Known: {', '.join(known)}" if known else "")
+    return (
+        f"; did you mean `{close[0]}`?"
+        if close
+        else (f". Known: {', '.join(known)}" if known else "")
+    )
 
 
 def _short(value: Any) -> str:
     text = json.dumps(value, default=str)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+if __name__ == "__main__":
+    print(json.dumps(schema(), indent=1))

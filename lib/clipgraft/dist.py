@@ -31,7 +31,11 @@ def world() -> Iterator[World]:
     """Join the processes that torchrun started (NCCL on devices, gloo on CPUs); alone without torchrun."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     has_device = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if has_device else torch.device("cpu")
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if has_device
+        else torch.device("cpu")
+    )
     if has_device:
         torch.cuda.set_device(device)
     if size > 1:

@@ -95,7 +95,9 @@ class Job:
         """Folder of a required input."""
         if name not in self.inputs:
             given = ", ".join(self.inputs) or "none"
-            raise ConfigError(f"{self.stage} needs the input `{name}` (given: {given}). Hint: --input {name}=MANIFEST")
+            raise ConfigError(
+                f"{self.stage} needs the input `{name}` (given: {given}). Hint: --input {name}=MANIFEST"
+            )
         return self.inputs[name]
 
     def optional(self, name: str) -> Path | None:
@@ -119,7 +121,9 @@ class Job:
     @property
     def tag(self) -> str:
         """What saved state must agree with to be continued: settings, inputs and code."""
-        inputs = {name: provenance.read_manifest(folder)["id"] for name, folder in self.inputs.items()}
+        inputs = {
+            name: provenance.read_manifest(folder)["id"] for name, folder in self.inputs.items()
+        }
         return json.dumps([self.stage, self.raw_settings, inputs, self.code], sort_keys=True)
 
     def record(self, **facts: Any) -> None:
@@ -147,7 +151,12 @@ class Job:
             finally:
                 shutil.rmtree(writing, ignore_errors=True)
             shutil.rmtree(self.resume, ignore_errors=True)
-        log.info("done in %s: wrote %s (%s)", _duration(time.time() - self.started), self.out, _size(self.out))
+        log.info(
+            "done in %s: wrote %s (%s)",
+            _duration(time.time() - self.started),
+            self.out,
+            _size(self.out),
+        )
 
     def _publish(self, writing: Path) -> None:
         outputs = provenance.describe_outputs(writing)
@@ -195,19 +204,32 @@ def write_json(path: Path, value: Any) -> None:
 
 def peak_memory_mb() -> int:
     """Largest resident size of this process or of one of its children so far."""
-    kilobytes = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    kilobytes = max(
+        resource.getrusage(who).ru_maxrss
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
     return kilobytes // 1024
 
 
 def _parse(doc: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("manifest", nargs="?", type=Path, help="replay this finished job (its manifest.json)")
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "manifest", nargs="?", type=Path, help="replay this finished job (its manifest.json)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="output folder")
     parser.add_argument("--settings", type=json.loads, default={}, help="settings as JSON")
     parser.add_argument(
-        "--input", action="append", default=[], metavar="NAME=MANIFEST", help="manifest of the job an input comes from"
+        "--input",
+        action="append",
+        default=[],
+        metavar="NAME=MANIFEST",
+        help="manifest of the job an input comes from",
     )
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting"
+    )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--name", help="what log lines begin with (default: the script's name)")
     parser.add_argument("--log", type=Path, help="also log to this file")
@@ -219,9 +241,14 @@ def _job(script: Path, arguments: argparse.Namespace) -> Job:
     if arguments.manifest is not None:
         recorded = provenance.read_manifest(arguments.manifest)
         if recorded["stage"] != script.stem:
-            raise ConfigError(f"{arguments.manifest} is of stage {recorded['stage']}, not {script.stem}")
+            raise ConfigError(
+                f"{arguments.manifest} is of stage {recorded['stage']}, not {script.stem}"
+            )
         settings = recorded["settings"] | settings
-        inputs = {name: arguments.manifest.parent / about["manifest"] for name, about in recorded["inputs"].items()}
+        inputs = {
+            name: arguments.manifest.parent / about["manifest"]
+            for name, about in recorded["inputs"].items()
+        }
     for pair in arguments.input:
         name, _, path = pair.partition("=")
         inputs[name] = Path(path)
@@ -241,7 +268,11 @@ def _with(settings: Mapping[str, Any], key: str, value: str) -> dict[str, Any]:
     paths = [path for path in _paths(settings) if path == key or path.endswith(f".{key}")]
     exact = [path for path in paths if path == key] or paths
     if len(exact) != 1:
-        found = f"is ambiguous: {', '.join(exact)}" if exact else f"is none of {', '.join(_paths(settings))}"
+        found = (
+            f"is ambiguous: {', '.join(exact)}"
+            if exact
+            else f"is none of {', '.join(_paths(settings))}"
+        )
         raise ConfigError(f"--set {key}={value}: {key} {found}")
     changed = json.loads(json.dumps(settings))
     *parents, leaf = exact[0].split(".")
@@ -254,7 +285,9 @@ def _with(settings: Mapping[str, Any], key: str, value: str) -> dict[str, Any]:
 
 def _scalar(text: str) -> Any:
     try:
-        return float(text) if "e" in text.lower() else yaml.safe_load(text)  # YAML reads 1e-4 as text
+        return (
+            float(text) if "e" in text.lower() else yaml.safe_load(text)
+        )  # YAML reads 1e-4 as text
     except ValueError:
         return yaml.safe_load(text)
 

@@ -32,7 +32,9 @@ SECONDS_TO_SAVE = 300  # torchrun kills workers this long after SIGTERM
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Replace this process by the script, or by what starts the script on all devices."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gpu", type=int, default=0, help="devices wished for, over all nodes")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads per node")
@@ -42,7 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if is_slurm_allocation():
         per_node = max(1, given.gpu // given.nodes)
         job = int(os.environ["SLURM_JOB_ID"])
-        os.environ |= {"MASTER_ADDR": socket.gethostname(), "MASTER_PORT": str(20_000 + job % 20_000)}
+        os.environ |= {
+            "MASTER_ADDR": socket.gethostname(),
+            "MASTER_PORT": str(20_000 + job % 20_000),
+        }
         command = srun_command(given.nodes, per_node, given.threads, given.command)
     else:
         devices = lease_wish(given.gpu)
@@ -57,8 +62,22 @@ def is_slurm_allocation() -> bool:
 
 def srun_command(nodes: int, per_node: int, threads: int, command: Sequence[str]) -> list[str]:
     """One torchrun per node of the allocation."""
-    geometry = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", f"--cpus-per-task={threads}"]
-    return ["srun", *geometry, "--kill-on-bad-exit=1", "bash", "-c", NODE_SCRIPT, str(per_node), *command]
+    geometry = [
+        f"--nodes={nodes}",
+        f"--ntasks={nodes}",
+        "--ntasks-per-node=1",
+        f"--cpus-per-task={threads}",
+    ]
+    return [
+        "srun",
+        *geometry,
+        "--kill-on-bad-exit=1",
+        "bash",
+        "-c",
+        NODE_SCRIPT,
+        str(per_node),
+        *command,
+    ]
 
 
 def local_command(num_devices: int, command: Sequence[str]) -> list[str]:
@@ -80,7 +99,10 @@ def lease_wish(wish: int) -> list[str]:
         return [device for device in chosen.split(",") if device][:wish]
     present = find_devices() if wish else []
     if wish and len(present) < wish:
-        print(f"launch: {wish} GPUs wished for, {len(present)} here: using {len(present) or 'the CPU'}", file=sys.stderr)
+        print(
+            f"launch: {wish} GPUs wished for, {len(present)} here: using {len(present) or 'the CPU'}",
+            file=sys.stderr,
+        )
     folder = Path(tempfile.gettempdir()) / f"clipgraft-devices-{getpass.getuser()}"
     devices = lease(present, min(wish, len(present)), folder)
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
@@ -89,7 +111,9 @@ def lease_wish(wish: int) -> list[str]:
 
 def find_devices() -> list[str]:
     """Indices of the NVIDIA devices of this machine (without asking CUDA, which takes seconds)."""
-    names = sorted(path.name for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name))
+    names = sorted(
+        path.name for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)
+    )
     return [str(index) for index in range(len(names))]
 
 
@@ -110,7 +134,11 @@ def lease(devices: Sequence[str], count: int, folder: Path, poll_seconds: float 
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     told = False
     while True:
-        held = [(device, file) for device in devices if (file := _try_lock(folder / f"gpu{device}.lock"))]
+        held = [
+            (device, file)
+            for device in devices
+            if (file := _try_lock(folder / f"gpu{device}.lock"))
+        ]
         if len(held) >= count:
             for _, file in held[count:]:
                 file.close()
@@ -121,7 +149,9 @@ def lease(devices: Sequence[str], count: int, folder: Path, poll_seconds: float 
         for _, file in held:
             file.close()
         if not told:
-            print(f"launch: waiting for {count} free GPUs ({len(held)} are free now)", file=sys.stderr)
+            print(
+                f"launch: waiting for {count} free GPUs ({len(held)} are free now)", file=sys.stderr
+            )
             told = True
         time.sleep(poll_seconds)
 

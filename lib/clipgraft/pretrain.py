@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from clipgraft import dist
 from clipgraft.checkpoint import TrainingState, load_model, save_model
 from clipgraft.config import ConfigError, PretrainJob
-from clipgraft.data.loader import Batch
 from clipgraft.data.sampler import UniformBatches
-from clipgraft.losses.contrastive import contrastive_loss
-from clipgraft.models.build import build, describe, model_config, pretrained_state
-from clipgraft.train import Data, Fit
+from clipgraft.models.build import build, load_pretrained, model_config, preprocess_config
+from clipgraft.train import Data, Fit, contrastive_step
 
 log = logging.getLogger(__name__)
 
@@ -69,58 +66,23 @@ def pretrain(
         return facts
 
 
-def start_model(settings: PretrainJob, vocab_size: int, init: Path | None) -> tuple[nn.Module, dict[str, Any]]:
-    """The model before the first step, and its description for `model.json`."""
+def start_model(
+    settings: PretrainJob, vocab_size: int, init: Path | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model before the first step, and its description for `model.json`.
+
+    Raises:
+        ConfigError: if `init` has another vocabulary than the data.
+    """
+    size, length = settings.image_size, settings.text_length
     if init is not None:
-        before = load_model(init, image_size=settings.image_size, text_length=settings.text_length)
-        if before.spec["config"]["text_cfg"]["vocab_size"] != vocab_size:
-            raise ConfigError(f"{init} has another vocabulary than the data ({vocab_size} tokens)")
-        return before.model, before.spec
-    config = model_config(settings.model, vocab_size, settings.image_size, settings.text_length)
-    weights = pretrained_state(settings.model, config) if settings.model.pretrained else None
-    model = build(config)
-    if weights is None:
-        nn.init.constant_(model.logit_scale, math.log(1 / settings.temperature))
-    else:
-        model.load_state_dict(weights)
-    return model, describe(config)
-
-
-def contrastive_step(world: dist.World, label_smoothing: float = 0.0):
-    """The step of plain contrastive training, over the features of all processes."""
-
-    def step(model: nn.Module, images: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        features = encode(model, images, batch.text_BL.to(images.device, non_blocking=True))
-        return pair_loss(world, *features, label_smoothing=label_smoothing), {}
-
-    return step
-
-
-def encode(model: nn.Module, images: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalised features of both towers and 1/tau, through the module's forward (which DDP hooks)."""
-    output = model(images, text)
-    if isinstance(output, dict):
-        return output["image_features"], output["text_features"], output["logit_scale"]
-    return output[0], output[1], output[2]
-
-
-def pair_loss(
-    world: dist.World,
-    image_BD: Tensor,
-    text_BD: Tensor,
-    logit_scale: Tensor,
-    *,
-    label_smoothing: float = 0.0,
-    group_G: Tensor | None = None,
-) -> Tensor:
-    """Contrastive loss of this process's rows against the rows of all; `contrastive_loss` says the rest."""
-    return contrastive_loss(
-        image_BD,
-        text_BD,
-        logit_scale,
-        dist.gather(image_BD),
-        dist.gather(text_BD),
-        first_row=world.rank * image_BD.shape[0],
-        label_smoothing=label_smoothing,
-        group_G=group_G,
-    )
+        model, spec = load_model(init, image_size=size, text_length=length)
+        has = spec["config"]["text_cfg"]["vocab_size"]
+        if has != vocab_size:
+            raise ConfigError(f"{init} has {has} tokens, the data have {vocab_size}")
+        return model, spec
+    config = model_config(settings.model, vocab_size, size, length)
+    model = build(config, temperature=settings.temperature)
+    if settings.model.pretrained:
+        load_pretrained(model, settings.model)
+    return model, {"config": config, "preprocess": preprocess_config(settings.model, size)}

@@ -15,7 +15,16 @@ from typing import Any
 from clipgraft.config import ConfigError
 
 MANIFEST = "manifest.json"
-PACKAGES = ("clipgraft", "torch", "open_clip_torch", "numpy", "faiss-cpu", "faiss-gpu", "pyarrow", "img2dataset")
+PACKAGES = (
+    "clipgraft",
+    "torch",
+    "open_clip_torch",
+    "numpy",
+    "faiss-cpu",
+    "faiss-gpu",
+    "pyarrow",
+    "img2dataset",
+)
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
@@ -30,9 +39,13 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
         manifest["stage"], manifest["outputs"]
     except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist: the job that writes it has not finished") from None
+        raise ConfigError(
+            f"{path} does not exist: the job that writes it has not finished"
+        ) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is not a manifest ({error}). Hint: delete it and run snakemake again") from None
+        raise ConfigError(
+            f"{path} is not a manifest ({error}). Hint: delete it and run snakemake again"
+        ) from None
     return dict(manifest)
 
 
@@ -46,7 +59,11 @@ def check_outputs(folder: Path, manifest: Mapping[str, Any]) -> None:
         path = folder / name
         size = path.stat().st_size if path.exists() else None
         if size != about["bytes"]:
-            state = "is missing" if size is None else f"has {size:,} bytes instead of {about['bytes']:,}"
+            state = (
+                "is missing"
+                if size is None
+                else f"has {size:,} bytes instead of {about['bytes']:,}"
+            )
             raise ConfigError(
                 f"{path} {state}, so {folder} is not whole. Hint: delete {folder / MANIFEST} and run snakemake again"
             )
@@ -56,7 +73,8 @@ def describe_outputs(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and sha256 of every file below a folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     return {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in files
     }
 
 
@@ -69,20 +87,26 @@ def sha256(path: Path) -> str:
 def content_id(stage: str, settings: Mapping[str, Any], outputs: Mapping[str, Any]) -> str:
     """Identity of a finished job by what it produced: 16 hex digits."""
     hashes = {name: about["sha256"] for name, about in outputs.items()}
-    return hashlib.sha256(json.dumps([stage, settings, hashes], sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        json.dumps([stage, settings, hashes], sort_keys=True).encode()
+    ).hexdigest()[:16]
 
 
 def git_commit(folder: Path) -> str | None:
     """Commit of the checkout, with `+` if files differ from it; None outside a checkout."""
     try:
         commit = _git(folder, "rev-parse", "--short=12", "HEAD")
-        return commit + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+        return commit + (
+            "+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else ""
+        )
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def _git(folder: Path, *words: str) -> str:
-    done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+    done = subprocess.run(
+        ["git", *words], cwd=folder, capture_output=True, text=True, timeout=10, check=True
+    )
     return done.stdout.strip()
 
 
@@ -101,7 +125,11 @@ def hardware() -> dict[str, Any]:
     """Processor, cores this process may use, and devices (asked of torch only if it is loaded)."""
     import sys
 
-    about: dict[str, Any] = {"processor": _processor(), "cores": len(os.sched_getaffinity(0)), "devices": []}
+    about: dict[str, Any] = {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "devices": [],
+    }
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         about["devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -111,6 +139,8 @@ def hardware() -> dict[str, Any]:
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

@@ -31,6 +31,7 @@ from clipgraft.data.sampler import HomogeneousBatches, UniformBatches
 from clipgraft.data.shards import Shards
 from clipgraft.data.tokens import Tokens
 from clipgraft.job import REQUEUE
+from clipgraft.losses.contrastive import contrastive_loss
 from clipgraft.models.build import normalize
 from clipgraft.optim import build_optimizer, cosine_lr
 
@@ -141,7 +142,9 @@ class Fit:
             "metrics": {"loss": final},
         }
 
-    def _loop(self, optimizer: torch.optim.Optimizer, trained: list[nn.Parameter], first_step: int) -> None:
+    def _loop(
+        self, optimizer: torch.optim.Optimizer, trained: list[nn.Parameter], first_step: int
+    ) -> None:
         model = self._parallel()
         loader = Loader(
             self.data.shards,
@@ -167,7 +170,9 @@ class Fit:
                 if done == self.num_steps:
                     break
                 must_stop = dist.any_true(stop.requested, self.world.device)
-                if must_stop or dist.any_true(time.monotonic() - saved > SAVE_SECONDS, self.world.device):
+                if must_stop or dist.any_true(
+                    time.monotonic() - saved > SAVE_SECONDS, self.world.device
+                ):
                     meter.flush(done)
                     self._save(optimizer, done)
                     saved = time.monotonic()
@@ -186,7 +191,9 @@ class Fit:
         meter: Meter,
     ) -> None:
         optim, device = self.settings.optim, self.world.device
-        lr = cosine_lr(step, self.num_steps, round(optim.warmup * self.num_steps), optim.lr, optim.lr_min)
+        lr = cosine_lr(
+            step, self.num_steps, round(optim.warmup * self.num_steps), optim.lr, optim.lr_min
+        )
         for group in optimizer.param_groups:
             group["lr"] = lr
         pixels = batch.images_BCHW.to(device, non_blocking=True)
@@ -211,9 +218,12 @@ class Fit:
 
     def _save(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         if self.state is not None and self.world.is_first:
-            trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+            trained = {
+                name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad
+            }
             progress = {"rows": json.dumps(self.rows), "seconds": self.seconds}
-            self.state.save({"step": step, "trained": trained, "optimizer": optimizer.state_dict(), **progress})
+            state = {"trained": trained, "optimizer": optimizer.state_dict(), **progress}
+            self.state.save(step, state)
 
     def _resume(self, optimizer: torch.optim.Optimizer) -> int:
         saved = self.state.load() if self.state is not None else None
@@ -249,6 +259,44 @@ class Fit:
         )
 
 
+def contrastive_step(world: dist.World) -> Step:
+    """The step of plain contrastive training, over the features of all processes."""
+
+    def step(model: nn.Module, images: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        features = encode(model, images, batch.text_BL.to(images.device, non_blocking=True))
+        return pair_loss(world, *features), {}
+
+    return step
+
+
+def encode(model: nn.Module, images: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalised features of both towers and log(1/tau), through forward, which DDP hooks into."""
+    image_BD, text_BD, scale = model(images, text)[:3]
+    return image_BD, text_BD, scale.log()
+
+
+def pair_loss(
+    world: dist.World,
+    image_BD: Tensor,
+    text_BD: Tensor,
+    logit_scale: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    group_G: Tensor | None = None,
+) -> Tensor:
+    """Contrastive loss of this process's rows against the rows of all; `contrastive_loss` says the rest."""
+    return contrastive_loss(
+        image_BD,
+        text_BD,
+        logit_scale,
+        dist.gather(image_BD),
+        dist.gather(text_BD),
+        first_row=world.rank * image_BD.shape[0],
+        label_smoothing=label_smoothing,
+        group_G=group_G,
+    )
+
+
 class Meter:
     """Averages between two log lines; keeps about `NUM_ROWS` rows and speaks every `LOG_SECONDS`."""
 
@@ -272,9 +320,15 @@ class Meter:
         """Close the current row, if it has steps."""
         if not self.count:
             return
-        values = {name: (dist.mean(total.float() / self.count)).tolist() for name, total in self.sums.items()}
+        values = {
+            name: (dist.mean(total.float() / self.count)).tolist()
+            for name, total in self.sums.items()
+        }
         now = time.monotonic()
-        seconds, samples = now - self.row_time, (step - self.row_step) * self.fit.settings.batch_size
+        seconds, samples = (
+            now - self.row_time,
+            (step - self.row_step) * self.fit.settings.batch_size,
+        )
         self.fit.seconds = self.seconds_before + now - self.start
         row = {
             "step": step,
@@ -353,7 +407,11 @@ def precision(device: torch.device) -> torch.dtype:
 
 def device_name(device: torch.device) -> str:
     """What to call the device in a log line."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
 
 
 def _human(count: int) -> str:

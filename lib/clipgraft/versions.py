@@ -11,7 +11,7 @@ import ast
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,7 +23,13 @@ LIBRARY = Path(__file__).resolve().parent
 SCRIPTS = LIBRARY.parent.parent / "scripts"
 
 # Floor 0 and the launcher move settings and bytes, never values: editing them re-runs nothing.
-PLUMBING = {"clipgraft", *(f"clipgraft.{name}" for name in ("config", "versions", "job", "provenance", "log", "launch"))}
+PLUMBING = {
+    "clipgraft",
+    *(
+        f"clipgraft.{name}"
+        for name in ("config", "versions", "job", "provenance", "log", "runs", "launch")
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -77,68 +83,82 @@ def plan_run(name: str, run: cfg.RunSettings) -> list[PlannedJob]:
         run: validated settings.
     """
     jobs: dict[str, PlannedJob] = {}
+    settings: cfg.Settings
 
-    def add(stage: str, key: str, settings: cfg.Settings, inputs: Mapping[str, PlannedJob | None]) -> PlannedJob:
-        job = PlannedJob(
-            stage,
-            f"{stage}/{key}" if key else stage,
-            settings.model_dump(mode="json"),
-            {slot: of for slot, of in inputs.items() if of is not None},
-            tuple(_sources(settings)),
-        )
-        return jobs.setdefault(job.name, job)
+    def add(job_name: str, settings: cfg.Settings, **inputs: PlannedJob | None) -> PlannedJob:
+        given = {slot: job for slot, job in inputs.items() if job is not None}
+        dumped, files = settings.model_dump(mode="json"), tuple(_sources(settings))
+        job = PlannedJob(job_name.split("/")[0], job_name, dumped, given, files)
+        return jobs.setdefault(job_name, job)
 
-    seed = {"seed": run.seed}
     indexes = {}
     for data, source in run.download.items():
-        download = add("download", data, source, {})
-        tokenize = data == "train"
-        indexes[data] = add("index", data, cfg.IndexJob(**dict(run.index), tokenize=tokenize), {"download": download})
+        download = add(f"download/{data}", cfg.DownloadJob(source=source))
+        settings = _extend(cfg.IndexJob, run.index, tokenize=data == "train")
+        indexes[data] = add(f"index/{data}", settings, download=download)
     index = indexes["train"]
 
-    model = None
+    phases: list[PlannedJob] = []
     for phase in run.pretrain:
-        shard = add("shard", phase.name, cfg.ShardJob(**dict(run.shard), image_size=phase.image_size), {"index": index})
-        settings = cfg.PretrainJob(**dict(phase), model=run.model, **seed)
-        model = add("pretrain", phase.name, settings, {"init": model, "index": index, "shard": shard})
-    assert model is not None
-    base, data = model, {"index": index, "shard": shard}
+        settings = _extend(cfg.ShardJob, run.shard, image_size=phase.image_size)
+        shard = add(f"shard/{phase.name}", settings, index=index)
+        settings = _extend(cfg.PretrainJob, phase, model=run.model, seed=run.seed)
+        init = phases[-1] if phases else None
+        phases.append(add(f"pretrain/{phase.name}", settings, init=init, index=index, shard=shard))
+    base = phases[-1]
 
-    experts, labels = [base], None
-    tune = {key: value for key, value in dict(run.finetune_expert).items() if key not in ("init", "controls")}
+    experts, labels, tune = [base], None, run.finetune_expert
     for k in range(1, run.moe.num_experts):
-        embed = add("embed", str(k - 1), run.embed, {"model": experts[-1], **data})
-        labels = add("cluster", str(k), cfg.ClusterJob(**dict(run.cluster), **seed), {"embed": embed, "previous": labels})
-        init = experts[-1] if run.finetune_expert.init == "previous" else base
-        settings = cfg.ExpertJob(**tune, batches="homogeneous", **seed)
-        experts.append(add("finetune_expert", str(k), settings, {"init": init, "labels": labels, **data}))
+        last = experts[-1]
+        embed = add(f"embed/{k - 1}", run.embed, model=last, index=index, shard=shard)
+        settings = _extend(cfg.ClusterJob, run.cluster, seed=run.seed)
+        labels = add(f"cluster/{k}", settings, embed=embed, previous=labels)
+        settings = _extend(cfg.ExpertJob, tune, batches="homogeneous", seed=run.seed)
+        init = last if tune.init == "previous" else base
+        experts.append(
+            add(
+                f"finetune_expert/{k}", settings, init=init, labels=labels, index=index, shard=shard
+            )
+        )
     controls = {}
-    for control, times in run.finetune_expert.controls.items():
-        settings = cfg.ExpertJob(**{**tune, "samples_seen": tune["samples_seen"] * times}, batches="ordinary", **seed)
-        controls[control] = add("finetune_expert", control, settings, {"init": base, **data})
+    for control, times in tune.controls.items():
+        seen = {"samples_seen": tune.samples_seen * times}
+        settings = _extend(cfg.ExpertJob, tune, batches="ordinary", seed=run.seed, **seen)
+        controls[control] = add(
+            f"finetune_expert/{control}", settings, init=base, index=index, shard=shard
+        )
 
-    slots = {f"expert_{k}": expert for k, expert in enumerate(experts)}
-    upcycled = add("assemble", "", cfg.AssembleJob(**dict(run.moe), **seed), slots)
-    routed = add("finetune_router", "", cfg.RouterJob(**dict(run.finetune_router), **seed), {"init": upcycled, **data})
+    settings = _extend(cfg.AssembleJob, run.moe, seed=run.seed)
+    upcycled = add("assemble", settings, **{f"expert_{k}": job for k, job in enumerate(experts)})
+    settings = _extend(cfg.RouterJob, run.finetune_router, seed=run.seed)
+    moe = add("finetune_router", settings, init=upcycled, index=index, shard=shard)
 
-    models = {"base": base, **{f"expert_{k}": expert for k, expert in enumerate(experts) if k}, **controls}
-    models |= {"upcycled": upcycled, "moe": routed}
-    if len(run.pretrain) > 1:
-        models = {run.pretrain[0].name: jobs[f"pretrain/{run.pretrain[0].name}"], **models}
-    for key, of in models.items():
-        for task, settings in run.evaluate.tasks.items():
-            job = cfg.EvaluateJob(**dict(settings))
-            add("evaluate", f"{key}/{task}", job, {"model": of, "index": indexes[settings.data]})
-    add("report", "", cfg.ReportJob(**dict(run.report), run=name), dict(jobs))
+    models = {phase.name.split("/")[1]: phase for phase in phases[:-1]}
+    models |= {"base": base, **{f"expert_{k}": job for k, job in enumerate(experts) if k}}
+    models |= {**controls, "upcycled": upcycled, "moe": moe}
+    for model_name, model in models.items():
+        for task, measures in run.evaluate.tasks.items():
+            settings = _extend(cfg.EvaluateJob, measures)
+            add(
+                f"evaluate/{model_name}/{task}", settings, model=model, index=indexes[measures.data]
+            )
+    add("report", _extend(cfg.ReportJob, run.report, run=name), **jobs)
     return list(jobs.values())
+
+
+def _extend(job: type[cfg.S], section: cfg.Settings, /, **more: Any) -> cfg.S:
+    """The settings of a job: those fields of its section that it has, and what it takes from elsewhere."""
+    fields = {key: value for key, value in section if key in job.model_fields}
+    return job(**{**fields, **more})
 
 
 def _sources(settings: cfg.Settings) -> Iterator[str]:
     """Names and sizes of the local files a source reads: a changed file re-runs its download, a touch does not."""
-    if isinstance(settings, cfg.TarSource):
-        yield from (f"{path.name}:{path.stat().st_size}" for path in local_files(settings.tars))
-    elif isinstance(settings, cfg.UrlSource):
-        yield from (f"{path.name}:{path.stat().st_size}" for path in local_files(settings.table))
+    source = settings.source if isinstance(settings, cfg.DownloadJob) else None
+    pattern = source.tars if isinstance(source, cfg.TarSource) else None
+    pattern = source.table if isinstance(source, cfg.UrlSource) else pattern
+    if pattern is not None:
+        yield from (f"{path.name}:{path.stat().st_size}" for path in local_files(pattern))
 
 
 def local_files(pattern: str) -> list[Path]:
@@ -149,9 +169,13 @@ def local_files(pattern: str) -> list[Path]:
     """
     expanded = os.path.expanduser(os.path.expandvars(pattern))
     if "$" in expanded:
-        raise cfg.ConfigError(f"{pattern}: an environment variable in it is not set. Hint: export it")
+        raise cfg.ConfigError(
+            f"{pattern}: an environment variable in it is not set. Hint: export it"
+        )
     path = Path(expanded)
-    root, tail = (Path(path.anchor), path.relative_to(path.anchor)) if path.is_absolute() else (Path(), path)
+    root, tail = (
+        (Path(path.anchor), path.relative_to(path.anchor)) if path.is_absolute() else (Path(), path)
+    )
     files = sorted(found for found in root.glob(str(tail)) if found.is_file())
     if not files:
         raise cfg.ConfigError(
@@ -204,7 +228,11 @@ def _canonical(node: Any) -> Any:
     fields = {name: value for name, value in ast.iter_fields(node) if value not in (None, [])}
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         first = node.body[0] if node.body else None
-        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+        if (
+            isinstance(first, ast.Expr)
+            and isinstance(first.value, ast.Constant)
+            and isinstance(first.value.value, str)
+        ):
             fields["body"] = node.body[1:]
     return (type(node).__name__, *((name, _canonical(value)) for name, value in fields.items()))
 

@@ -1,0 +1,52 @@
+# make demo   set up, run the whole DAG on the built-in data set, print the results
+# make test   set up, run all tests
+PYTHON ?= python3
+BIN := .venv/bin
+SETUP := .venv/.installed
+CORES ?= all
+
+.PHONY: demo test lint format schema lock unused clean
+
+demo: $(SETUP)
+	$(BIN)/snakemake --cores $(CORES)
+
+test: $(SETUP)
+	$(BIN)/python -m pytest -q
+
+lint: $(SETUP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check workflow rules
+	$(BIN)/mypy
+	$(BIN)/codespell
+
+format: $(SETUP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/snakefmt workflow rules
+
+schema: $(SETUP)
+	$(BIN)/python -m clipgraft.config > workflow/schemas/config.schema.json
+
+# What in results/ no run uses any more; deletes nothing.
+unused: $(SETUP)
+	$(BIN)/python -m clipgraft.runs unused
+
+lock:
+	cd envs && for name in bootstrap cpu dev; do ../$(BIN)/uv pip compile -q --universal --python-version 3.11 \
+	  --generate-hashes --no-emit-index-url --no-header $$name.in -o $$name.txt; done
+
+$(BIN)/uv: envs/bootstrap.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
+	  { echo "clipgraft needs Python 3.11 or 3.12, $(PYTHON) is $$($(PYTHON) --version). Hint: make PYTHON=python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r envs/bootstrap.txt
+	@touch $@
+
+$(SETUP): $(BIN)/uv envs/dev.txt pyproject.toml
+	$(BIN)/uv pip install -q --require-hashes -r envs/dev.txt
+	$(BIN)/uv pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+clean:
+	rm -rf results logs .snakemake

@@ -1,0 +1,1 @@
+"""Data: from image URLs, tars or folders to batches, one module per step."""

@@ -1,0 +1,103 @@
+"""Work spread over processes, results in order, with progress lines.
+
+Workers are started by a fork server, never forked from a process that holds threads (OpenCV, torch), and
+they leave when their parent is gone, however it ended.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import connection
+from typing import TypeVar
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@contextmanager
+def worker_pool(num_workers: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool of processes; on an error what has not begun is dropped."""
+    context = multiprocessing.get_context("forkserver")
+    pool = ProcessPoolExecutor(max(1, num_workers), mp_context=context, initializer=_start_worker)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def parallel_map(function: Callable[[T], R], tasks: Iterable[T], num_workers: int) -> Iterator[R]:
+    """Apply `function` to each task; results come in the order of the tasks.
+
+    Args:
+        function: a module's function; its arguments and results travel between processes.
+        tasks: taken as needed: at most four per worker are under way.
+        num_workers: 1 works in this process.
+    """
+    if num_workers <= 1:
+        yield from map(function, tasks)
+        return
+    with worker_pool(num_workers) as pool:
+        pending: deque[Future[R]] = deque()
+        for task in tasks:
+            pending.append(pool.submit(function, task))
+            if len(pending) >= 4 * num_workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+class Progress:
+    """A line every ten seconds: how many of how many, and how fast."""
+
+    def __init__(self, verb: str, total: int, interval_seconds: float = 10.0) -> None:
+        """Start the clock.
+
+        Args:
+            verb: what is done to images, e.g. `decoded`.
+            total: how many there are.
+            interval_seconds: time between lines.
+        """
+        self.verb, self.total, self.interval = verb, total, interval_seconds
+        self.count, self.started = 0, time.monotonic()
+        self.last = self.started
+
+    def add(self, count: int, note: str = "") -> None:
+        """Count `count` more images; speak if it is time to."""
+        self.count += count
+        now = time.monotonic()
+        if now - self.last >= self.interval:
+            self.last = now
+            log.info("%s%s", self._line(now), note)
+
+    def done(self, note: str = "") -> None:
+        """Say how it ended."""
+        log.info("%s%s", self._line(time.monotonic()), note)
+
+    def _line(self, now: float) -> str:
+        share = self.count / max(1, self.total)
+        rate = self.count / max(1e-9, now - self.started)
+        return f"{self.verb} {self.count:,}/{self.total:,} images  {share:.0%}  {rate:,.0f} img/s"
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    warnings.filterwarnings("ignore", module="PIL")  # broken metadata of single images
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)

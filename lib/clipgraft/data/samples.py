@@ -1,0 +1,117 @@
+"""Samples: what `index` accepted. Row i is sample i; the images stay where the download left them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from clipgraft.config import ConfigError
+from clipgraft.data.images import open_image, to_rgb
+from clipgraft.data.tars import read_range
+
+SCHEMA = pa.schema(
+    {
+        "uid": pa.string(),
+        "captions": pa.list_(pa.string()),
+        "tar": pa.string(),
+        "image_offset": pa.int64(),
+        "image_bytes": pa.int64(),
+        "width": pa.int32(),
+        "height": pa.int32(),
+        "labels": pa.string(),
+    }
+)
+
+
+class Samples:
+    """The samples of an index.
+
+    Attributes:
+        samples_id: hash of the uid column; arrays per sample carry it.
+        label_names: label name -> class names, whose places are the class numbers.
+        download: folder that relative tar names refer to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read the table of an index folder."""
+        about = json.loads((folder / "samples.json").read_text())
+        self.samples_id: str = about["samples_id"]
+        self.label_names: dict[str, list[str]] = about["label_names"]
+        self.download = folder / about["download"]
+        self._table = pq.read_table(folder / "samples.parquet").combine_chunks()
+        self._tar = self._table["tar"]
+        self._captions = self._table["captions"]
+        self._offset = self._table["image_offset"].to_numpy()
+        self._size = self._table["image_bytes"].to_numpy()
+
+    @classmethod
+    def open(cls, index_folder: Path) -> Samples:
+        """Open an index.
+
+        Raises:
+            ConfigError: if the folder is no index, or its table does not belong to it.
+        """
+        folder = Path(index_folder)
+        if not (folder / "samples.json").is_file():
+            raise ConfigError(
+                f"{folder} is no index: it has no samples.json. Hint: run the stage `index` first"
+            )
+        samples = cls(folder)
+        if samples_id_of(samples.uids()) != samples.samples_id:
+            raise ConfigError(
+                f"{folder}/samples.parquet does not belong to samples.json. Hint: run `index` again"
+            )
+        return samples
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def uids(self) -> list[str]:
+        """Names of all samples."""
+        return list(self._table["uid"].to_pylist())
+
+    def captions(self, row: int) -> list[str]:
+        """Captions of a sample; none if it has labels alone."""
+        return list(self._captions[int(row)].as_py())
+
+    def all_captions(self) -> list[list[str]]:
+        """Captions of all samples."""
+        return list(self._captions.to_pylist())
+
+    def labels(self, name: str) -> np.ndarray:
+        """Class numbers of one label [N], in the order of `label_names`; -1 where a sample has none.
+
+        Raises:
+            ConfigError: if the data has no such label.
+        """
+        if name not in self.label_names:
+            known = ", ".join(self.label_names) or "none"
+            raise ConfigError(f"the data has no label {name!r}. Hint: its labels: {known}")
+        numbers = {value: number for number, value in enumerate(self.label_names[name])}
+        rows = (json.loads(text) for text in self._table["labels"].to_pylist())
+        return np.array([numbers.get(row.get(name), -1) for row in rows], np.int64)
+
+    def image_bytes(self, row: int) -> bytes:
+        """The image file as it came: JPEG, PNG or another format."""
+        return read_range(*self.place(row))
+
+    def image(self, row: int) -> Image.Image:
+        """The picture: upright, RGB."""
+        return to_rgb(open_image(self.image_bytes(row)))
+
+    def place(self, row: int) -> tuple[Path, int, int]:
+        """File, offset and length of a sample's image."""
+        path = self.download / self._tar[int(row)].as_py()  # an absolute name stays itself
+        return path, int(self._offset[row]), int(self._size[row])
+
+
+def samples_id_of(uids: Iterable[str]) -> str:
+    """16 hex digits that name these samples in this order."""
+    return hashlib.sha256("\n".join(uids).encode()).hexdigest()[:16]

@@ -1,0 +1,103 @@
+"""WebDataset tars: where each member's bytes are, whether a tar is whole, and tars that come out byte for byte equal.
+
+`tarfile` takes a tar that was cut for one that ends; `webdataset` then skips the rest or stops in the middle of
+a run. Here a tar must end with the zero block that every writer puts there.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+from clipgraft.config import ConfigError
+
+# Where the bytes of a sample's files are: extension -> (offset, length).
+Members = dict[str, tuple[int, int]]
+
+_BLOCK = 512
+
+
+def list_members(path: Path) -> list[tuple[str, int, int]]:
+    """Name, offset and length of each file in a tar.
+
+    Raises:
+        ConfigError: if the tar is missing, empty, compressed, not a tar, or was cut.
+    """
+    members: list[tuple[str, int, int]] = []
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.isfile():
+                    members.append((member.name, member.offset_data, member.size))
+            end = tar.offset
+    except FileNotFoundError:
+        raise ConfigError(f"tar {path} does not exist") from None
+    except tarfile.ReadError as error:
+        raise ConfigError(_explain(path, members, error)) from None
+    with path.open("rb") as file:
+        file.seek(end)
+        if file.read(_BLOCK) != bytes(_BLOCK):
+            raise ConfigError(_cut(path, members))
+    if not members:
+        raise ConfigError(f"tar {path} holds no files")
+    return members
+
+
+def list_samples(path: Path) -> list[tuple[str, Members]]:
+    """Samples of a WebDataset tar, in its order: neighbours whose names agree up to the first dot.
+
+    An extension that comes twice begins another sample of the same key.
+    """
+    samples: list[tuple[str, Members]] = []
+    for name, offset, size in list_members(path):
+        folder, _, base = name.rpartition("/")
+        stem, _, extension = base.partition(".")
+        key = f"{folder}/{stem}".removeprefix("./").removeprefix("/")
+        extension = extension.lower()
+        if not samples or samples[-1][0] != key or extension in samples[-1][1]:
+            samples.append((key, {}))
+        samples[-1][1][extension] = (offset, size)
+    return samples
+
+
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> int:
+    """Write one file with no time and no owner.
+
+    Returns:
+        Offset of its bytes.
+    """
+    member = tarfile.TarInfo(name)
+    member.size, member.mode, member.mtime = len(data), 0o644, 0
+    tar.addfile(member, io.BytesIO(data))
+    return int(tar.offset) - -(-len(data) // _BLOCK) * _BLOCK
+
+
+def read_range(path: Path, offset: int, size: int) -> bytes:
+    """Bytes of a file."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def _explain(path: Path, members: list[tuple[str, int, int]], error: tarfile.ReadError) -> str:
+    if path.stat().st_size == 0:
+        return f"tar {path} is empty (0 bytes). Hint: download it again"
+    with path.open("rb") as file:
+        magic = file.read(6)
+    if magic[:2] == b"\x1f\x8b" or magic == b"\xfd7zXZ\0" or magic[:4] == b"\x28\xb5\x2f\xfd":
+        return f"tar {path} is compressed. Hint: decompress it; images are read from it by their offset"
+    return _cut(path, members) if members else f"{path} is not a tar: {error}"
+
+
+def _cut(path: Path, members: list[tuple[str, int, int]]) -> str:
+    last = "no member is whole"
+    size = path.stat().st_size
+    for name, offset, length in reversed(members):
+        if offset + length <= size:
+            last = f"the last whole member is {name}, which ends at byte {offset + length:,}"
+            break
+    return (
+        f"tar {path} is not whole: it breaks off before its end ({size:,} bytes; {last}). "
+        "Hint: download it again, or leave it out"
+    )

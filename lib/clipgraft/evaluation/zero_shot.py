@@ -1,0 +1,92 @@
+"""Zero-shot classification: each class is the mean of what prompts say of it; the nearest class wins.
+
+As in CLIP: features of the prompts of a class are L2-normalised, averaged and normalised again.
+Equal scores count as a coin would decide, as in `retrieval`, so that a model whose features are all
+alike scores 1 / number of classes and not the share of the class that happens to come first.
+"""
+
+# Shapes: N images, C classes, T templates, D embedding
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipgraft.config import ConfigError
+from clipgraft.evaluation.retrieval import recall_at
+
+
+def zero_shot_weights(
+    encode: Callable[[list[str]], Tensor], classes: Sequence[str], templates: Sequence[str]
+) -> Tensor:
+    """One direction per class.
+
+    Args:
+        encode: texts to L2-normalised features.
+        classes: class names.
+        templates: prompts with `{c}` where the class name goes.
+    Returns:
+        `[C, D]`, L2-normalised.
+    """
+    prompts = [template.replace("{c}", name) for name in classes for template in templates]
+    feature_CTD = encode(prompts).unflatten(0, (len(classes), len(templates)))
+    return F.normalize(feature_CTD.mean(dim=1), dim=-1)
+
+
+def evaluate_zero_shot(
+    image_ND: Tensor, weight_CD: Tensor, label_N: Tensor, classes: Sequence[str]
+) -> dict[str, Any]:
+    """Accuracy, recall per class, confusion, and what guessing would give.
+
+    Args:
+        image_ND: L2-normalised features of all images.
+        weight_CD: from `zero_shot_weights`.
+        label_N: class number of each image; -1 where it has none, which leaves it out.
+        classes: class names.
+    """
+    known = label_N >= 0
+    image_ND, label_N = image_ND[known.to(image_ND.device)], label_N[known]
+    cutoffs = (1, 5) if len(classes) > 5 else (1,)
+    rows = torch.arange(len(label_N))
+    hit_NK = recall_at(image_ND, weight_CD, rows, label_N, cutoffs=cutoffs)
+    # Only here the first of equal classes wins: a table of counts cannot hold halves.
+    predicted_N = (image_ND @ weight_CD.T).argmax(dim=1).cpu()
+    pair_N = label_N * len(classes) + predicted_N
+    confusion = torch.bincount(pair_N, minlength=len(classes) ** 2).view(len(classes), -1)
+    count_C = confusion.sum(dim=1)
+    hits_C = torch.zeros(len(classes), dtype=torch.float64).scatter_add_(0, label_N, hit_NK[:, 0])
+    recall_C = hits_C[count_C > 0] / count_C[count_C > 0]
+    return {
+        "acc1": _rounded(hit_NK[:, 0].mean()),
+        "acc5": _rounded(hit_NK[:, 1].mean()) if len(cutoffs) > 1 else None,
+        "mean_per_class_recall": _rounded(recall_C.mean()),
+        "num_classes": len(classes),
+        "num_samples": len(label_N),
+        "chance": 1 / len(classes),
+        "chance5": 5 / len(classes) if len(cutoffs) > 1 else None,
+        "majority": _rounded(count_C.max() / len(label_N)),
+        "classes": list(classes),
+        "confusion": confusion.tolist(),
+    }
+
+
+def check_templates(templates: Sequence[str], where: str) -> None:
+    """Check that each prompt has room for a class name.
+
+    Raises:
+        ConfigError: names the first that has not.
+    """
+    for template in templates:
+        if "{c}" not in template:
+            raise ConfigError(
+                f"{where}: the template {template!r} has no {{c}}. "
+                "Hint: {c} is where the class name goes, as in 'a photo of a {c}'"
+            )
+
+
+def _rounded(value: Tensor) -> float:
+    return round(float(value), 6)

@@ -1,0 +1,112 @@
+"""Stage `finetune_expert`: the MLPs of the base, fine-tuned on homogeneous batches (multistage contrastive learning).
+
+All negatives of a pair come from its own accumulated cluster, so what the earlier models already tell apart no
+longer helps, and the MLPs must learn something else. Everything but the MLPs is frozen, the temperature included.
+With `batches: ordinary` the same training is the control that shows what the clusters are worth.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clipgraft import dist
+from clipgraft.checkpoint import MERGES, TrainingState, load_model, save_model
+from clipgraft.cluster import read_labels
+from clipgraft.config import ExpertJob
+from clipgraft.data.loader import Batch
+from clipgraft.data.sampler import HomogeneousBatches, UniformBatches
+from clipgraft.models.build import mlp_parameters
+from clipgraft.train import Data, Fit, Sampler, Step, encode, pair_loss
+
+log = logging.getLogger(__name__)
+
+
+def finetune_expert(
+    settings: ExpertJob,
+    init: Path,
+    index: Path,
+    shard: Path,
+    labels: Path | None,
+    out: Path,
+    *,
+    threads: int = 1,
+    state: TrainingState | None = None,
+) -> dict[str, Any]:
+    """Fine-tune the MLPs of both towers and store only them.
+
+    Args:
+        settings: length, batch, optimizer, label smoothing, seed.
+        init: model folder to start from.
+        index: folder with tokens.
+        shard: folder with images.
+        labels: cluster folder with accumulated pseudo labels; None for ordinary batches.
+        out: folder for the changed weights and `metrics.jsonl`.
+        threads: CPU threads.
+        state: where to save and find training state.
+    Returns:
+        Facts for the manifest.
+    """
+    torch.manual_seed(settings.seed)
+    with dist.world() as world:
+        data = Data.open(index, shard)
+        model, spec = load_model(init)
+        trained = mlp_parameters(model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
+        groups = None if labels is None else read_labels(labels, data.shards.samples_id)
+        vision, text = spec["config"]["vision_cfg"], spec["config"]["text_cfg"]
+        fit = Fit(
+            model,
+            expert_step(world, settings.label_smoothing, groups),
+            settings,
+            data,
+            sampler_of(settings, len(data.shards), groups),
+            vision["image_size"],
+            text["context_length"],
+            spec["preprocess"],
+            settings.seed,
+            world,
+            threads,
+            state,
+        )
+        facts = fit.run(out)
+        if world.is_first:
+            save_model(out, model, spec, init / MERGES, only=list(trained), base=init)
+        return facts
+
+
+def sampler_of(settings: ExpertJob, num_samples: int, labels_N: np.ndarray | None) -> Sampler:
+    """Batches of one pseudo label each, or ordinary ones."""
+    if settings.batches == "ordinary" or labels_N is None:
+        return UniformBatches(num_samples, settings.batch_size, settings.seed)
+    sizes_C = np.bincount(labels_N)
+    log.info(
+        "%s samples in %d pseudo labels (smallest %s, largest %s)",
+        f"{num_samples:,}",
+        len(sizes_C),
+        f"{sizes_C.min():,}",
+        f"{sizes_C.max():,}",
+    )
+    return HomogeneousBatches(labels_N, settings.batch_size, settings.seed)
+
+
+def expert_step(world: dist.World, label_smoothing: float, labels_N: np.ndarray | None) -> Step:
+    """The step of MCL: in a batch packed from several clusters, negatives of other clusters are masked."""
+
+    def step(model: nn.Module, images: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        features = encode(model, images, batch.text_BL.to(images.device, non_blocking=True))
+        group_G = None
+        if labels_N is not None and batch.is_mixed:
+            group_G = dist.gather(
+                torch.from_numpy(labels_N[batch.rows_B.numpy()]).to(images.device)
+            )
+        loss = pair_loss(world, *features, label_smoothing=label_smoothing, group_G=group_G)
+        return loss, {}
+
+    return step

@@ -1,0 +1,1 @@
+"""Models: open_clip's, and the experts grafted into them."""

@@ -1,0 +1,338 @@
+"""open_clip models: their config, their weights, their position tables.
+
+Three decisions shape it. Models are always open_clip's `CustomTextCLIP`, whose text tower takes any length up to
+its own, with open_clip's parameter names, so that dense models open in open_clip unchanged. A config is a plain
+dict in open_clip's form, complete (sizes and activation spelled out), so it can be stored beside the weights. And
+whether a model uses QuickGELU is decided by the weights, not by the name it is called by: OpenAI's weights under
+the name `ViT-B-32` would otherwise run with another activation than they were trained with, without a word.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import inspect
+import logging
+import math
+import os
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.convert import convert_state_dict
+from open_clip.factory import load_state_dict
+from open_clip.model import (
+    convert_to_custom_text_state_dict,
+    resize_pos_embed,
+    resize_text_pos_embed,
+)
+from torch import Tensor, nn
+
+from clipgraft.config import ConfigError, ModelSettings
+
+log = logging.getLogger(__name__)
+
+POSITIONS = ("visual.positional_embedding", "text.positional_embedding")
+_MLP = re.compile(r"(visual|text)\.transformer\.resblocks\.\d+\.mlp\.")
+
+
+def model_config(
+    settings: ModelSettings, vocab_size: int, image_size: int, text_length: int
+) -> dict[str, Any]:
+    """A complete open_clip model config.
+
+    Args:
+        settings: architecture by name, or spelled out.
+        vocab_size: rows of the token table; the tokenizer decides, whatever the architecture says.
+        image_size: side of the image in pixels.
+        text_length: tokens, with start and end token.
+
+    Returns:
+        `embed_dim`, `vision_cfg`, `text_cfg`, `quick_gelu` and what else the architecture sets.
+
+    Raises:
+        ConfigError: if open_clip knows no such architecture, or could not build it.
+    """
+    config = _architecture(settings)
+    _check_keys(config)
+    _check_towers(config)
+    tag = _pretrained_tag(settings)
+    if tag:
+        _check_vocabulary(settings, config, vocab_size)
+        _adopt_activation(settings, config, tag)
+    config["custom_text"] = True  # so that open_clip, too, reads the parameter names we write
+    config["quick_gelu"] = bool(config.get("quick_gelu", False))
+    config["text_cfg"]["vocab_size"] = vocab_size
+    return _with_sizes(config, image_size, text_length)
+
+
+def describe(config: dict[str, Any], settings: ModelSettings | None = None) -> dict[str, Any]:
+    """What `model.json` says of a dense model: `config`, `preprocess` and the like.
+
+    Args:
+        config: as `model_config` returns it.
+        settings: public weights of an open_clip tag may want images prepared their own way; without
+            them, and without settings, images are prepared as for OpenAI's CLIP.
+    """
+    tag = _pretrained_tag(settings) if settings else {}
+    preprocess = {
+        "size": config["vision_cfg"]["image_size"],
+        "mean": list(tag.get("mean", open_clip.OPENAI_DATASET_MEAN)),
+        "std": list(tag.get("std", open_clip.OPENAI_DATASET_STD)),
+        "interpolation": tag.get("interpolation", "bicubic"),
+        "resize_mode": tag.get("resize_mode", "shortest"),
+    }
+    return {
+        "format": 1,
+        "kind": "dense",
+        "config": config,
+        "preprocess": preprocess,
+        "moe": None,
+        "base": None,
+        "samples_seen": 0,
+    }
+
+
+def build(
+    config: dict[str, Any],
+    image_size: int | None = None,
+    text_length: int | None = None,
+    temperature: float | None = None,
+) -> open_clip.CustomTextCLIP:
+    """A model with random weights, drawn from torch's global generator (seeded by the caller).
+
+    Args:
+        config: as `model_config` returns it.
+        image_size: another side of the image than the config's.
+        text_length: another text length than the config's.
+        temperature: initial tau; `logit_scale` = log(1 / tau).
+
+    Raises:
+        ConfigError: with open_clip's words, if it cannot build the model.
+    """
+    config = _with_sizes(config, image_size, text_length)
+    config.pop("custom_text", None)
+    if temperature is not None:
+        config["init_logit_scale"] = math.log(1 / temperature)
+    try:
+        return open_clip.CustomTextCLIP(**config)
+    except (TypeError, ValueError, AssertionError, ZeroDivisionError, RuntimeError) as error:
+        raise ConfigError(
+            f"model: open_clip cannot build it: {type(error).__name__}: {error}. Hint: width must be "
+            "a multiple of the heads (vision: width / head_width heads, head_width 64 unless set)"
+        ) from None
+
+
+def pretrained_state(settings: ModelSettings, config: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights of `settings.pretrained`, made to fit the model that `config` describes.
+
+    Args:
+        settings: `pretrained` is an open_clip tag (downloaded) or a checkpoint on this machine.
+        config: from `model_config` of the same settings; position tables are resized to its lengths.
+
+    Raises:
+        ConfigError: if there are no such weights, or if they are of another architecture.
+    """
+    tag = _pretrained_tag(settings)
+    path = _download(settings, tag) if tag else _local_checkpoint(settings)
+    try:
+        state = load_state_dict(path, weights_only=True)
+    except Exception as error:  # torch, pickle, zipfile and safetensors each raise their own
+        raise ConfigError(
+            f"model.pretrained: {path} cannot be read: {type(error).__name__}: {str(error)[:200]}. Hint: "
+            "a safetensors file, or a state dict saved with torch.save (no TorchScript, no objects)"
+        ) from None
+    with torch.device("meta"):
+        model = build(config)
+    state = convert_to_custom_text_state_dict(convert_state_dict(model, state))
+    if "logit_scale" in state:
+        state["logit_scale"] = state["logit_scale"].reshape(model.logit_scale.shape)
+    check_fit(state, model, f"model.pretrained: {path}")
+    resize_positions(state, model)
+    log.info("pretrained weights from %s", path)
+    return dict(state)
+
+
+def check_fit(state: Mapping[str, Tensor], model: nn.Module, where: str) -> None:
+    """Whether a state dict fits a model, position tables of another length aside.
+
+    Args:
+        state: weights.
+        model: what they are for.
+        where: the file that the weights come from, for the message.
+
+    Raises:
+        ConfigError: names the first tensors that do not fit, with both shapes.
+    """
+    misfits = _misfits(state, model)
+    if misfits:
+        more = f"; and {len(misfits) - 3} more" if len(misfits) > 3 else ""
+        raise ConfigError(
+            f"{where} holds another architecture: {'; '.join(misfits[:3])}{more}. Hint: the model must "
+            "be built from the config that these weights were trained with"
+        )
+
+
+def resize_positions(state: dict[str, Tensor], model: nn.Module) -> None:
+    """Resize the position tables in `state` to the lengths of `model`, in place.
+
+    open_clip's own functions: image, bicubic with antialias over the grid, class token kept; text, linear.
+    """
+    resize_pos_embed(state, model)
+    resize_text_pos_embed(state, model)
+
+
+def normalize(images_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Bytes of images as float32 model input, on the device that the bytes are on."""
+    device = images_BCHW.device
+    mean_C11 = torch.tensor(mean, device=device).view(-1, 1, 1) * 255
+    std_C11 = torch.tensor(std, device=device).view(-1, 1, 1) * 255
+    return (images_BCHW.float() - mean_C11) / std_C11
+
+
+def mlp_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of the MLPs of all blocks of both towers, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if _MLP.match(name)}
+
+
+def _architecture(settings: ModelSettings) -> dict[str, Any]:
+    if settings.config is not None:
+        return copy.deepcopy(settings.config)
+    config = open_clip.get_model_config(settings.name)
+    if config is None:
+        known = open_clip.list_models()
+        close = difflib.get_close_matches(str(settings.name), known, n=3)
+        hint = (
+            f"did you mean {' or '.join(close)}?"
+            if close
+            else f"one of {', '.join(known[:8])}, ..."
+        )
+        raise ConfigError(
+            f"model.name = {settings.name!r} is no architecture of open_clip. Hint: {hint}"
+        )
+    return dict(config)
+
+
+def _check_keys(config: dict[str, Any]) -> None:
+    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
+    if missing:
+        raise ConfigError(
+            f"model.config lacks {', '.join(missing)}. Hint: it has the form of open_clip's model "
+            "JSONs, {embed_dim: 128, vision_cfg: {...}, text_cfg: {...}}"
+        )
+    known = {*inspect.signature(open_clip.CustomTextCLIP).parameters, "custom_text"}
+    _check_unknown("model.config", config, known)
+    sections = {"vision_cfg": open_clip.CLIPVisionCfg, "text_cfg": open_clip.CLIPTextCfg}
+    for section, fields_of in sections.items():
+        where = f"model.config.{section}"
+        if not isinstance(config[section], dict):
+            raise ConfigError(f"{where} must be a mapping, got {config[section]!r}")
+        _check_unknown(where, config[section], {f.name for f in dataclasses.fields(fields_of)})
+
+
+def _check_towers(config: dict[str, Any]) -> None:
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    foreign = [
+        *(["a timm image tower"] if vision.get("timm_model_name") else []),
+        *(["a ResNet image tower"] if isinstance(vision.get("layers"), list | tuple) else []),
+        *(["a Hugging Face text tower"] if text.get("hf_model_name") else []),
+        *(["a Hugging Face tokenizer"] if text.get("hf_tokenizer_name") else []),
+    ]
+    if foreign:
+        raise ConfigError(
+            f"model: {' and '.join(foreign)} is not supported: experts are grafted into open_clip's "
+            "own transformers, and captions become tokens of CLIP's vocabulary. Hint: e.g. ViT-B-16"
+        )
+
+
+def _check_unknown(where: str, config: dict[str, Any], known: Collection[str]) -> None:
+    for key in config:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean `{close[0]}`?" if close else f"one of {', '.join(sorted(known))}"
+            raise ConfigError(f"{where}: open_clip has no key `{key}`. Hint: {hint}")
+
+
+def _with_sizes(
+    config: dict[str, Any], image_size: int | None, text_length: int | None
+) -> dict[str, Any]:
+    config = copy.deepcopy(config)
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    vision["image_size"] = image_size or vision["image_size"]
+    text["context_length"] = text_length or text["context_length"]
+    patch = vision.get("patch_size", open_clip.CLIPVisionCfg.patch_size)
+    side = vision["image_size"]
+    if isinstance(side, int) and isinstance(patch, int) and side % patch:
+        lower = side // patch * patch
+        raise ConfigError(
+            f"image_size = {side} is not divisible by the patch size {patch} of the model. "
+            f"Hint: {lower or patch} or {lower + patch}"
+        )
+    return config
+
+
+def _pretrained_tag(settings: ModelSettings) -> dict[str, Any]:
+    """What open_clip knows of these weights; empty if there are none, or if they are a local file."""
+    if settings.pretrained is None or settings.name is None:
+        return {}
+    return dict(open_clip.get_pretrained_cfg(settings.name, settings.pretrained))
+
+
+def _check_vocabulary(settings: ModelSettings, config: dict[str, Any], vocab_size: int) -> None:
+    rows = config["text_cfg"].get("vocab_size", open_clip.CLIPTextCfg.vocab_size)
+    if rows != vocab_size:
+        raise ConfigError(
+            f"model.pretrained = {settings.pretrained!r}: its token table has {rows:,} rows, the "
+            f"vocabulary of the data has {vocab_size:,}. Hint: `index: {{vocabulary: full}}`"
+        )
+
+
+def _adopt_activation(settings: ModelSettings, config: dict[str, Any], tag: dict[str, Any]) -> None:
+    trained_with = bool(tag.get("quick_gelu", False))
+    if trained_with != bool(config.get("quick_gelu", False)):
+        log.info(
+            "%s/%s was trained with %s, unlike the architecture of that name: using it",
+            settings.name,
+            settings.pretrained,
+            "QuickGELU" if trained_with else "GELU",
+        )
+    config["quick_gelu"] = trained_with
+
+
+def _download(settings: ModelSettings, tag: dict[str, Any]) -> str:
+    try:
+        return str(open_clip.download_pretrained(tag))
+    except Exception as error:  # the hub and urllib have many of their own
+        raise ConfigError(
+            f"model.pretrained = {settings.pretrained!r} cannot be downloaded: {str(error)[:200]}. "
+            "Hint: on a machine without network, give the path of a checkpoint"
+        ) from None
+
+
+def _local_checkpoint(settings: ModelSettings) -> str:
+    path = Path(os.path.expandvars(str(settings.pretrained))).expanduser()
+    if path.is_file():
+        return str(path)
+    known = open_clip.list_pretrained_tags_by_model(settings.name) if settings.name else []
+    hint = f"tags of {settings.name}: {', '.join(known)}" if known else "tags need `model.name`"
+    raise ConfigError(
+        f"model.pretrained = {settings.pretrained!r} is no tag of open_clip and no file. Hint: {hint}"
+    )
+
+
+def _misfits(state: Mapping[str, Tensor], model: nn.Module) -> list[str]:
+    expected = model.state_dict()
+    misfits = []
+    for name in expected.keys() & state.keys():
+        ours, theirs = list(expected[name].shape), list(state[name].shape)
+        resizable = name in POSITIONS and len(theirs) == len(ours)
+        if theirs != ours and not (resizable and theirs[1:] == ours[1:]):
+            misfits.append(f"{name} is {theirs}, the model has {ours}")
+    misfits = sorted(misfits)
+    misfits += [f"{name} is missing" for name in expected if name not in state]
+    misfits += [f"{name} is not in the model" for name in state if name not in expected]
+    return misfits

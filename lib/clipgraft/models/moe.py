@@ -1,0 +1,281 @@
+"""Mixture-of-experts MLPs, grafted in place of the dense MLPs of an open_clip model.
+
+Each token goes through the top_k experts that a linear router likes best; their outputs are summed with the
+renormalised probabilities, which add up to 1, so that identical experts are the dense model exactly. Decisions:
+weights of all experts of a layer are stacked, `[E, F, D]`; the router is float32 whatever autocast says; no token
+is ever dropped; padding after the end token is not routed at all and gets a zero (with a causal mask nothing that
+is used later can see it). Towers, not layers, know which tokens are padding and whether this is a real forward or
+the second one of gradient checkpointing: hooks on the tower tell its layers through a `TowerState`.
+"""
+
+# Shapes: B batch, L sequence, T tokens, P = T * K routed rows, D width, F hidden, E experts, K top-k
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipgraft.config import ConfigError
+
+TOWERS = ("visual", "text")
+_MLP_TENSORS = ("c_fc.weight", "c_fc.bias", "c_proj.weight", "c_proj.bias")
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the router of one layer decided in the last forward; rows are tokens, padding left out."""
+
+    logits_TE: Tensor
+    probs_TE: Tensor
+    topk_TK: Tensor
+
+
+@dataclass
+class TowerState:
+    """What the MoE layers of a tower must know of the forward they are in."""
+
+    is_forward: bool = False  # false while gradient checkpointing computes a block again
+    real_BL: Tensor | None = None  # tokens that are not padding; None: all are
+
+
+class MoeMlp(nn.Module):
+    """Experts and their router, in place of the MLP of one block."""
+
+    def __init__(self, dense: nn.Module, num_experts: int, top_k: int, state: TowerState) -> None:
+        """Take over the activation and the sizes of a dense MLP; weights are left uninitialised.
+
+        Args:
+            dense: open_clip's `Sequential(c_fc, gelu, c_proj)`.
+            num_experts: E.
+            top_k: experts per token.
+            state: shared by the layers of a tower.
+        """
+        super().__init__()
+        width, hidden = dense.c_fc.in_features, dense.c_fc.out_features
+        like = dense.c_fc.weight
+        self.c_fc_weight = nn.Parameter(like.new_empty(num_experts, hidden, width))
+        self.c_fc_bias = nn.Parameter(like.new_empty(num_experts, hidden))
+        self.c_proj_weight = nn.Parameter(like.new_empty(num_experts, width, hidden))
+        self.c_proj_bias = nn.Parameter(like.new_empty(num_experts, width))
+        self.router = nn.Parameter(like.new_empty(num_experts, width, dtype=torch.float32))
+        self.gelu = dense.gelu
+        self.top_k = top_k
+        self.state = state
+        self.routing: Routing | None = None
+
+    @property
+    def c_fc(self) -> SimpleNamespace:
+        """For open_clip, which looks up the dtype of a tower at `mlp.c_fc.weight` of its first block."""
+        return SimpleNamespace(weight=self.c_fc_weight)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """Route each real token to its experts; padding gets zeros."""
+        real_BL = self.state.real_BL
+        x_TD = x_BLD.flatten(0, 1) if real_BL is None else x_BLD[real_BL]
+        gates_TK, topk_TK = self._route(x_TD)
+        y_TD = self._mix(x_TD, gates_TK, topk_TK)
+        if real_BL is None:
+            return y_TD.view(x_BLD.shape)
+        y_BLD = y_TD.new_zeros(x_BLD.shape)
+        y_BLD[real_BL] = y_TD
+        return y_BLD
+
+    def _route(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_TE = F.linear(x_TD.float(), self.router)
+            probs_TE = logits_TE.softmax(1)
+            gates_TK, topk_TK = probs_TE.topk(self.top_k, dim=1)
+            gates_TK = gates_TK / gates_TK.sum(1, keepdim=True)
+        if self.state.is_forward:
+            self.routing = Routing(logits_TE, probs_TE, topk_TK)
+        return gates_TK, topk_TK
+
+    def _mix(self, x_TD: Tensor, gates_TK: Tensor, topk_TK: Tensor) -> Tensor:
+        """Sort the (token, choice) rows by expert, run each expert on its rows, undo the sort, sum."""
+        num_experts, top_k = len(self.router), self.top_k
+        order_P = topk_TK.flatten().argsort(stable=True)
+        rows = topk_TK.flatten().bincount(minlength=num_experts).tolist()
+        x_PD = x_TD[order_P // top_k]
+        # unbind, not [e]: the gradient of a selection is as large as the whole stack, for each expert. An expert
+        # without rows is run all the same: its gradient must be zero, not missing.
+        experts = zip(
+            x_PD.split(rows),
+            self.c_fc_weight.unbind(),
+            self.c_fc_bias.unbind(),
+            self.c_proj_weight.unbind(),
+            self.c_proj_bias.unbind(),
+            strict=True,
+        )
+        y_PD = torch.cat(
+            [F.linear(self.gelu(F.linear(x, w1, b1)), w2, b2) for x, w1, b1, w2, b2 in experts]
+        )
+        place_P = torch.empty_like(order_P)
+        place_P[order_P] = torch.arange(len(order_P), device=order_P.device)
+        # The inverse permutation and a sum over K, rather than index_add: the same result on every run.
+        y_TKD = y_PD[place_P].view(-1, top_k, y_PD.shape[1])
+        return (y_TKD * gates_TK[..., None]).sum(1).to(y_PD.dtype)
+
+
+def upcycle(
+    model: nn.Module,
+    expert_state_dicts: Sequence[Mapping[str, Tensor]],
+    *,
+    top_k: int,
+    image_layers: str | Sequence[int],
+    text_layers: str | Sequence[int],
+    generator: torch.Generator,
+) -> dict[str, Any]:
+    """Make a dense model a mixture of experts, in place.
+
+    Everything but the MLPs stays as it is in `model` (expert 0).
+
+    Args:
+        model: dense.
+        expert_state_dicts: one per expert, expert 0 first; at least the MLP tensors, named as in the dense model.
+        top_k: experts per token.
+        image_layers: blocks of the image tower that get experts, or "all".
+        text_layers: the same for the text tower.
+        generator: for the routers, U(-1/sqrt(D), 1/sqrt(D)).
+
+    Returns:
+        What `insert_experts` needs to make this model again: the `moe` entry of `model.json`.
+
+    Raises:
+        ConfigError: if a block does not exist, an expert lacks a tensor or has another shape, or top_k is too large.
+    """
+    moe_spec = insert_experts(
+        model, len(expert_state_dicts), top_k, image_layers=image_layers, text_layers=text_layers
+    )
+    for path, moe in _moe_layers(model):
+        bound = 1 / math.sqrt(moe.router.shape[1])
+        values = torch.rand(moe.router.shape, generator=generator, dtype=torch.float32)
+        with torch.no_grad():
+            moe.router.copy_((2 * values - 1) * bound)
+            for tensor in _MLP_TENSORS:
+                stack = getattr(moe, tensor.replace(".", "_"))
+                for e, expert in enumerate(expert_state_dicts):
+                    stack[e].copy_(_expert_tensor(expert, f"{path}.{tensor}", e, stack[e]))
+    return moe_spec
+
+
+def insert_experts(
+    model: nn.Module,
+    num_experts: int,
+    top_k: int,
+    *,
+    image_layers: str | Sequence[int],
+    text_layers: str | Sequence[int],
+) -> dict[str, Any]:
+    """Replace dense MLPs by uninitialised `MoeMlp`, in place; for `upcycle`, and for loading.
+
+    Returns:
+        The arguments, with layers spelled out.
+
+    Raises:
+        ConfigError: if a block does not exist, top_k is too large, or padding could be seen by real tokens.
+    """
+    if not 1 <= top_k <= num_experts:
+        raise ConfigError(
+            f"moe.top_k = {top_k} of {num_experts} experts. Hint: 1 to {num_experts}; num_experts counts expert 0"
+        )
+    spelled_out: dict[str, list[int]] = {}
+    for tower, layers in zip(TOWERS, (image_layers, text_layers), strict=True):
+        module = getattr(model, tower)
+        blocks = module.transformer.resblocks
+        numbers = layer_numbers(layers, len(blocks), tower)
+        state = TowerState()
+        for number in numbers:
+            _check_plain(blocks[number].mlp, f"{tower}.{number}")
+            blocks[number].mlp = MoeMlp(blocks[number].mlp, num_experts, top_k, state)
+        if numbers:
+            _hook(module, state, is_text=tower == "text")
+        spelled_out["image_layers" if tower == "visual" else "text_layers"] = numbers
+    return {"num_experts": num_experts, "top_k": top_k, **spelled_out}
+
+
+def layer_numbers(layers: str | Sequence[int], num_layers: int, tower: str) -> list[int]:
+    """Blocks that get experts, in order.
+
+    Raises:
+        ConfigError: if the tower has no such block.
+    """
+    if layers == "all":
+        return list(range(num_layers))
+    numbers = sorted({int(layer) for layer in layers})
+    wrong = [number for number in numbers if not 0 <= number < num_layers]
+    if wrong:
+        raise ConfigError(
+            f"moe: the {'image' if tower == 'visual' else tower} tower has {num_layers} blocks, no block "
+            f"{', '.join(map(str, wrong))}. Hint: 0 to {num_layers - 1}, or `all`"
+        )
+    return numbers
+
+
+def routings(model: nn.Module) -> dict[str, Routing]:
+    """Routing of each MoE layer in the last forward of its tower, e.g. `visual.3`; handed over, not kept."""
+    taken = {}
+    for path, moe in _moe_layers(model):
+        if moe.routing is not None:
+            tower, number = path.split(".")[0], path.split(".")[3]
+            taken[f"{tower}.{number}"] = moe.routing
+            moe.routing = None
+    return taken
+
+
+def router_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The routers, by parameter name."""
+    return {f"{path}.router": moe.router for path, moe in _moe_layers(model)}
+
+
+def _moe_layers(model: nn.Module) -> list[tuple[str, MoeMlp]]:
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, MoeMlp)]
+
+
+def _expert_tensor(expert: Mapping[str, Tensor], name: str, number: int, like: Tensor) -> Tensor:
+    if name not in expert or expert[name].shape != like.shape:
+        has = f"has {list(expert[name].shape)} for" if name in expert else "lacks"
+        raise ConfigError(
+            f"expert {number} {has} {name}, the model has {list(like.shape)}. Hint: all experts must be "
+            "fine-tuned from the same base model"
+        )
+    return expert[name]
+
+
+def _check_plain(mlp: nn.Module, where: str) -> None:
+    if not isinstance(getattr(mlp, "ln", nn.Identity()), nn.Identity):
+        raise ConfigError(
+            f"moe: the MLP of {where} has a norm inside (scale_fc). Hint: not supported"
+        )
+
+
+def _hook(tower: nn.Module, state: TowerState, *, is_text: bool) -> None:
+    """Tell the layers of a tower which forward they are in, and which tokens are padding."""
+    if is_text and (
+        tower.attn_mask is None or tower.pool_type != "argmax" or tower.cls_emb is not None
+    ):
+        raise ConfigError(
+            "moe: experts in the text tower need a causal mask and features taken at the end token, so that "
+            "padding is never seen. Hint: `text_layers: []`, or an architecture without no_causal_mask, "
+            "embed_cls and pool_type"
+        )
+
+    def before(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        state.is_forward = True
+        if is_text:
+            text_BL = arguments[0]
+            position_L = torch.arange(text_BL.shape[1], device=text_BL.device)
+            # Padding follows the end token, the highest id. Id 0 alone is no sign of it: it is "!".
+            state.real_BL = position_L <= text_BL.argmax(1, keepdim=True)
+
+    def after(*_: Any) -> None:
+        state.is_forward = False  # real_BL stays, for blocks computed again in backward
+
+    tower.register_forward_pre_hook(before)
+    tower.register_forward_hook(after, always_call=True)

@@ -1,0 +1,61 @@
+"""AdamW and its schedule: which parameters decay, and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from clipgraft.config import OptimSettings
+
+_UNDECAYED = ("bn", "ln", "bias", "logit_scale")  # open_clip's list
+
+
+def parameter_groups(
+    named_parameters: Mapping[str, nn.Parameter], weight_decay: float
+) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer: decayed, not decayed, frozen ones left out.
+
+    Norms, biases and logit_scale are not decayed, as in open_clip (token and position tables are). Biases are
+    recognised by name, too, because those of stacked experts have two dimensions.
+    """
+    trained = {name: p for name, p in named_parameters.items() if p.requires_grad}
+    kept = {
+        name: p
+        for name, p in trained.items()
+        if p.ndim < 2 or any(part in name for part in _UNDECAYED)
+    }
+    decayed = [p for name, p in trained.items() if name not in kept]
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": list(kept.values()), "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(
+    named_parameters: Mapping[str, nn.Parameter], settings: OptimSettings
+) -> torch.optim.AdamW:
+    """AdamW over the parameters that want a gradient; the learning rate is set per step by the caller."""
+    groups = parameter_groups(named_parameters, settings.weight_decay)
+    devices = {p.device.type for group in groups for p in group["params"]}
+    return torch.optim.AdamW(
+        groups,
+        lr=settings.lr,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        fused=devices <= {"cuda", "cpu"},
+    )
+
+
+def cosine_lr(
+    step: int, num_steps: int, warmup_steps: int, lr: float, lr_min: float = 0.0
+) -> float:
+    """Learning rate of step `step` (from 0): linear up to `lr` over the warm-up, then a half cosine to `lr_min`."""
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+    return lr_min + (lr - lr_min) * (1 + math.cos(math.pi * progress)) / 2

@@ -1,0 +1,175 @@
+"""Figures of the results: every model against every metric, and against what it cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from clipgraft.report.figures import heat_map
+from clipgraft.report.read import Model
+from clipgraft.report.style import INK, MUTED, Canvas, Figure, canvas, counts_on, draw, hide_unused
+from clipgraft.report.tables import Column, displayed, num_images_of
+
+MAX_CONFUSIONS = 6
+MAX_CLASSES = 30  # of a confusion that can be read
+_ANNOTATED_CLASSES = 10
+
+
+def plot_metrics(models: Sequence[Model], columns: Sequence[Column]) -> Figure:
+    """One line per metric, one dot per model, a tick for chance.
+
+    Args:
+        models: in pipeline order.
+        columns: the main metrics.
+    """
+    tasks = list(dict.fromkeys(column.task for column in columns))
+    rows = [
+        {"task": column.task, "metric": column.key, "model": name, "value": value}
+        for column in columns
+        for name, value in {"chance": column.chance, **column.values}.items()
+    ]
+
+    def plot() -> Canvas:
+        most = max(sum(column.task == task for column in columns) for task in tasks)
+        per_line = min(2, len(tasks))
+        lines = math.ceil(len(tasks) / per_line)
+        figure, axes = canvas((0.9 + 0.3 * most) * lines + 0.4, lines, per_line, sharex=True)
+        for axis, task in zip(hide_unused(axes, len(tasks)), tasks, strict=True):
+            _dots(axis, models, [column for column in columns if column.task == task])
+            axis.set_title(task)
+        _legend(figure, models)
+        return figure
+
+    caption = (
+        "Per cent, further right is better; the grey tick is chance. Look for the metrics in which "
+        "experts pass the base and whether the MoE keeps the best of each. Bad: a MoE left of the control, "
+        "which had the same kind of extra training without clusters and routers."
+    )
+    return draw("results_metrics", "All models, all main metrics", caption, rows, plot)
+
+
+def plot_cost(models: Sequence[Model], column: Column) -> Figure:
+    """One metric against samples seen and against minutes.
+
+    Args:
+        models: in pipeline order.
+        column: the metric.
+    """
+    shown = [model for model in models if model.key in column.values]
+    rows = [
+        {
+            "model": model.key,
+            "samples_seen": model.samples_seen,
+            "minutes": model.minutes,
+            column.key: column.values[model.key],
+        }
+        for model in shown
+    ]
+
+    def plot() -> Canvas:
+        figure, axes = canvas(3.2, 1, 2, sharey=True)
+        for axis, name in zip(axes[0], ("samples_seen", "minutes"), strict=True):
+            for model in shown:
+                x, y = getattr(model, name), 100 * column.values[model.key]
+                axis.plot(x, y, _marker(model), color=model.colour, markersize=8)
+            axis.axhline(100 * column.chance, color=MUTED, linewidth=1, linestyle="--")
+            axis.set(xlabel=name.replace("_", " "), xlim=(0, None), ylim=(0, None))
+            axis.margins(0.08)
+        axes[0, 0].set_ylabel(f"{column.task}: {column.short}, %")
+        counts_on(axes[0, 0].xaxis)
+        _legend(figure, shown)
+        return figure
+
+    caption = (
+        "Cost is all training that a model rests upon: the MoE pays for its base, its experts, their "
+        "clusters and its routers. Dashed: chance. Bad: a control to the left of and above the MoE, which "
+        "then bought nothing."
+    )
+    return draw("results_cost", "Accuracy against cost of training", caption, rows, plot)
+
+
+def plot_confusions(task: str, model: Model) -> Figure | None:
+    """What one model takes for what, per label of a task; None if no label has few enough classes.
+
+    Args:
+        task: name of the task.
+        model: the model.
+    """
+    zero_shot = model.results[task].get("zero_shot") or {}
+    labels = {name: r for name, r in zero_shot.items() if r["num_classes"] <= MAX_CLASSES}
+    labels = dict(list(labels.items())[:MAX_CONFUSIONS])
+    if not labels:
+        return None
+    rows = [
+        {"label": name, "class": true, "predicted": guess, "samples": about["confusion"][i][j]}
+        for name, about in labels.items()
+        for i, true in enumerate(about["classes"])
+        for j, guess in enumerate(about["classes"])
+    ]
+
+    def plot() -> Canvas:
+        per_line = min(3, len(labels))
+        lines = math.ceil(len(labels) / per_line)
+        figure, axes = canvas(3.3 * lines, lines, per_line)
+        for axis, (name, about) in zip(hide_unused(axes, len(labels)), labels.items(), strict=True):
+            _confusion(axis, about)
+            axis.set_title(f"{name}, {displayed(about['acc1']):.1f} %")
+        return figure
+
+    caption = (
+        f"Rows are what is there, columns what {model.title} says, in per cent of the row. Good is a dark "
+        "diagonal. Bad: a dark column (a class that is said of everything), or a block off the "
+        "diagonal (classes that the model cannot tell apart)."
+    )
+    return draw("results_confusion", f"Confusion of {model.title} on {task}", caption, rows, plot)
+
+
+def noise_of(result: Mapping[str, Any]) -> float:
+    """Two standard errors, in points, of a share near one half of the images of a result."""
+    return 200 * math.sqrt(0.25 / num_images_of(result))
+
+
+def _dots(axis: Axes, models: Sequence[Model], columns: Sequence[Column]) -> None:
+    for line, column in enumerate(columns):
+        found = [100 * column.values[m.key] for m in models if m.key in column.values]
+        axis.plot([min(found), max(found)], [line, line], color="#D1D5DB", linewidth=3, zorder=1)
+        axis.plot(100 * column.chance, line, "|", color=MUTED, markersize=11, markeredgewidth=1.6)
+        # Equal models would hide one another: they are moved apart a little.
+        for number, model in enumerate(m for m in models if m.key in column.values):
+            shift = 0.34 * ((number + 0.5) / len(found) - 0.5)
+            x = 100 * column.values[model.key]
+            axis.plot(x, line + shift, _marker(model), color=model.colour, markersize=6.5)
+    axis.set_yticks(range(len(columns)), [column.short for column in columns])
+    axis.tick_params(axis="y", length=0, labelcolor=INK)
+    axis.set(xlim=(0, 100), ylim=(len(columns) - 0.4, -0.6))
+    axis.xaxis.set_major_formatter("{x:.0f} %")
+    axis.grid(axis="y", visible=False)
+
+
+def _marker(model: Model) -> str:
+    if model.key.startswith("expert_"):
+        return "o"
+    return {"base": "s", "upcycled": "^", "moe": "D"}.get(model.key, "v")
+
+
+def _legend(figure: Canvas, models: Sequence[Model]) -> None:
+    handles = [
+        Line2D([], [], linestyle="", marker=_marker(m), color=m.colour, label=m.title) for m in models
+    ]
+    figure.legend(
+        handles=handles, loc="outside upper left", ncols=len(handles), handletextpad=0.2, columnspacing=1.4
+    )
+
+
+def _confusion(axis: Axes, about: Mapping[str, Any]) -> None:
+    counts = np.array(about["confusion"], dtype=float)
+    percent = 100 * counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    text = "{:.0f}" if len(counts) <= _ANNOTATED_CLASSES else None
+    heat_map(axis, percent, about["classes"], about["classes"], high=100, text=text)
+    axis.tick_params(axis="x", labelrotation=90 if len(counts) > 4 else 0)
+    axis.tick_params(labelsize=7.5 if len(counts) <= _ANNOTATED_CLASSES else 5.5)

@@ -1,0 +1,179 @@
+"""Stage `report`: everything a run has to show, on one page, with the numbers as files.
+
+Writes `report.html` (self-contained), `results.csv` (all metrics), `results.txt` (the main ones, for the
+terminal) and `figures/` (every figure as SVG, with its numbers as CSV).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from clipgraft.config import ReportJob
+from clipgraft.report.page import render
+from clipgraft.report.read import Model, Run
+from clipgraft.report.sections import (
+    TRAIN,
+    Section,
+    data_section,
+    experts_section,
+    lead_column,
+    moe_section,
+    pretraining_section,
+    results_section,
+    settings_text,
+)
+from clipgraft.report.tables import (
+    Column,
+    columns_of,
+    displayed,
+    human,
+    results_csv,
+    results_text,
+    to_csv,
+)
+
+log = logging.getLogger(__name__)
+
+
+def report(settings: ReportJob, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
+    """Write the report of a run.
+
+    Args:
+        settings: title, name of the run, number of pictures.
+        inputs: name of each job of the run to its folder, as planned: `pretrain/short`,
+            `evaluate/base/renders` and so on.
+        out: folder to write.
+    Returns:
+        Facts for the manifest.
+    """
+    run = Run.open(inputs)
+    models = run.models()
+    columns = columns_of(models)
+    samples = run.samples(TRAIN)
+    sections = [
+        data_section(run, samples, settings.num_pictures),
+        pretraining_section(run),
+        experts_section(run, samples, models),
+        moe_section(run),
+        results_section(run, models, columns),
+    ]
+    sections = [section for section in sections if not section.is_empty]
+    _write_figures(sections, out / "figures")
+    text = results_text(models, columns)
+    (out / "results.txt").write_text(text)
+    (out / "results.csv").write_text(results_csv(models, columns))
+    page = render(
+        {
+            "title": settings.title,
+            "run": settings.run,
+            "subtitle": _subtitle(run),
+            "headline": _headline(models, columns),
+            "tiles": _tiles(run, models, columns, len(samples)),
+            "provenance": _provenance(run),
+            "jobs": _jobs(run),
+            "sections": sections,
+        }
+    )
+    (out / "report.html").write_text(page, encoding="utf-8")
+    for line in text.splitlines():
+        log.info("%s", line)
+    return {
+        "num_models": len(models),
+        "num_figures": sum(len(section.figures) for section in sections),
+        "html_bytes": len(page.encode()),
+        "run_seconds": round(run.seconds, 1),
+    }
+
+
+def _write_figures(sections: Sequence[Section], folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for figure in (figure for section in sections for figure in section.figures):
+        (folder / f"{figure.name}.svg").write_text(figure.svg)
+        (folder / f"{figure.name}.csv").write_text(to_csv(figure.rows))
+
+
+def _subtitle(run: Run) -> str:
+    """Commit, hardware and seed, each as often as they differ."""
+    manifests = run.manifests.values()
+    commits = dict.fromkeys(m["git"] for m in manifests if m.get("git"))
+    machines = dict.fromkeys(_machine(m["hardware"]) for m in manifests if m.get("hardware"))
+    seeds = dict.fromkeys(m["settings"]["seed"] for m in manifests if "seed" in m["settings"])
+    parts = [f"commit {', '.join(commits)}"] if commits else []
+    parts += [" / ".join(machines)] if machines else []
+    parts += [f"seed {', '.join(map(str, seeds))}"] if seeds else []
+    return " \N{MIDDLE DOT} ".join(parts)
+
+
+def _machine(hardware: Mapping[str, Any]) -> str:
+    devices = hardware.get("devices") or []
+    names = [f"{devices.count(name)} x {name}" for name in dict.fromkeys(devices)]
+    return " + ".join(names) or f"{hardware['cores']} cores, {hardware['processor']}"
+
+
+def _headline(models: Sequence[Model], columns: Sequence[Column]) -> str:
+    """The outcome in one sentence; a loss is said as plainly as a gain."""
+    if not columns:
+        return ""
+    lead, final = lead_column(columns), models[-1]
+    titles = {model.key: model.title for model in models}
+    if final.key not in lead.values:
+        return ""
+    values = {key: displayed(value) for key, value in lead.values.items()}
+    others = [key for key in values if key != final.key]
+    compared = "".join(f", {titles[key]} {values[key]:.1f} %" for key in others if not key.startswith("expert_"))
+    best = max(others, key=lambda key: values[key], default=None)
+    verdict = ""
+    if best is not None:
+        difference = values[final.key] - values[best]
+        verdict = f" That is {abs(difference):.1f} points {'above' if difference > 0 else 'below'} {titles[best]}, "
+        verdict += "the next best." if difference > 0 else "the best model of the run."
+        if difference == 0:
+            verdict = f" {titles[best].capitalize()} is as good."
+    return (
+        f"On {lead.task}, {lead.short} of {final.title} is {values[final.key]:.1f} %{compared}; chance is "
+        f"{displayed(lead.chance):.1f} %.{verdict}"
+    )
+
+
+def _tiles(run: Run, models: Sequence[Model], columns: Sequence[Column], num_samples: int) -> list[dict[str, str]]:
+    minutes = run.seconds / 60
+    tiles = []
+    if columns and models[-1].key in lead_column(columns).values:
+        lead, final = lead_column(columns), models[-1]
+        text = f"{lead.short} of {final.title} on {lead.task}"
+        tiles.append({"value": f"{displayed(lead.values[final.key]):.1f} %", "text": text})
+    tiles.append({"value": human(num_samples), "text": "training samples"})
+    if models:
+        seen = max(model.samples_seen for model in models)
+        tiles.append({"value": human(seen), "text": "samples seen in all training of the final model"})
+    value = f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+    tiles.append({"value": value, "text": f"in {len(run.folders)} jobs, one after the other"})
+    return tiles
+
+
+def _provenance(run: Run) -> str:
+    packages: dict[str, dict[str, None]] = {}
+    for manifest in run.manifests.values():
+        for name, version in (manifest.get("packages") or {}).items():
+            packages.setdefault(name, {})[version] = None
+    return ", ".join(f"{name} {' / '.join(versions)}" for name, versions in packages.items())
+
+
+def _jobs(run: Run) -> list[dict[str, str]]:
+    rows = []
+    for name, manifest in run.manifests.items():
+        seen, memory = manifest.get("samples_seen"), manifest.get("peak_memory_mb")
+        rows.append(
+            {
+                "name": name,
+                "version": run.folders[name].resolve().name,
+                "seconds": f"{manifest.get('seconds') or 0:,.1f}",
+                "memory": f"{memory:,}" if memory else "-",
+                "samples_seen": f"{seen:,}" if seen else "-",
+                "settings": settings_text(manifest["settings"]),
+            }
+        )
+    return rows

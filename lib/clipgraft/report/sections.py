@@ -1,0 +1,358 @@
+"""The sections of the page: which figures, tables and pictures, from the folders of a run.
+
+What a run does not have is left out, and a section without anything in it as well.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from sklearn.metrics import normalized_mutual_info_score
+
+from clipgraft.data.samples import Samples
+from clipgraft.report import figures, figures_results
+from clipgraft.report.pictures import (
+    Picture,
+    cluster_sheets,
+    retrieval_pictures,
+    sample_sheet,
+)
+from clipgraft.report.read import Model, Run, read_json, read_metrics
+from clipgraft.report.style import Figure
+from clipgraft.report.tables import Column, cost_cells, displayed, size_of_task
+
+TRAIN = "train"
+MAX_REASONS = 8
+
+
+@dataclass
+class Section:
+    """One numbered section."""
+
+    id: str
+    title: str
+    text: str = ""
+    tables: list[dict[str, Any]] = field(default_factory=list)
+    sheet: list[Picture] = field(default_factory=list)
+    sheet_title: str = ""
+    sheet_caption: str = ""
+    figures: list[Figure] = field(default_factory=list)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    examples: dict[str, Any] | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to show."""
+        return not (self.tables or self.sheet or self.figures or self.rounds or self.examples)
+
+
+def data_section(run: Run, samples: Samples, num_pictures: int) -> Section:
+    """1 Data: what came, what was left out, what it looks like."""
+    section = Section("data", "Data", sheet_title="A look at the training set")
+    section.tables.append(_data_table(run))
+    section.sheet = sample_sheet(samples, num_pictures)
+    section.sheet_caption = (
+        "Samples evenly spread over the training set, each with its first caption. Bad: captions "
+        "that do not tell what is in the picture, the same picture over and over, logos and text."
+    )
+    folder = run.folders[f"index/{TRAIN}"]
+    phases = {name: run.manifest("pretrain", name)["settings"] for name in run.of_stage("pretrain")}
+    lengths, unit = _caption_lengths(run, samples)
+    limits = {name: about["text_length"] for name, about in phases.items()} if unit == "tokens" else {}
+    section.figures.append(figures.plot_caption_lengths(lengths, unit, limits))
+    table = pq.read_table(folder / "samples.parquet", columns=["width", "height"])
+    width, height = table["width"].to_numpy(), table["height"].to_numpy()
+    largest = max((about["image_size"] for about in phases.values()), default=224)
+    if len(np.unique(np.stack([width, height], 1), axis=0)) > 1:
+        section.figures.append(figures.plot_image_sizes(width, height, largest))
+    else:
+        section.text = f"All training images are {width[0]} x {height[0]} pixels. "
+    rejected = _rejects(run)
+    if rejected:
+        section.figures.append(figures.plot_rejects(rejected))
+    else:
+        section.text += "No image was lost or rejected."
+    return section
+
+
+def pretraining_section(run: Run) -> Section:
+    """2 Pretraining: the curves of all phases, one after the other."""
+    section = Section("pretraining", "Pretraining")
+    rows, spans, seen, batch = [], {}, 0, 2
+    for phase, folder in run.of_stage("pretrain").items():
+        manifest = run.manifest("pretrain", phase)
+        for row in read_metrics(folder):
+            rows.append({**row, "phase": phase, "samples_seen": seen + row["samples_seen"]})
+        length = manifest.get("samples_seen") or 0
+        if length:
+            spans[phase], batch = (seen, seen + length), manifest["settings"]["batch_size"]
+        seen += length
+    if rows:
+        section.figures.append(figures.plot_pretraining(_same_keys(rows), spans, batch))
+    return section
+
+
+def experts_section(run: Run, samples: Samples, models: Sequence[Model]) -> Section:
+    """3 Experts: what the clusters of each round are, and what was learnt from them."""
+    section = Section("experts", "Experts")
+    rounds = {name: read_json(f / "clusters.json") for name, f in run.of_stage("cluster").items()}
+    tuned = run.of_stage("finetune_expert")
+    if rounds:
+        section.tables.append(_rounds_table(rounds))
+        batches = [run.manifest("finetune_expert", name)["settings"]["batch_size"] for name in tuned]
+        section.figures.append(figures.plot_cluster_sizes(rounds, max(batches, default=1)))
+        known = _agreement_rows(run, samples)
+        if known:
+            section.figures.append(figures.plot_agreement(known))
+    by_name = {_expert_key(name): read_metrics(folder) for name, folder in tuned.items()}
+    shown = {m.key: m for m in models}
+    series = {key: rows for key, rows in by_name.items() if rows and key in shown}
+    if series:
+        titles = {key: shown[key].title for key in series}
+        colours = {key: shown[key].colour for key in series}
+        section.figures.append(figures.plot_expert_losses(series, titles, colours))
+    embeddings = run.of_stage("embed")
+    for name, folder in run.of_stage("cluster").items():
+        before = str(int(name) - 1)
+        if before in embeddings:
+            image_ND = np.load(embeddings[before] / "image.npy", mmap_mode="r")
+            centroids = np.load(folder / "image_centroids.npy")
+            clusters = np.load(folder / "clusters.npy")[:, 0]
+            sheets = cluster_sheets(samples, image_ND, centroids, clusters)
+            section.rounds.append({"name": name, "sheets": sheets, "caption": _ROUND_CAPTION})
+    return section
+
+
+def moe_section(run: Run) -> Section:
+    """4 MoE: how the routers learnt, and whom they send what."""
+    section = Section("moe", "MoE")
+    folder = run.of_stage("finetune_router").get("")
+    rows = read_metrics(folder) if folder else []
+    if not rows or folder is None:
+        return section
+    about = read_json(folder / "model.json")["moe"]
+    loads = {tower: rows[-1][f"load_{tower}"] for tower in ("image", "text") if f"load_{tower}" in rows[-1]}
+    layers = {tower: _layers(about, tower, len(load)) for tower, load in loads.items()}
+    section.figures.append(figures.plot_router(_same_keys(rows), about["num_experts"]))
+    if loads:
+        section.figures.append(figures.plot_expert_load(loads, layers))
+    return section
+
+
+def results_section(run: Run, models: Sequence[Model], columns: Sequence[Column]) -> Section:
+    """5 Results: tables, figures, confusion and examples of the final model."""
+    section = Section("results", "Results")
+    if not columns:
+        return section
+    tasks = list(dict.fromkeys(column.task for column in columns))
+    section.tables = [
+        _results_table(task, models, [c for c in columns if c.task == task]) for task in tasks
+    ]
+    main = [column for column in columns if column.is_main]
+    section.figures.append(figures_results.plot_metrics(models, main))
+    section.figures.append(figures_results.plot_cost(models, lead_column(columns)))
+    final = models[-1]
+    confusions = (figures_results.plot_confusions(task, final) for task in final.results)
+    first = next((figure for figure in confusions if figure is not None), None)
+    if first is not None:
+        section.figures.append(first)
+    section.examples = _examples(run, final)
+    return section
+
+
+def lead_column(columns: Sequence[Column]) -> Column:
+    """The metric that stands for all: mean R@1 of the first task that has it, else its first one."""
+    return next((c for c in columns if c.key == "mean_R@1"), columns[0])
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def _data_table(run: Run) -> dict[str, Any]:
+    rows = []
+    for data, folder in run.of_stage("index").items():
+        about = read_json(folder / "samples.json")
+        asked = ok = None
+        if f"download/{data}" in run.folders:
+            outcomes = pq.read_table(run.folders[f"download/{data}"] / "outcomes.parquet", columns=["status"])
+            status = outcomes["status"].to_pylist()
+            asked, ok = len(status), status.count("ok")
+        rejected = pq.read_metadata(folder / "rejects.parquet").num_rows
+        labels = ", ".join(f"{name} {len(c)}" for name, c in about["label_names"].items())
+        kind = run.manifest("download", data)["settings"].get("kind", "") if asked is not None else ""
+        counts = [asked, ok, rejected, about["num_samples"], about["num_captions"]]
+        texts = [data, kind, *("-" if n is None else f"{n:,}" for n in counts), labels or "none"]
+        rows.append({"cells": [_cell(text) for text in texts], "is_chance": False})
+    head = ["data set", "source", "asked for", "came", "rejected", "samples", "captions", "labels"]
+    caption = "Labels with their number of classes. Bad: far fewer samples than were asked for."
+    return {"title": "Data sets", "head": head, "rows": rows, "caption": caption, "groups": [], "starts": []}
+
+
+def _rounds_table(rounds: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    rows = []
+    for name, about in rounds.items():
+        agreement = about.get("agreement") or {}
+        if not isinstance(agreement, dict):
+            agreement = {"image": agreement}
+        sides = [agreement.get(side) for side in ("image", "text")]
+        texts = [
+            name,
+            *(str(about[side]["num_clusters"]) for side in ("image", "text")),
+            f"{about['num_labels']:,}",
+            f"{min(about['sizes']):,}",
+            f"{max(about['sizes']):,}",
+            *("-" if value is None else f"{value:.2f}" for value in sides),
+        ]
+        rows.append({"cells": [_cell(text) for text in texts], "is_chance": False})
+    groups = [("", 1), ("clusters", 2), ("accumulated labels", 3), ("NMI with round before", 2)]
+    head = ["round", "image", "text", "labels", "smallest", "largest", "image", "text"]
+    caption = (
+        "Each round clusters the embeddings of the expert before; the labels are all pairs of clusters of "
+        "all rounds so far. NMI near 1 means that a round found again what the round before had found."
+    )
+    return {
+        "title": "Rounds of clustering",
+        "head": head,
+        "rows": rows,
+        "caption": caption,
+        "groups": groups,
+        "starts": [1, 3, 6],
+    }
+
+
+def _results_table(task: str, models: Sequence[Model], columns: Sequence[Column]) -> dict[str, Any]:
+    shown = [column for column in columns if column.group not in ("top 5", "recall per class")]
+    groups = Counter(column.group for column in shown)
+    starts = [3 + shown.index(next(c for c in shown if c.group == g)) for g in groups]
+    chance = [_cell("chance"), _cell(""), _cell(""), *(_cell(_percent(c.chance)) for c in shown)]
+    rows = [{"cells": chance, "is_chance": True}]
+    for model in models:
+        if task in model.results:
+            cells = [_cell(model.title, colour=model.colour), *map(_cell, cost_cells(model))]
+            cells += [_score_cell(column, model.key) for column in shown]
+            rows.append({"cells": cells, "is_chance": False})
+    result = next(model.results[task] for model in models if task in model.results)
+    noise = figures_results.noise_of(result)
+    caption = (
+        "Per cent; bold is best of its column, the shade shows how far from chance to best. "
+        f"Differences below about {noise:.1f} points are within two standard errors of a number near "
+        "50 %. Equal captions count as hits, equal scores as a coin would decide. results.csv has "
+        "all digits, top 5 and recall per class."
+    )
+    return {
+        "title": f"{task}: {size_of_task(result)}",
+        "head": ["model", "samples seen", "minutes", *(column.title for column in shown)],
+        "rows": rows,
+        "caption": caption,
+        "groups": [("", 3), *groups.items()],
+        "starts": starts,
+    }
+
+
+def _score_cell(column: Column, model: str) -> dict[str, Any]:
+    if model not in column.values:
+        return _cell("-")
+    value, best = column.values[model], max(column.values.values())
+    span = best - column.chance
+    share = max(0.0, (value - column.chance) / span) if span > 0 else 0.0
+    return _cell(_percent(value), is_best=column.is_best(model), shade=f"{0.22 * share:.3f}")
+
+
+def _cell(text: str, *, is_best: bool = False, shade: str = "", colour: str = "") -> dict[str, Any]:
+    return {"text": text, "is_best": is_best, "shade": shade, "colour": colour}
+
+
+def _percent(value: float) -> str:
+    return f"{displayed(value):.1f}"
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+def _caption_lengths(run: Run, samples: Samples) -> tuple[np.ndarray, str]:
+    offsets = run.folders[f"index/{TRAIN}"] / "tokens" / "caption_offsets.npy"
+    if offsets.exists():
+        return np.diff(np.load(offsets)) + 2, "tokens"  # with start and end
+    return np.array([len(text.split()) for texts in samples.all_captions() for text in texts]), "words"
+
+
+def _rejects(run: Run) -> list[dict[str, Any]]:
+    rows = []
+    for data, folder in run.of_stage("index").items():
+        reasons = Counter(pq.read_table(folder / "rejects.parquet")["reason"].to_pylist())
+        if f"download/{data}" in run.folders:
+            table = pq.read_table(run.folders[f"download/{data}"] / "outcomes.parquet")
+            failed = zip(table["status"].to_pylist(), table["message"].to_pylist(), strict=True)
+            reasons.update(f"download: {(why or '?')[:60]}" for status, why in failed if status != "ok")
+        for reason, count in reasons.most_common(MAX_REASONS):
+            rows.append({"data": data, "reason": reason, "samples": count})
+        others = sum(count for _, count in reasons.most_common()[MAX_REASONS:])
+        if others:
+            rows.append({"data": data, "reason": "other reasons", "samples": others})
+    return rows
+
+
+def _agreement_rows(run: Run, samples: Samples) -> list[dict[str, Any]]:
+    known = {name: samples.labels(name) for name in samples.label_names}
+    known = {name: label_N for name, label_N in known.items() if len(np.unique(label_N[label_N >= 0])) > 1}
+    rows = []
+    for name, folder in run.of_stage("cluster").items() if known else []:
+        clusters_N2, labels_N = np.load(folder / "clusters.npy"), np.load(folder / "labels.npy")
+        columns = {"image": clusters_N2[:, 0], "text": clusters_N2[:, 1], "all labels": labels_N}
+        for side, found_N in columns.items():
+            for attribute, label_N in known.items():
+                has = label_N >= 0
+                nmi = float(normalized_mutual_info_score(label_N[has], found_N[has]))
+                rows.append({"round": name, "clusters": side, "attribute": attribute, "nmi": nmi})
+    return rows
+
+
+def _examples(run: Run, model: Model) -> dict[str, Any] | None:
+    for task, examples in model.examples.items():
+        data = run.manifest("evaluate", f"{model.key}/{task}")["settings"]["data"]
+        if examples.get("image_to_text") and f"index/{data}" in run.folders:
+            pictures = retrieval_pictures(run.samples(data), examples)
+            return {**pictures, "title": f"What {model.title} retrieves on {task}", "caption": _EXAMPLES_CAPTION}
+    return None
+
+
+def _layers(about: dict[str, Any], tower: str, num: int) -> list[int]:
+    layers = about.get(f"{tower}_layers")
+    return list(layers) if isinstance(layers, list) and len(layers) == num else list(range(num))
+
+
+def _expert_key(name: str) -> str:
+    return f"expert_{name}" if name.isdigit() else name
+
+
+def _same_keys(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with the numbers that all of them have."""
+    keys = [
+        key
+        for key, value in rows[0].items()
+        if not isinstance(value, list | dict) and all(key in row for row in rows)
+    ]
+    return [{key: row[key] for key in keys} for row in rows]
+
+
+def settings_text(settings: dict[str, Any]) -> str:
+    """Settings on one line, as JSON without the outer braces."""
+    return json.dumps(settings, sort_keys=False)[1:-1].replace('"', "")
+
+
+_ROUND_CAPTION = (
+    "Below a cluster: caption words that set it apart, with the share of its captions that have them. Look "
+    "for what the pictures of a line have in common, and whether rounds differ in it. Bad: lines that "
+    "look alike, or one line that holds nearly all samples."
+)
+_EXAMPLES_CAPTION = (
+    "Queries evenly spread over the data set, not chosen; the five best answers of the whole set, best first. A tick "
+    "and blue mark what was asked for. Look at what is wrong in the wrong ones. Bad: "
+    "the same answer to different queries."
+)

@@ -1,0 +1,124 @@
+"""How figures look, and how they become SVG that can stand in a page beside others.
+
+Text stays text, so that it can be searched and read aloud and the page stays small. Names inside a
+figure carry the figure's own name, since all figures share one page. Same data, same bytes.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import EngFormatter
+
+INK, MUTED, GRID, BLUE, ORANGE = "#222222", "#6B7280", "#E5E7EB", "#0072B2", "#D55E00"
+WIDTH = 9.6  # inches; 1 inch is 72 points of the page
+
+RC = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial"],
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": "#9CA3AF",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.formatter.useoffset": False,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "lines.linewidth": 1.7,
+    "lines.solid_capstyle": "round",
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of the report.
+
+    Attributes:
+        name: of its files.
+        title: above it.
+        caption: what to look for, and what bad looks like.
+        svg: to stand in a page.
+        rows: its numbers.
+    """
+
+    name: str
+    title: str
+    caption: str
+    svg: str
+    rows: Sequence[Mapping[str, Any]] = field(repr=False)
+
+
+def draw(
+    name: str,
+    title: str,
+    caption: str,
+    rows: Sequence[Mapping[str, Any]],
+    plot: Callable[[], Canvas],
+) -> Figure:
+    """Draw a figure in the style of the report.
+
+    Args:
+        name: of its files and of everything inside it.
+        title: above it.
+        caption: below it.
+        rows: its numbers, written as CSV.
+        plot: makes the figure.
+    """
+    with mpl.rc_context({**RC, "svg.hashsalt": name}):
+        buffer = io.BytesIO()
+        plot().savefig(buffer, format="svg", metadata={"Date": None})
+    return Figure(name, title, caption, _for_page(buffer.getvalue().decode(), name, title), rows)
+
+
+def canvas(height: float, num_rows: int = 1, num_columns: int = 1, **grid: Any) -> tuple[Canvas, Any]:
+    """A figure as wide as the page, and its axes as an array `[rows, columns]`."""
+    figure = Canvas(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.subplots(num_rows, num_columns, squeeze=False, **grid)
+
+
+def hide_unused(axes: Any, num_used: int) -> list[Axes]:
+    """The first axes of a grid; the others are switched off."""
+    flat = list(axes.flat)
+    for axis in flat[num_used:]:
+        axis.set_visible(False)
+    return flat[:num_used]
+
+
+def counts_on(axis: Any) -> None:
+    """Ticks such as 20k and 1.5M."""
+    axis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _for_page(svg: str, name: str, title: str) -> str:
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'xlink:href="#', f'xlink:href="#{name}-', svg)
+    svg = svg.replace("url(#", f"url(#{name}-")
+    label = html.escape(title)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1).strip() + "\n"

@@ -1,0 +1,199 @@
+"""Tables of results: for the page, as CSV with every digit, and as plain text for the terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from clipgraft.report.read import Model
+
+WAYS = {"image_to_text": "image to text", "text_to_image": "text to image"}
+_SHORT_WAYS = {"image_to_text": "i2t", "text_to_image": "t2i"}
+_ZERO_SHOT = {  # in result.json: what to call it, and how many guesses it allows
+    "acc1": ("accuracy", 1),
+    "acc5": ("top 5", 5),
+    "mean_per_class_recall": ("recall per class", 1),
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One metric of one task.
+
+    Attributes:
+        task: name of the task.
+        key: unique in the task, for the CSV: `image_to_text_R@1`, `colour_acc1`.
+        group: for the head of a table: `image to text`, `accuracy`.
+        title: below the group: `R@1`, `colour`.
+        short: for the terminal.
+        is_main: whether it belongs into a short table.
+        values: model key to value, 0..1.
+        chance: what guessing gives.
+    """
+
+    task: str
+    key: str
+    group: str
+    title: str
+    short: str
+    is_main: bool
+    values: dict[str, float]
+    chance: float
+
+    @property
+    def best(self) -> float:
+        """The highest value, as displayed."""
+        return max(displayed(value) for value in self.values.values())
+
+    def is_best(self, model: str) -> bool:
+        """Whether a model has it; equal as displayed is equal."""
+        return model in self.values and displayed(self.values[model]) == self.best
+
+
+def displayed(value: float) -> float:
+    """Per cent with one decimal."""
+    return round(100 * value, 1)
+
+
+def columns_of(models: Sequence[Model]) -> list[Column]:
+    """All metrics of all tasks, in the order of the tasks."""
+    tasks = list(dict.fromkeys(task for model in models for task in model.results))
+    columns = []
+    for task in tasks:
+        results = {model.key: model.results[task] for model in models if task in model.results}
+        columns += _retrieval_columns(task, results) + _zero_shot_columns(task, results)
+    return columns
+
+
+def results_csv(models: Sequence[Model], columns: Sequence[Column]) -> str:
+    """All metrics with full precision, the first row being chance."""
+    names = [f"{column.task}/{column.key}" for column in columns]
+    rows: list[list[Any]] = [["chance", "", "", *(column.chance for column in columns)]]
+    for model in models:
+        values = [column.values.get(model.key, "") for column in columns]
+        rows.append([model.key, model.samples_seen, round(model.minutes, 3), *values])
+    return to_csv(
+        [dict(zip(["model", "samples_seen", "minutes", *names], r, strict=True)) for r in rows]
+    )
+
+
+def results_text(models: Sequence[Model], columns: Sequence[Column]) -> str:
+    """The main metrics in per cent, one block per task; `*` marks the best of a column."""
+    blocks = []
+    for task in dict.fromkeys(column.task for column in columns):
+        main = [column for column in columns if column.task == task and column.is_main]
+        # Numbers end in a mark or a blank, and so do their heads.
+        head = ["model", "samples", "minutes", *(f"{column.short} " for column in main)]
+        rows = [["chance", "", "", *(f"{displayed(column.chance):.1f} " for column in main)]]
+        for model in models:
+            if task in model.results:
+                rows.append([model.title, *cost_cells(model), *_text_cells(model, main)])
+        about = size_of_task(next(m.results[task] for m in models if task in m.results))
+        blocks.append(f"{task}: {about}\n{_aligned([head, *rows])}")
+    note = "per cent; * best of its column; cost: all training that led to the model\n"
+    return "\n".join([*blocks, note]) if blocks else "nothing was evaluated\n"
+
+
+def cost_cells(model: Model) -> list[str]:
+    """Samples seen and minutes, short enough for a table."""
+    minutes = f"{model.minutes:.1f}" if model.minutes < 100 else f"{model.minutes:,.0f}"
+    return [human(model.samples_seen), minutes]
+
+
+def human(count: float) -> str:
+    """1234567 as 1.23M."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.0f}"
+
+
+def size_of_task(result: Mapping[str, Any]) -> str:
+    """How many images and captions a task has."""
+    retrieval, zero_shot = result.get("retrieval"), result.get("zero_shot") or {}
+    parts = []
+    if retrieval:
+        parts.append(f"{retrieval['num_images']:,} images, {retrieval['num_texts']:,} captions")
+    elif zero_shot:
+        parts.append(f"{next(iter(zero_shot.values()))['num_samples']:,} images")
+    if zero_shot:
+        classes = ", ".join(f"{label} {about['num_classes']}" for label, about in zero_shot.items())
+        parts.append(f"classes: {classes}")
+    return "; ".join(parts)
+
+
+def num_images_of(result: Mapping[str, Any]) -> int:
+    """Images behind the numbers of a result."""
+    if result.get("retrieval"):
+        return int(result["retrieval"]["num_images"])
+    return max(int(about["num_samples"]) for about in result["zero_shot"].values())
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of one table; all have the keys of the first."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def _retrieval_columns(task: str, results: Mapping[str, dict[str, Any]]) -> list[Column]:
+    found = {model: r["retrieval"] for model, r in results.items() if r.get("retrieval")}
+    if not found:
+        return []
+    first = next(iter(found.values()))
+    columns = []
+    for way, words in WAYS.items():
+        for name in first[way]:
+            values = {model: r[way][name] for model, r in found.items()}
+            chance = first["chance"].get(f"{way}_{name}", float("nan"))
+            short = f"{_SHORT_WAYS[way]} {name}"
+            is_main = name == "R@1"
+            columns.append(
+                Column(task, f"{way}_{name}", words, name, short, is_main, values, chance)
+            )
+    values = {model: r["mean_R@1"] for model, r in found.items()}
+    chance = sum(first["chance"][f"{way}_R@1"] for way in WAYS) / 2
+    mean = Column(task, "mean_R@1", "both ways", "R@1", "mean R@1", True, values, chance)
+    return [*columns, mean]
+
+
+def _zero_shot_columns(task: str, results: Mapping[str, dict[str, Any]]) -> list[Column]:
+    labels = list(
+        dict.fromkeys(label for r in results.values() for label in r.get("zero_shot") or {})
+    )
+    columns = []
+    for name, (group, num_guesses) in _ZERO_SHOT.items():
+        for label in labels:
+            found = {
+                m: r["zero_shot"][label] for m, r in results.items() if label in r["zero_shot"]
+            }
+            first = next(iter(found.values()))
+            if first.get(name) is not None:
+                values = {model: about[name] for model, about in found.items()}
+                chance = min(1.0, num_guesses * first["chance"])
+                key, is_main = f"{label}_{name}", name == "acc1"
+                columns.append(Column(task, key, group, label, label, is_main, values, chance))
+    return columns
+
+
+def _text_cells(model: Model, columns: Sequence[Column]) -> list[str]:
+    cells = []
+    for column in columns:
+        value = column.values.get(model.key)
+        mark = "*" if column.is_best(model.key) else " "
+        cells.append("- " if value is None else f"{displayed(value):.1f}{mark}")
+    return cells
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for name, *cells in rows:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *padded]).rstrip())
+    return "\n".join(lines) + "\n"

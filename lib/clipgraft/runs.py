@@ -1,0 +1,70 @@
+"""Runs: links from a run into the store, for people; its lock; and what in the store no run uses any more."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from clipgraft.job import write_json
+from clipgraft.provenance import MANIFEST
+
+RESULTS = Path("results")
+LOCK = "versions.json"
+
+
+def link_run(run: str, versions: Mapping[str, str], results: Path = RESULTS) -> None:
+    """Make `runs/<run>/<job>` links to the versions of a run, then write its lock.
+
+    Args:
+        run: name.
+        versions: job name (`pretrain/short`) to folder in the store (`pretrain/1a2b3c4d`).
+        results: the store.
+    """
+    folder = results / "runs" / run
+    shutil.rmtree(folder, ignore_errors=True)  # holds links only
+    for name, target in versions.items():
+        link = folder / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(results / target, link.parent))
+    write_json(folder / LOCK, dict(versions))
+
+
+def unused(results: Path = RESULTS) -> Iterator[Path]:
+    """Folders of the store that no run's lock names."""
+    used = set()
+    for lock in (results / "runs").glob(f"*/{LOCK}"):
+        used |= set(json.loads(lock.read_text()).values())
+    for manifest in sorted(results.glob(f"*/*/{MANIFEST}")):
+        folder = manifest.parent
+        if folder.parent.name != "runs" and str(folder.relative_to(results)) not in used:
+            yield folder
+
+
+def main() -> None:
+    """Command line: `python -m clipgraft.runs link RUN JSON` or `... unused`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    link = verbs.add_parser("link", help="link a run into the store and write its lock")
+    link.add_argument("run")
+    link.add_argument("versions", type=json.loads)
+    verbs.add_parser(
+        "unused", help="list folders that no run uses, with their size; nothing is deleted"
+    )
+    given = parser.parse_args()
+    if given.verb == "link":
+        link_run(given.run, given.versions)
+        return
+    total = 0
+    for folder in unused():
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        total += size
+        print(f"{size / 2**20:10,.1f} MB  {folder}")
+    print(f"{total / 2**20:10,.1f} MB in all, used by no run in {RESULTS / 'runs'}")
+
+
+if __name__ == "__main__":
+    main()

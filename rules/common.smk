@@ -1,0 +1,114 @@
+# Helpers of the rules: the plan of all runs, and functions that look a job up by its version.
+#
+# JOBS    (stage, version) -> PlannedJob, over all runs; runs that share a prefix share jobs
+# RUNS    run name -> its jobs
+# CODE    stage -> fingerprint of the code its script reaches
+
+import json
+
+from snakemake.exceptions import WorkflowError
+
+from clipgraft.config import STAGES, ConfigError, load_config
+from clipgraft.versions import fingerprint, plan_run
+
+try:
+    SETTINGS = load_config(config)
+    RUNS = {name: plan_run(name, settings) for name, settings in SETTINGS.items()}
+except ConfigError as error:
+    raise WorkflowError(f"config: {error}") from None
+JOBS = {(job.stage, job.version): job for jobs in RUNS.values() for job in jobs}
+WISHES = {
+    (job.stage, job.version): SETTINGS[run].resources_of(job.stage)
+    for run, jobs in reversed(RUNS.items())
+    for job in jobs
+}
+CODE = {stage: fingerprint(ROOT / "scripts" / f"{stage}.py") for stage in STAGES}
+LAUNCH = f"{sys.executable} -m clipgraft.launch"
+PYTHON = sys.executable
+
+
+wildcard_constraints:
+    version="[0-9a-f]{8}",
+    run="[A-Za-z0-9_-]+",
+
+
+def planned(stage, wildcards):
+    try:
+        return JOBS[stage, wildcards.version]
+    except KeyError:
+        raise WorkflowError(
+            f"no run of this config has {stage}/{wildcards.version}. Hint: results/runs/<run>/versions.json lists them"
+        ) from None
+
+
+def manifests(stage):
+    """The manifests of the jobs whose outputs this one reads, by input name."""
+    return lambda wildcards: {
+        name: f"results/{job.folder}/manifest.json"
+        for name, job in planned(stage, wildcards).inputs.items()
+    }
+
+
+def manifest_list(stage):
+    return lambda wildcards: list(manifests(stage)(wildcards).values())
+
+
+def arguments(stage):
+    """`--input name=manifest` for every input."""
+    return lambda wildcards: " ".join(
+        f"--input {name}={path}" for name, path in manifests(stage)(wildcards).items()
+    )
+
+
+def settings(stage):
+    return lambda wildcards: json.dumps(
+        planned(stage, wildcards).settings, sort_keys=True
+    )
+
+
+def name(stage):
+    return lambda wildcards: planned(stage, wildcards).name
+
+
+def sources(stage):
+    """Names and sizes of the files that a download reads."""
+    return lambda wildcards: list(planned(stage, wildcards).sources)
+
+
+def wish(stage, key):
+    """One of the resources that the config gives a stage."""
+    return lambda wildcards: getattr(WISHES[stage, wildcards.version], key)
+
+
+def gres(stage):
+    """Devices per node, for SLURM."""
+
+    def per_node(wildcards):
+        wished = WISHES[stage, wildcards.version]
+        return f"gpu:{max(1, wished.gpu // wished.nodes)}" if wished.gpu else ""
+
+    return per_node
+
+
+def run_report(wildcards):
+    """Manifest of the report, which reads all others."""
+    return [
+        f"results/{job.folder}/manifest.json"
+        for job in RUNS[wildcards.run]
+        if job.stage == "report"
+    ]
+
+
+def run_versions(wildcards):
+    return json.dumps({job.name: job.folder for job in RUNS[wildcards.run]})
+
+
+def show_results():
+    for run, jobs in RUNS.items():
+        page = next(f"results/{job.folder}" for job in jobs if job.stage == "report")
+        table = Path(page, "results.txt")
+        if table.exists():
+            print(
+                f"\n{table.read_text()}\nreport: {Path(page, 'report.html')}",
+                file=sys.stderr,
+            )

@@ -1,0 +1,80 @@
+# Data: from a source to images and tokens that training reads.
+#
+# REQUIRED INPUTS: what `download:` in config.yaml names (nothing for the built-in data set)
+# OUTPUTS: results/{download,index,shard}/{version}/
+
+
+rule download:
+    """Generate or download images and captions, or check the tars that are there."""
+    output:
+        "results/download/{version}/manifest.json",
+    log:
+        "logs/download/{version}.log",
+    benchmark:
+        "logs/download/{version}.tsv"
+    threads: wish("download", "threads")
+    resources:
+        mem_mb=wish("download", "mem_mb"),
+        runtime=wish("download", "runtime"),
+    params:
+        name=name("download"),
+        settings=settings("download"),
+        code=CODE["download"],
+        sources=sources("download"),
+    message:
+        "{params.name}"
+    shell:
+        "{PYTHON} {ROOT}/scripts/download.py --name {params.name} --settings {params.settings:q} "
+        "--out results/download/{wildcards.version} --threads {threads} --log {log}"
+
+
+rule index:
+    """Decode every image once, accept or reject it, tokenize captions: row i is sample i."""
+    input:
+        unpack(manifests("index")),
+    output:
+        "results/index/{version}/manifest.json",
+    log:
+        "logs/index/{version}.log",
+    benchmark:
+        "logs/index/{version}.tsv"
+    threads: wish("index", "threads")
+    resources:
+        mem_mb=wish("index", "mem_mb"),
+        runtime=wish("index", "runtime"),
+    params:
+        name=name("index"),
+        settings=settings("index"),
+        code=CODE["index"],
+        inputs=arguments("index"),
+    message:
+        "{params.name}"
+    shell:
+        "{PYTHON} {ROOT}/scripts/index.py --name {params.name} --settings {params.settings:q} "
+        "{params.inputs} --out results/index/{wildcards.version} --threads {threads} --log {log}"
+
+
+rule shard:
+    """Store images at the size that a training phase needs, in row order."""
+    input:
+        unpack(manifests("shard")),
+    output:
+        "results/shard/{version}/manifest.json",
+    log:
+        "logs/shard/{version}.log",
+    benchmark:
+        "logs/shard/{version}.tsv"
+    threads: wish("shard", "threads")
+    resources:
+        mem_mb=wish("shard", "mem_mb"),
+        runtime=wish("shard", "runtime"),
+    params:
+        name=name("shard"),
+        settings=settings("shard"),
+        code=CODE["shard"],
+        inputs=arguments("shard"),
+    message:
+        "{params.name}"
+    shell:
+        "{PYTHON} {ROOT}/scripts/shard.py --name {params.name} --settings {params.settings:q} "
+        "{params.inputs} --out results/shard/{wildcards.version} --threads {threads} --log {log}"

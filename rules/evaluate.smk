@@ -1,0 +1,32 @@
+# Evaluation: every model on the way, on every task.
+#
+# REQUIRED INPUTS: a model folder, results/index/{version}/ of the task's data
+# OUTPUTS: results/evaluate/{version}/result.json
+
+
+rule evaluate:
+    """Measure one model on one task."""
+    input:
+        unpack(manifests("evaluate")),
+    output:
+        "results/evaluate/{version}/manifest.json",
+    log:
+        "logs/evaluate/{version}.log",
+    benchmark:
+        "logs/evaluate/{version}.tsv"
+    threads: wish("evaluate", "threads")
+    resources:
+        gpu=wish("evaluate", "gpu"),
+        mem_mb=wish("evaluate", "mem_mb"),
+        runtime=wish("evaluate", "runtime"),
+    params:
+        name=name("evaluate"),
+        settings=settings("evaluate"),
+        code=CODE["evaluate"],
+        inputs=arguments("evaluate"),
+    message:
+        "{params.name}"
+    shell:
+        "{LAUNCH} --gpu {resources.gpu} --threads {threads} -- "
+        "{ROOT}/scripts/evaluate.py --name {params.name} --settings {params.settings:q} "
+        "{params.inputs} --out results/evaluate/{wildcards.version} --threads {threads} --log {log}"

@@ -1,0 +1,94 @@
+# Experts: round k embeds with expert k-1, clusters, and fine-tunes the MLPs of the base on homogeneous batches.
+#
+# REQUIRED INPUTS: results/{index,shard,pretrain}/{version}/
+# OUTPUTS: results/{embed,cluster,finetune_expert}/{version}/
+
+
+rule embed:
+    """Embed the training set with one expert."""
+    input:
+        unpack(manifests("embed")),
+    output:
+        "results/embed/{version}/manifest.json",
+    log:
+        "logs/embed/{version}.log",
+    benchmark:
+        "logs/embed/{version}.tsv"
+    threads: wish("embed", "threads")
+    resources:
+        gpu=wish("embed", "gpu"),
+        nodes=wish("embed", "nodes"),
+        gres=gres("embed"),
+        mpi="",
+        slurm_extra="--signal=TERM@600",
+        mem_mb=wish("embed", "mem_mb"),
+        runtime=wish("embed", "runtime"),
+    params:
+        name=name("embed"),
+        settings=settings("embed"),
+        code=CODE["embed"],
+        inputs=arguments("embed"),
+    message:
+        "{params.name}"
+    shell:
+        "{LAUNCH} --gpu {resources.gpu} --nodes {resources.nodes} --threads {threads} -- "
+        "{ROOT}/scripts/embed.py --name {params.name} --settings {params.settings:q} "
+        "{params.inputs} --out results/embed/{wildcards.version} --threads {threads} --log {log}"
+
+
+rule cluster:
+    """Cluster images and texts, and accumulate pseudo labels over the rounds."""
+    input:
+        unpack(manifests("cluster")),
+    output:
+        "results/cluster/{version}/manifest.json",
+    log:
+        "logs/cluster/{version}.log",
+    benchmark:
+        "logs/cluster/{version}.tsv"
+    threads: wish("cluster", "threads")
+    resources:
+        mem_mb=wish("cluster", "mem_mb"),
+        runtime=wish("cluster", "runtime"),
+    params:
+        name=name("cluster"),
+        settings=settings("cluster"),
+        code=CODE["cluster"],
+        inputs=arguments("cluster"),
+    message:
+        "{params.name}"
+    shell:
+        "{PYTHON} {ROOT}/scripts/cluster.py --name {params.name} --settings {params.settings:q} "
+        "{params.inputs} --out results/cluster/{wildcards.version} --threads {threads} --log {log}"
+
+
+rule finetune_expert:
+    """Fine-tune the MLPs on batches of one pseudo label; controls on ordinary batches."""
+    input:
+        unpack(manifests("finetune_expert")),
+    output:
+        "results/finetune_expert/{version}/manifest.json",
+    log:
+        "logs/finetune_expert/{version}.log",
+    benchmark:
+        "logs/finetune_expert/{version}.tsv"
+    threads: wish("finetune_expert", "threads")
+    resources:
+        gpu=wish("finetune_expert", "gpu"),
+        nodes=wish("finetune_expert", "nodes"),
+        gres=gres("finetune_expert"),
+        mpi="",
+        slurm_extra="--signal=TERM@600",
+        mem_mb=wish("finetune_expert", "mem_mb"),
+        runtime=wish("finetune_expert", "runtime"),
+    params:
+        name=name("finetune_expert"),
+        settings=settings("finetune_expert"),
+        code=CODE["finetune_expert"],
+        inputs=arguments("finetune_expert"),
+    message:
+        "{params.name}"
+    shell:
+        "{LAUNCH} --gpu {resources.gpu} --nodes {resources.nodes} --threads {threads} -- "
+        "{ROOT}/scripts/finetune_expert.py --name {params.name} --settings {params.settings:q} "
+        "{params.inputs} --out results/finetune_expert/{wildcards.version} --threads {threads} --log {log}"

@@ -1,0 +1,62 @@
+# MoE: graft the experts into one model, then train its routers.
+#
+# REQUIRED INPUTS: results/{pretrain,finetune_expert,index,shard}/{version}/
+# OUTPUTS: results/{assemble,finetune_router}/{version}/
+
+
+rule assemble:
+    """Put the MLPs of all experts side by side, behind fresh routers."""
+    input:
+        unpack(manifests("assemble")),
+    output:
+        "results/assemble/{version}/manifest.json",
+    log:
+        "logs/assemble/{version}.log",
+    benchmark:
+        "logs/assemble/{version}.tsv"
+    threads: wish("assemble", "threads")
+    resources:
+        mem_mb=wish("assemble", "mem_mb"),
+        runtime=wish("assemble", "runtime"),
+    params:
+        name=name("assemble"),
+        settings=settings("assemble"),
+        code=CODE["assemble"],
+        inputs=arguments("assemble"),
+    message:
+        "{params.name}"
+    shell:
+        "{PYTHON} {ROOT}/scripts/assemble.py --name {params.name} --settings {params.settings:q} "
+        "{params.inputs} --out results/assemble/{wildcards.version} --threads {threads} --log {log}"
+
+
+rule finetune_router:
+    """Train the routers alone: contrastive plus balance loss."""
+    input:
+        unpack(manifests("finetune_router")),
+    output:
+        "results/finetune_router/{version}/manifest.json",
+    log:
+        "logs/finetune_router/{version}.log",
+    benchmark:
+        "logs/finetune_router/{version}.tsv"
+    threads: wish("finetune_router", "threads")
+    resources:
+        gpu=wish("finetune_router", "gpu"),
+        nodes=wish("finetune_router", "nodes"),
+        gres=gres("finetune_router"),
+        mpi="",
+        slurm_extra="--signal=TERM@600",
+        mem_mb=wish("finetune_router", "mem_mb"),
+        runtime=wish("finetune_router", "runtime"),
+    params:
+        name=name("finetune_router"),
+        settings=settings("finetune_router"),
+        code=CODE["finetune_router"],
+        inputs=arguments("finetune_router"),
+    message:
+        "{params.name}"
+    shell:
+        "{LAUNCH} --gpu {resources.gpu} --nodes {resources.nodes} --threads {threads} -- "
+        "{ROOT}/scripts/finetune_router.py --name {params.name} --settings {params.settings:q} "
+        "{params.inputs} --out results/finetune_router/{wildcards.version} --threads {threads} --log {log}"

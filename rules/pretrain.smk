@@ -1,0 +1,36 @@
+# Pretraining: a chain of phases, short sequences first; the last phase is expert 0, the base.
+#
+# REQUIRED INPUTS: results/{index,shard}/{version}/
+# OUTPUTS: results/pretrain/{version}/model.safetensors, model.json, metrics.jsonl
+
+
+rule pretrain:
+    """Train one phase; position tables are interpolated from the phase before."""
+    input:
+        unpack(manifests("pretrain")),
+    output:
+        "results/pretrain/{version}/manifest.json",
+    log:
+        "logs/pretrain/{version}.log",
+    benchmark:
+        "logs/pretrain/{version}.tsv"
+    threads: wish("pretrain", "threads")
+    resources:
+        gpu=wish("pretrain", "gpu"),
+        nodes=wish("pretrain", "nodes"),
+        gres=gres("pretrain"),
+        mpi="",
+        slurm_extra="--signal=TERM@600",
+        mem_mb=wish("pretrain", "mem_mb"),
+        runtime=wish("pretrain", "runtime"),
+    params:
+        name=name("pretrain"),
+        settings=settings("pretrain"),
+        code=CODE["pretrain"],
+        inputs=arguments("pretrain"),
+    message:
+        "{params.name}"
+    shell:
+        "{LAUNCH} --gpu {resources.gpu} --nodes {resources.nodes} --threads {threads} -- "
+        "{ROOT}/scripts/pretrain.py --name {params.name} --settings {params.settings:q} "
+        "{params.inputs} --out results/pretrain/{wildcards.version} --threads {threads} --log {log}"

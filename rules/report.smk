@@ -1,0 +1,48 @@
+# Report: one page per run, and links for people.
+#
+# REQUIRED INPUTS: all manifests of a run
+# OUTPUTS: results/report/{version}/report.html, results/runs/{run}/
+
+
+rule report:
+    """Draw the report of a run."""
+    input:
+        manifest_list("report"),
+    output:
+        "results/report/{version}/manifest.json",
+    log:
+        "logs/report/{version}.log",
+    benchmark:
+        "logs/report/{version}.tsv"
+    threads: wish("report", "threads")
+    resources:
+        mem_mb=wish("report", "mem_mb"),
+        runtime=wish("report", "runtime"),
+    params:
+        name=name("report"),
+        settings=settings("report"),
+        code=CODE["report"],
+        inputs=arguments("report"),
+    message:
+        "{params.name}"
+    shell:
+        "{PYTHON} {ROOT}/scripts/report.py --name {params.name} --settings {params.settings:q} "
+        "{params.inputs} --out results/report/{wildcards.version} --threads {threads} --log {log}"
+
+
+localrules:
+    link,
+
+
+rule link:
+    """Link a run's versions under results/runs/, and write its lock."""
+    input:
+        run_report,
+    output:
+        "results/runs/{run}/versions.json",
+    params:
+        versions=run_versions,
+    message:
+        "link results/runs/{wildcards.run}"
+    shell:
+        "{PYTHON} -m clipgraft.runs link {wildcards.run} {params.versions:q}"

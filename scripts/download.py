@@ -1,0 +1,17 @@
+"""Get images and captions as they come: generate, download by URL, or check what is on disk."""
+
+from clipgraft.config import DownloadJob
+from clipgraft.job import Job
+
+
+def main(job: Job) -> None:
+    """One library call."""
+    from clipgraft.data.download import download
+
+    source = job.settings(DownloadJob).source
+    with job.outputs() as out:
+        job.record(**download(source, out, threads=job.threads))
+
+
+if __name__ == "__main__":
+    Job.run(main, __doc__)

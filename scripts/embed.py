@@ -1,0 +1,19 @@
+"""Embed the training set with one model."""
+
+from clipgraft.config import EmbedSettings
+from clipgraft.job import Job
+
+
+def main(job: Job) -> None:
+    """One library call."""
+    from clipgraft.embed import embed
+
+    with job.outputs() as out:
+        settings = job.settings(EmbedSettings)
+        job.record(
+            **embed(settings, job.folder("model"), job.folder("index"), job.folder("shard"), out)
+        )
+
+
+if __name__ == "__main__":
+    Job.run(main, __doc__)

@@ -1,0 +1,27 @@
+"""Fine-tune the MLPs of the base on homogeneous batches; or, as a control, on ordinary ones."""
+
+from clipgraft.config import ExpertJob
+from clipgraft.job import Job
+
+
+def main(job: Job) -> None:
+    """One library call."""
+    from clipgraft.checkpoint import TrainingState
+    from clipgraft.experts import finetune_expert
+
+    with job.outputs() as out:
+        facts = finetune_expert(
+            job.settings(ExpertJob),
+            job.folder("init"),
+            job.folder("index"),
+            job.folder("shard"),
+            job.optional("labels"),
+            out,
+            threads=job.threads,
+            state=TrainingState(job.resume, job.tag, job.is_first),
+        )
+        job.record(**facts)
+
+
+if __name__ == "__main__":
+    Job.run(main, __doc__)

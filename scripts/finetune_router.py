@@ -1,0 +1,26 @@
+"""Train the routers of the assembled CLIP-MoE, everything else frozen."""
+
+from clipgraft.config import RouterJob
+from clipgraft.job import Job
+
+
+def main(job: Job) -> None:
+    """One library call."""
+    from clipgraft.checkpoint import TrainingState
+    from clipgraft.router import finetune_router
+
+    with job.outputs() as out:
+        facts = finetune_router(
+            job.settings(RouterJob),
+            job.folder("init"),
+            job.folder("index"),
+            job.folder("shard"),
+            out,
+            threads=job.threads,
+            state=TrainingState(job.resume, job.tag, job.is_first),
+        )
+        job.record(**facts)
+
+
+if __name__ == "__main__":
+    Job.run(main, __doc__)

@@ -1,0 +1,19 @@
+"""Decode every image once, accept or reject it, and tokenize the captions: row i is sample i."""
+
+from clipgraft.config import IndexJob
+from clipgraft.job import Job
+
+
+def main(job: Job) -> None:
+    """One library call."""
+    from clipgraft.data.index import build_index
+
+    with job.outputs() as out:
+        facts = build_index(
+            job.settings(IndexJob), job.folder("download"), out, threads=job.threads
+        )
+        job.record(**facts)
+
+
+if __name__ == "__main__":
+    Job.run(main, __doc__)

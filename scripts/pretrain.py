@@ -1,0 +1,26 @@
+"""Train one phase of the CLIP model: from scratch, from public weights, or from the phase before."""
+
+from clipgraft.config import PretrainJob
+from clipgraft.job import Job
+
+
+def main(job: Job) -> None:
+    """One library call."""
+    from clipgraft.checkpoint import TrainingState
+    from clipgraft.pretrain import pretrain
+
+    with job.outputs() as out:
+        facts = pretrain(
+            job.settings(PretrainJob),
+            job.folder("index"),
+            job.folder("shard"),
+            job.optional("init"),
+            out,
+            threads=job.threads,
+            state=TrainingState(job.resume, job.tag, job.is_first),
+        )
+        job.record(**facts)
+
+
+if __name__ == "__main__":
+    Job.run(main, __doc__)

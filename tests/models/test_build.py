@@ -1,0 +1,220 @@
+import copy
+import json
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from clipgraft.config import ConfigError, ModelSettings
+from clipgraft.models.build import (
+    build,
+    describe,
+    mlp_parameters,
+    model_config,
+    normalize,
+    pretrained_state,
+    resize_positions,
+)
+
+
+def inline(config: dict, **more) -> ModelSettings:
+    return ModelSettings(config=config, **more)
+
+
+def test_named_architecture_is_open_clips_own_with_our_sizes_filled_in():
+    config = model_config(
+        ModelSettings(name="ViT-S-16"), vocab_size=99, image_size=32, text_length=7
+    )
+    theirs = open_clip.get_model_config("ViT-S-16")
+    assert config["embed_dim"] == theirs["embed_dim"]
+    assert config["vision_cfg"] == {**theirs["vision_cfg"], "image_size": 32}
+    assert config["text_cfg"] == {**theirs["text_cfg"], "context_length": 7, "vocab_size": 99}
+
+
+def test_config_builds_the_same_model_in_open_clip(tiny_config, tmp_path):
+    torch.manual_seed(0)
+    model = build(tiny_config).eval()
+    (tmp_path / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": tiny_config, "preprocess_cfg": {}})
+    )
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    theirs = open_clip.create_model(f"local-dir:{tmp_path}").eval()
+    images, text = torch.randn(2, 3, 16, 16), torch.tensor([[38, 5, 39, 0, 0, 0, 0, 0]] * 2)
+    for ours, other in zip(model(images, text), theirs(images, text), strict=True):
+        assert torch.equal(ours, other)
+
+
+def test_random_weights_follow_the_callers_seed(tiny_config):
+    states = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        states.append(torch.cat([p.flatten() for p in build(tiny_config).parameters()]))
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])
+
+
+def test_temperature_sets_logit_scale(tiny_config):
+    model = build(tiny_config, temperature=0.02)
+    assert model.logit_scale.exp().item() == pytest.approx(50)
+
+
+def test_text_may_be_shorter_than_the_context_and_padding_changes_nothing(tiny_config):
+    model = build(tiny_config).eval()
+    short = torch.tensor([[38, 7, 39]])
+    padded = F.pad(short, (0, 5))
+    assert torch.allclose(model.encode_text(short), model.encode_text(padded), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["vision_cfg"].update(widht=3), "did you mean `width`"),
+        (lambda c: c.update(embed_dims=3), "did you mean `embed_dim`"),
+        (lambda c: c.pop("text_cfg"), "lacks text_cfg"),
+        (lambda c: c.update(text_cfg=3), "text_cfg must be a mapping"),
+        (lambda c: c["vision_cfg"].update(timm_model_name="x"), "timm image tower"),
+        (lambda c: c["vision_cfg"].update(layers=[1, 1, 1, 1]), "ResNet"),
+        (lambda c: c["text_cfg"].update(hf_tokenizer_name="x"), "Hugging Face tokenizer"),
+    ],
+)
+def test_wrong_config_is_named(tiny_config, change, message):
+    change(tiny_config)
+    with pytest.raises(ConfigError, match=message):
+        model_config(inline(tiny_config), 40, 16, 8)
+
+
+def test_unknown_name_lists_close_ones():
+    with pytest.raises(ConfigError, match=r"ViT-B16.*did you mean ViT-B-16"):
+        model_config(ModelSettings(name="ViT-B16"), 40, 224, 77)
+
+
+def test_image_size_must_divide_by_the_patch(tiny_config):
+    with pytest.raises(ConfigError, match=r"image_size = 20 .* patch size 8 .*16 or 24"):
+        model_config(inline(tiny_config), 40, 20, 8)
+
+
+@pytest.mark.parametrize("width", [24, 12])  # not a multiple of the heads; no head at all
+def test_what_open_clip_cannot_build_is_a_config_error(tiny_config, width):
+    tiny_config["vision_cfg"].update(width=width, head_width=16)
+    tiny_config["text_cfg"]["width"] = 31
+    with pytest.raises(ConfigError, match="cannot build"):
+        build(tiny_config)
+
+
+def test_public_weights_need_the_full_vocabulary():
+    settings = ModelSettings(name="ViT-B-32", pretrained="openai")
+    with pytest.raises(ConfigError, match=r"49,408 rows.*1,000.*vocabulary: full"):
+        model_config(settings, 1000, 224, 77)
+
+
+@pytest.mark.parametrize(
+    ("name", "tag", "is_quick"),
+    [
+        ("ViT-B-32", "openai", True),
+        ("ViT-B-32-quickgelu", "openai", True),
+        ("ViT-B-32", "laion2b_s34b_b79k", False),
+        ("ViT-B-32-quickgelu", None, True),
+        ("ViT-B-32", None, False),
+    ],
+)
+def test_activation_is_that_of_the_weights_not_of_the_name(name, tag, is_quick):
+    settings = ModelSettings(name=name, pretrained=tag)
+    assert model_config(settings, 49408, 224, 77)["quick_gelu"] is is_quick
+
+
+def test_description_prepares_images_as_the_weights_want(tiny_config):
+    plain = describe(tiny_config)["preprocess"]
+    assert plain["size"] == 16
+    assert plain["mean"] == pytest.approx([0.4815, 0.4578, 0.4082], abs=1e-4)
+    assert (plain["interpolation"], plain["resize_mode"]) == ("bicubic", "shortest")
+    squashed = ModelSettings(name="ViT-H-14-quickgelu", pretrained="dfn5b")
+    assert describe(tiny_config, squashed)["preprocess"]["resize_mode"] == "squash"
+
+
+def test_local_checkpoint_in_clips_own_form_is_loaded_and_resized(tiny_config, tmp_path):
+    theirs = {key: value for key, value in tiny_config.items() if key != "custom_text"}
+    clip = open_clip.CLIP(**copy.deepcopy(theirs))
+    torch.save(
+        {"state_dict": {f"module.{k}": v for k, v in clip.state_dict().items()}}, tmp_path / "a.pt"
+    )
+    settings = inline(tiny_config, pretrained=str(tmp_path / "a.pt"))
+    config = model_config(settings, 40, 24, 5)
+    model = build(config)
+    model.load_state_dict(pretrained_state(settings, config))
+    assert torch.equal(model.text.token_embedding.weight, clip.token_embedding.weight)
+    assert model.visual.positional_embedding.shape == (10, 32)
+    assert model.text.positional_embedding.shape == (5, 32)
+
+
+def test_checkpoint_of_another_architecture_is_one_message_with_shapes(tiny_config, tmp_path):
+    save_file(build(tiny_config).state_dict(), tmp_path / "a.safetensors")
+    settings = inline(tiny_config, pretrained=str(tmp_path / "a.safetensors"))
+    config = model_config(settings, 41, 16, 8)
+    with pytest.raises(ConfigError, match=r"text.token_embedding.weight is \[40, 32\].*\[41, 32\]"):
+        pretrained_state(settings, config)
+
+
+def test_a_position_table_of_another_width_does_not_fit(tiny_config, tmp_path):
+    wide = copy.deepcopy(tiny_config)
+    wide["text_cfg"]["width"] = 64
+    save_file(build(wide).state_dict(), tmp_path / "a.safetensors")
+    settings = inline(tiny_config, pretrained=str(tmp_path / "a.safetensors"))
+    with pytest.raises(ConfigError, match=r"another architecture.*and \d+ more"):
+        pretrained_state(settings, model_config(settings, 40, 16, 8))
+
+
+def test_checkpoint_that_is_no_state_dict_is_refused(tiny_config, tmp_path):
+    torch.save(build(tiny_config), tmp_path / "a.pt")  # a pickled object: code, not weights
+    for path, message in [("a.pt", "cannot be read"), ("b.pt", "no tag of open_clip and no file")]:
+        settings = inline(tiny_config, pretrained=str(tmp_path / path))
+        with pytest.raises(ConfigError, match=message):
+            pretrained_state(settings, model_config(settings, 40, 16, 8))
+
+
+def test_image_positions_are_interpolated_over_the_grid_and_the_class_token_kept(tiny_config):
+    small, large = build(tiny_config), build(tiny_config, image_size=32)
+    state = small.state_dict()
+    before = state["visual.positional_embedding"].clone()
+    resize_positions(state, large)
+    after = state["visual.positional_embedding"]
+    grid = before[1:].T.reshape(1, 32, 2, 2)
+    expected = F.interpolate(grid, (4, 4), mode="bicubic", antialias=True, align_corners=False)
+    assert torch.equal(after[0], before[0])
+    assert torch.allclose(after[1:], expected.reshape(32, 16).T)
+
+
+def test_text_positions_are_interpolated_linearly(tiny_config):
+    short, long = build(tiny_config), build(tiny_config, text_length=16)
+    state = short.state_dict()
+    before = state["text.positional_embedding"].double().numpy()
+    resize_positions(state, long)
+    places = np.clip((np.arange(16) + 0.5) * 8 / 16 - 0.5, 0, 7)  # align_corners=False
+    expected = np.stack([np.interp(places, np.arange(8), column) for column in before.T], axis=1)
+    assert np.allclose(state["text.positional_embedding"].numpy(), expected, atol=1e-6)
+
+
+def test_normalize_is_open_clips_transform():
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+    expected = (pixels / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    assert torch.allclose(normalize(pixels, mean, std), expected, atol=1e-6)
+
+
+def test_mlp_parameters_are_four_per_block(tiny_config):
+    names = mlp_parameters(build(tiny_config))
+    assert len(names) == 4 * 4
+    assert "text.transformer.resblocks.0.mlp.c_proj.bias" in names
+    assert all(".mlp.c_fc." in name or ".mlp.c_proj." in name for name in names)
+
+
+def test_building_on_a_seed_is_not_disturbed_by_reading_pretrained_weights(tiny_config, tmp_path):
+    save_file(build(tiny_config).state_dict(), tmp_path / "a.safetensors")
+    settings = inline(tiny_config, pretrained=str(tmp_path / "a.safetensors"))
+    torch.manual_seed(0)
+    pretrained_state(settings, model_config(settings, 40, 16, 8))
+    after = torch.rand(3)
+    torch.manual_seed(0)
+    assert torch.equal(after, torch.rand(3))

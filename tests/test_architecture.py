@@ -1,0 +1,97 @@
+"""The floors of the library, and what may import what."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LIBRARY = Path(__file__).resolve().parent.parent / "lib" / "clipgraft"
+SCRIPTS = LIBRARY.parent.parent / "scripts"
+FLOORS = [
+    {"config", "versions", "job", "provenance", "log", "runs"},
+    {"dist", "launch"},
+    {"data", "models", "losses"},
+    {"checkpoint", "optim"},
+    {"train", "evaluation"},
+    {"pretrain", "embed", "cluster", "experts", "graft", "router", "report"},
+]
+MODULES = sorted(path for path in LIBRARY.rglob("*.py") if path != LIBRARY / "__init__.py")
+
+
+def top(module: str) -> str:
+    return module.split(".")[1]
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(LIBRARY).with_suffix("").parts[0]
+
+
+def floor_of(part: str) -> int:
+    floors = [number for number, floor in enumerate(FLOORS) if part in floor]
+    assert len(floors) == 1, f"{part} stands on no floor or on several"
+    return floors[0]
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+            if node.module == "clipgraft":
+                names |= {f"clipgraft.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(LIBRARY)))
+def test_imports_only_go_down(path: Path):
+    here = floor_of(part_of(path))
+    for name in imported(path):
+        if not name.startswith("clipgraft."):
+            continue
+        there = floor_of(top(name))
+        same_part = top(name) == part_of(path)
+        # Floors 0 and 5 are flat: their modules may use one another; on floor 2 the three parts may not.
+        assert there < here or same_part or here in (0, 1, 5) and there == here, (
+            f"{path.name} (floor {here}) imports {name} (floor {there})"
+        )
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(LIBRARY)))
+def test_the_library_never_imports_snakemake(path: Path):
+    assert not any(name.split(".")[0] == "snakemake" for name in imported(path))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(LIBRARY)))
+def test_losses_know_neither_processes_nor_files(path: Path):
+    if part_of(path) == "losses":
+        assert not imported(path) & {"torch.distributed", "os", "pathlib", "json"}
+
+
+def test_floor_0_loads_no_torch_and_no_pandas():
+    modules = ", ".join(f"clipgraft.{name}" for name in sorted(FLOORS[0]))
+    code = f"import sys, {modules}; print({{'torch', 'numpy', 'pandas', 'open_clip'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_every_stage_is_a_rule_a_script_and_a_section_of_words():
+    from clipgraft.config import STAGES
+
+    rules = "".join(path.read_text() for path in (SCRIPTS.parent / "rules").glob("*.smk"))
+    for stage in STAGES:
+        assert (SCRIPTS / f"{stage}.py").is_file()
+        assert f"\nrule {stage}:" in rules
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.py")), ids=lambda path: path.stem)
+def test_scripts_are_small_and_explain_themselves(script: Path):
+    assert len(script.read_text().splitlines()) < 60
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "--set KEY=VALUE" in done.stdout

@@ -1,0 +1,116 @@
+"""The config: what is accepted, and that each mistake gets one clear message."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from clipgraft.config import ConfigError, load_config, merge, read_config, schema
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = yaml.safe_load((ROOT / "tests/config/small.yaml").read_text())
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    """The small config with one value set, or removed if None."""
+    raw = copy.deepcopy(SMALL)
+    *parents, leaf = path.split(".")
+    node = raw
+    for parent in parents:
+        node = node[int(parent)] if parent.isdigit() else node.setdefault(parent, {})
+    if value is None:
+        del node[leaf]
+    else:
+        node[leaf] = value
+    return raw
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("modle", {}, ["unknown key `modle`", "did you mean `model`"]),
+        ("finetune_expert.optim.lrr", 1, ["unknown key `lrr` in finetune_expert.optim", "`lr`"]),
+        ("pretrain.0.batchsize", 4, ["unknown key `batchsize` in pretrain.0", "`batch_size`"]),
+        (
+            "download.train.num_sample",
+            4,
+            ["unknown key `num_sample` in download.train", "num_samples"],
+        ),
+        ("resources.pretrain.gpus", 4, ["unknown key `gpus` in resources.pretrain", "`gpu`"]),
+        (
+            "evaluate.tasks.renders.dta",
+            "x",
+            ["unknown key `dta` in evaluate.tasks.renders", "`data`"],
+        ),
+        ("moe.top_k", "two", ["moe.top_k", '"two"', "integer"]),
+        ("moe.top_k", 4, ["top_k = 4", "num_experts = 3", "Hint"]),
+        ("moe.num_experts", 1, ["moe.num_experts", "1", "2"]),
+        (
+            "pretrain.0.image_size",
+            20,
+            ["pretrain.short.image_size = 20", "patch size 8", "16 or 24"],
+        ),
+        ("pretrain.0.batch_size", 97, ["pretrain.short.batch_size = 97", "num_samples = 96"]),
+        ("finetune_router.batch_size", 1000, ["finetune_router.batch_size = 1000", "96"]),
+        ("evaluate.tasks.renders.data", "render", ["'render'", "did you mean `renders`"]),
+        ("evaluate.tasks.renders", {"data": "renders"}, ["nothing to measure"]),
+        ("download.train.kind", "tar", ["download.train", '"tar"', "tars"]),
+        ("download.train", None, ["no `train`"]),
+        ("model.name", "ViT-B-16", ["either `name` or `config`"]),
+        ("pretrain.1.name", "short", ["phase names must differ"]),
+        ("seed", -1, ["seed = -1"]),
+        ("finetune_expert.samples_seen", None, ["missing key `finetune_expert.samples_seen`"]),
+    ],
+)
+def test_a_mistake_is_named_with_its_place_value_and_a_hint(path, value, words):
+    with pytest.raises(ConfigError) as error:
+        load_config(changed(path, value))
+    for word in words:
+        assert word in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_mistake_in_an_overlay_names_the_run():
+    with pytest.raises(ConfigError, match=r"run 'top9'.*top_k = 9"):
+        load_config(changed("runs.top9", {"moe": {"top_k": 9}}))
+
+
+def test_an_overlay_changes_only_what_it_names():
+    runs = load_config(changed("runs.one", {"moe": {"top_k": 1}}))
+    assert runs["one"].moe.top_k == 1
+    assert runs["one"].moe.num_experts == runs["small"].moe.num_experts
+    assert runs["one"].pretrain == runs["small"].pretrain
+
+
+def test_another_kind_of_source_replaces_the_settings_of_the_first():
+    merged = merge({"kind": "shapes", "num_samples": 3}, {"kind": "folder", "folder": "x"})
+    assert merged == {"kind": "folder", "folder": "x"}
+
+
+def test_settings_cannot_be_changed_after_validation():
+    run = load_config(SMALL)["small"]
+    with pytest.raises(ValueError, match="frozen"):
+        run.seed = 3
+
+
+@pytest.mark.parametrize("path", [*sorted(ROOT.glob("tests/config/*.yaml")), ROOT / "config.yaml"])
+def test_every_config_of_the_repository_is_valid(path: Path):
+    assert read_config(path)
+
+
+def test_a_file_that_is_not_there_or_not_yaml_is_named(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"nothing\.yaml does not exist"):
+        read_config(tmp_path / "nothing.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1, 2")
+    with pytest.raises(ConfigError, match=r"bad\.yaml is not YAML"):
+        read_config(tmp_path / "bad.yaml")
+
+
+def test_the_schema_for_editors_is_up_to_date():
+    stored = json.loads((ROOT / "workflow/schemas/config.schema.json").read_text())
+    assert stored == schema(), "run `make schema`"

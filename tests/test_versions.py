@@ -1,0 +1,154 @@
+"""Versions: what changes one, what does not, and what an edit of the code reaches."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from clipgraft.config import ConfigError, load_config, merge
+from clipgraft.versions import local_files, plan_run
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = yaml.safe_load((ROOT / "tests/config/small.yaml").read_text())
+
+
+def versions(overlay: dict) -> dict[str, str]:
+    run = load_config(merge(copy.deepcopy(SMALL), overlay))["small"]
+    return {job.name: job.version for job in plan_run("small", run)}
+
+
+def differing(overlay: dict) -> set[str]:
+    before, after = versions({}), versions(overlay)
+    return {name.split("/")[0] for name in before if before[name] != after.get(name)}
+
+
+@pytest.mark.parametrize(
+    ("overlay", "stages"),
+    [
+        ({"report": {"title": "x"}}, {"report"}),
+        ({"finetune_router": {"samples_seen": 32}}, {"finetune_router", "evaluate", "report"}),
+        ({"moe": {"top_k": 1}}, {"assemble", "finetune_router", "evaluate", "report"}),
+        (
+            {"cluster": {"num_tries": 1}},
+            {
+                "cluster",
+                "embed",
+                "finetune_expert",
+                "assemble",
+                "finetune_router",
+                "evaluate",
+                "report",
+            },
+        ),
+        ({"resources": {"pretrain": {"gpu": 8, "threads": 2}}}, set()),
+    ],
+)
+def test_a_setting_changes_its_stage_and_what_follows(overlay, stages):
+    assert differing(overlay) == stages
+
+
+def test_a_router_setting_leaves_the_evaluation_of_other_models_alone():
+    before, after = versions({}), versions({"finetune_router": {"samples_seen": 32}})
+    assert {name for name in before if before[name] != after[name]} == {
+        "finetune_router",
+        "evaluate/moe/renders",
+        "report",
+    }
+
+
+def test_the_same_settings_give_the_same_versions_in_another_process():
+    code = (
+        "import json, yaml; from clipgraft.config import load_config; from clipgraft.versions import plan_run;"
+        f"raw = yaml.safe_load(open({str(ROOT / 'tests/config/small.yaml')!r}));"
+        "print(json.dumps({j.name: j.version for j in plan_run('small', load_config(raw)['small'])}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == versions({})
+
+
+def test_every_model_meets_every_task_and_inputs_come_before_users():
+    jobs = plan_run("small", load_config(SMALL)["small"])
+    evaluated = {job.name.split("/")[1] for job in jobs if job.stage == "evaluate"}
+    assert evaluated == {"short", "base", "expert_1", "expert_2", "control", "upcycled", "moe"}
+    seen: set[str] = set()
+    for job in jobs:
+        assert {of.name for of in job.inputs.values()} <= seen
+        seen.add(job.name)
+
+
+@pytest.fixture
+def code(tmp_path: Path) -> Path:
+    for folder in ("lib", "scripts"):
+        shutil.copytree(
+            ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    return tmp_path
+
+
+def fingerprints(root: Path) -> dict[str, str]:
+    program = (
+        "import json, sys; from pathlib import Path; from clipgraft.versions import fingerprint;"
+        "print(json.dumps({p.stem: fingerprint(p) for p in Path(sys.argv[1]).glob('*.py')}))"
+    )
+    command = [sys.executable, "-c", program, str(root / "scripts")]
+    environment = {"PYTHONPATH": str(root / "lib")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    return json.loads(done.stdout)
+
+
+def touched(root: Path, before: dict[str, str]) -> set[str]:
+    after = fingerprints(root)
+    return {stage for stage in before if before[stage] != after[stage]}
+
+
+def test_comments_docstrings_and_layout_are_not_code(code: Path):
+    before = fingerprints(code)
+    for file in (code / "lib/clipgraft/cluster.py", code / "scripts/cluster.py"):
+        text = file.read_text()
+        head, _, tail = text.partition('"""')
+        _, _, rest = tail.partition('"""')
+        file.write_text(f'{head}"""Another docstring."""\n# a comment\n\n\n{rest}\n# the end\n')
+    assert touched(code, before) == set()
+
+
+def test_code_reaches_exactly_the_stages_that_use_it(code: Path):
+    before = fingerprints(code)
+
+    def edit(file: str) -> set[str]:
+        path = code / file
+        text = path.read_text()
+        path.write_text(text + "\n_EDITED = 1\n")
+        reached = touched(code, before)
+        path.write_text(text)
+        return reached
+
+    assert edit("scripts/embed.py") == {"embed"}
+    assert edit("lib/clipgraft/losses/balance.py") == {"finetune_router"}
+    assert edit("lib/clipgraft/report/report.py") == {"report"}
+    assert edit("lib/clipgraft/cluster.py") >= {"cluster", "finetune_expert"}
+    assert not edit("lib/clipgraft/cluster.py") & {
+        "download",
+        "index",
+        "shard",
+        "pretrain",
+        "embed",
+    }
+    assert edit("lib/clipgraft/job.py") == set()
+
+
+def test_a_glob_that_matches_nothing_or_an_unset_variable_is_named(tmp_path: Path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"no file matches.*\*\.tar"):
+        local_files(str(tmp_path / "*.tar"))
+    with pytest.raises(ConfigError, match="environment variable"):
+        local_files("$CLIPGRAFT_SURELY_UNSET/x.tar")
+    (tmp_path / "b.tar").touch()
+    (tmp_path / "a.tar").touch()
+    monkeypatch.setenv("SOME_DATA", str(tmp_path))
+    assert [path.name for path in local_files("$SOME_DATA/*.tar")] == ["a.tar", "b.tar"]
