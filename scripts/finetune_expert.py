@@ -18,7 +18,7 @@ def main(job: Job) -> None:
             job.optional("labels"),
             out,
             threads=job.threads,
-            state=TrainingState(job.resume, job.tag, job.is_first),
+            state=TrainingState(job.resume, job.tag),
         )
         job.record(**facts)
 

@@ -17,7 +17,7 @@ def main(job: Job) -> None:
             job.folder("shard"),
             out,
             threads=job.threads,
-            state=TrainingState(job.resume, job.tag, job.is_first),
+            state=TrainingState(job.resume, job.tag),
         )
         job.record(**facts)
 

@@ -1,8 +1,18 @@
-"""What many tests start from."""
+"""What many tests start from: no network, and a tiny model."""
 
+import os
+import runpy
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+NO_NETWORK = Path(__file__).parent / "no_network"
+os.environ["CLIPGRAFT_NO_NETWORK"] = "1"
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(NO_NETWORK), os.environ.get("PYTHONPATH")])
+)
+runpy.run_path(str(NO_NETWORK / "sitecustomize.py"))  # children get it by PYTHONPATH
 
 
 @pytest.fixture

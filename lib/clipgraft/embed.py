@@ -45,7 +45,8 @@ def embed(
     """
     with dist.world() as world, torch.inference_mode():
         data = Data.open(index, shard)
-        clip, spec = load_model(model)
+        loaded = load_model(model)
+        clip, spec = loaded.model, loaded.spec
         clip.to(world.device).eval()
         num, dim = len(data.shards), spec["config"]["embed_dim"]
         if world.is_first:

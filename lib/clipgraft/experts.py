@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from clipgraft import dist
-from clipgraft.checkpoint import MERGES, TrainingState, load_model, save_model
+from clipgraft.checkpoint import TrainingState, load_model, save_model
 from clipgraft.cluster import read_labels
 from clipgraft.config import ExpertJob
 from clipgraft.data.loader import Batch
@@ -55,7 +55,8 @@ def finetune_expert(
     torch.manual_seed(settings.seed)
     with dist.world() as world:
         data = Data.open(index, shard)
-        model, spec = load_model(init)
+        loaded = load_model(init)
+        model, spec = loaded.model, loaded.spec
         trained = mlp_parameters(model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
@@ -77,7 +78,7 @@ def finetune_expert(
         )
         facts = fit.run(out)
         if world.is_first:
-            save_model(out, model, spec, init / MERGES, only=list(trained), base=init)
+            save_model(out, model, spec, loaded.merges, only=list(trained), base=init)
         return facts
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from clipgraft.checkpoint import MERGES, load_model, save_model
+from clipgraft.checkpoint import load_model, save_model
 from clipgraft.config import AssembleJob, ConfigError
-from clipgraft.models.moe import layer_numbers, upcycle
+from clipgraft.models.moe import upcycle
 
 log = logging.getLogger(__name__)
 
@@ -36,18 +36,19 @@ def assemble(settings: AssembleJob, experts: list[Path], out: Path) -> dict[str,
         raise ConfigError(
             f"num_experts = {settings.num_experts}, but {len(experts)} experts were given"
         )
-    model, spec = load_model(experts[0])
-    states = [load_model(folder)[0].state_dict() for folder in experts]
+    base = load_model(experts[0])
+    model = base.model
+    states = [load_model(folder).model.state_dict() for folder in experts]
     dense = sum(p.numel() for p in model.parameters())
-    depths = [len(tower.transformer.resblocks) for tower in (model.visual, model.text)]
-    layers = {
-        "image_layers": layer_numbers(settings.image_layers, depths[0], "visual"),
-        "text_layers": layer_numbers(settings.text_layers, depths[1], "text"),
-    }
-    generator = torch.Generator().manual_seed(settings.seed)
-    upcycle(model, states, top_k=settings.top_k, generator=generator, **layers)
-    moe = {"num_experts": len(experts), "top_k": settings.top_k, **layers}
-    save_model(out, model, {**spec, "moe": moe}, experts[0] / MERGES)
+    moe = upcycle(
+        model,
+        states,
+        top_k=settings.top_k,
+        image_layers=settings.image_layers,
+        text_layers=settings.text_layers,
+        generator=torch.Generator().manual_seed(settings.seed),
+    )
+    save_model(out, model, {**base.spec, "moe": moe}, base.merges)
     total = sum(p.numel() for p in model.parameters())
     log.info(
         "%d experts, top %d: %s parameters (dense %s)",

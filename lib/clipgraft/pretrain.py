@@ -13,7 +13,7 @@ from clipgraft import dist
 from clipgraft.checkpoint import TrainingState, load_model, save_model
 from clipgraft.config import ConfigError, PretrainJob
 from clipgraft.data.sampler import UniformBatches
-from clipgraft.models.build import build, load_pretrained, model_config, preprocess_config
+from clipgraft.models.build import build, describe, model_config, pretrained_state
 from clipgraft.train import Data, Fit, contrastive_step
 
 log = logging.getLogger(__name__)
@@ -76,13 +76,13 @@ def start_model(
     """
     size, length = settings.image_size, settings.text_length
     if init is not None:
-        model, spec = load_model(init, image_size=size, text_length=length)
-        has = spec["config"]["text_cfg"]["vocab_size"]
+        before = load_model(init, image_size=size, text_length=length)
+        has = before.spec["config"]["text_cfg"]["vocab_size"]
         if has != vocab_size:
             raise ConfigError(f"{init} has {has} tokens, the data have {vocab_size}")
-        return model, spec
+        return before.model, before.spec
     config = model_config(settings.model, vocab_size, size, length)
     model = build(config, temperature=settings.temperature)
     if settings.model.pretrained:
-        load_pretrained(model, settings.model)
-    return model, {"config": config, "preprocess": preprocess_config(settings.model, size)}
+        model.load_state_dict(pretrained_state(settings.model, config))
+    return model, describe(config, settings.model)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clipgraft import dist
-from clipgraft.checkpoint import MERGES, TrainingState, load_model, save_model
+from clipgraft.checkpoint import TrainingState, load_model, save_model
 from clipgraft.config import ConfigError, RouterJob
 from clipgraft.data.loader import Batch
 from clipgraft.data.sampler import UniformBatches
@@ -54,7 +54,8 @@ def finetune_router(
     torch.manual_seed(settings.seed)
     with dist.world() as world:
         data = Data.open(index, shard)
-        model, spec = load_model(init)
+        loaded = load_model(init)
+        model, spec = loaded.model, loaded.spec
         trained = router_parameters(model)
         if not trained:
             raise ConfigError(f"{init} has no routers. Hint: give an assembled model")
@@ -77,7 +78,7 @@ def finetune_router(
         )
         facts = fit.run(out)
         if world.is_first:
-            save_model(out, model, spec, init / MERGES)
+            save_model(out, model, spec, loaded.merges)
         return facts
 
 

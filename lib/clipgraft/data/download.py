@@ -21,7 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from clipgraft.config import ConfigError, FolderSource, ShapesSource, Source, Ta
 from clipgraft.data.images import SUFFIXES, BadImage, shrink
 from clipgraft.data.parallel import Progress, parallel_map, worker_pool
 from clipgraft.data.shapes import ATTRIBUTES, draw_sample
-from clipgraft.data.tars import add_member, list_samples, read_range
+from clipgraft.data.tars import add_member, list_samples, list_tars, read_range
 from clipgraft.versions import local_files
 
 log = logging.getLogger(__name__)
@@ -297,18 +297,23 @@ def _fetch(
     num_shards = -(-table.num_rows // SHARD)
     progress = Progress("fetched", table.num_rows)
     pending: list[Future[list[Outcome]]] = []
+    num_failed = 0
     try:
         with (
             worker_pool(threads) as pool,
-            _img2dataset(work, extra, threads, timeout_seconds, retries) as process,
+            _img2dataset(
+                work, extra, min(threads, num_shards), timeout_seconds, retries
+            ) as process,
         ):
-            for stem in _finished_shards(process, shards):
-                number = int(stem)
-                first = number * SHARD
-                rows = table["row"].slice(first, SHARD).to_pylist()
-                pending.append(pool.submit(_rewrite, shards, stem, rows, out, short_side))
-                failed = _stats(shards, stem)
-                progress.add(len(rows), f"   {failed} failed in shard {number}")
+            for stems in _finished_shards(process, shards, num_shards):
+                for stem in stems:
+                    rows = table["row"].slice(int(stem) * SHARD, SHARD).to_pylist()
+                    pending.append(pool.submit(_rewrite, shards, stem, rows, out, short_side))
+                    num_failed += _num_failed(shards, stem)
+                    progress.add(len(rows))
+                progress.add(
+                    0, f"   {num_failed:,} failed   {_megabytes(shards):,.0f} MB under way"
+                )
             finished = [future.result() for future in pending]
         progress.done()
         if len(finished) != num_shards:
@@ -324,7 +329,7 @@ def _fetch(
 
 @contextmanager
 def _img2dataset(
-    work: Path, extra: list[str], threads: int, timeout_seconds: int, retries: int
+    work: Path, extra: list[str], processes: int, timeout_seconds: int, retries: int
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run img2dataset; on leaving, whatever is left of it and its workers is killed."""
     flags = {
@@ -337,7 +342,7 @@ def _img2dataset(
         "output_format": "webdataset",
         "disable_all_reencoding": True,
         "number_sample_per_shard": SHARD,
-        "processes_count": threads,
+        "processes_count": processes,
         "thread_count": _THREADS,
         "timeout": timeout_seconds,
         "retries": retries,
@@ -347,7 +352,7 @@ def _img2dataset(
     }
     command = [sys.executable, "-c", "from img2dataset import main; main()"]
     command += [f"--{name}={value}" for name, value in flags.items()]
-    environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"}  # no look at the package index
+    environment = {**os.environ, "PYTHONPATH": _without_idle_imports(work)}
     with (work / "output.txt").open("wb") as output:
         process = subprocess.Popen(
             command, cwd=work, env=environment, stdout=output, stderr=output, start_new_session=True
@@ -355,15 +360,34 @@ def _img2dataset(
     try:
         yield process
     finally:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
 
 
-def _finished_shards(process: subprocess.Popen[bytes], shards: Path) -> Iterator[str]:
-    """Names of shards as img2dataset finishes them; its statistics of a shard are written last."""
+def _without_idle_imports(work: Path) -> str:
+    """A PYTHONPATH on which modules that img2dataset imports, but does not use here, are empty.
+
+    Each of its processes (it has two beside the workers) would spend five seconds on torch, which webdataset
+    can do without, wandb and albumentations, which also asks the package index for news.
+    """
+    idle = work / "idle_imports"
+    idle.mkdir()
+    (idle / "torch.py").write_text(
+        'raise ModuleNotFoundError("not needed to download", name="torch")\n'
+    )
+    for module in ("wandb", "albumentations"):
+        (idle / f"{module}.py").touch()
+    return os.pathsep.join(filter(None, (str(idle), os.environ.get("PYTHONPATH"))))
+
+
+def _finished_shards(
+    process: subprocess.Popen[bytes], shards: Path, num_shards: int
+) -> Iterator[list[str]]:
+    """Again and again, the shards that img2dataset has finished since; statistics are written last.
+
+    It ends with the last shard, or with img2dataset: nothing after the last shard is worth waiting for.
+    """
     seen: set[str] = set()
     while True:
         is_over = process.poll() is not None
@@ -372,8 +396,8 @@ def _finished_shards(process: subprocess.Popen[bytes], shards: Path) -> Iterator
         } - seen
         ready = sorted(stem for stem in stems if is_over or _is_json(shards / f"{stem}_stats.json"))
         seen |= set(ready)
-        yield from ready
-        if is_over:
+        yield ready
+        if is_over or len(seen) == num_shards:
             return
         time.sleep(_POLL_SECONDS)
 
@@ -386,10 +410,18 @@ def _is_json(path: Path) -> bool:
     return True
 
 
-def _stats(shards: Path, stem: str) -> int:
-    """How many URLs of a shard failed."""
+def _num_failed(shards: Path, stem: str) -> int:
     about = json.loads((shards / f"{stem}_stats.json").read_text())
     return int(about["count"] - about["successes"])
+
+
+def _megabytes(shards: Path) -> float:
+    """Size of the tars that are still being written or rewritten."""
+    size = 0
+    for path in shards.glob("*.tar"):
+        with suppress(FileNotFoundError):  # rewritten since
+            size += path.stat().st_size
+    return size / 1e6
 
 
 def _rewrite(shards: Path, stem: str, rows: list[int], out: Path, short_side: int) -> list[Outcome]:
@@ -464,7 +496,7 @@ def _read_tars(source: TarSource, out: Path, threads: int) -> list[Outcome]:
         names = _read_classes(source.classes)
         (out / "classes.json").write_text(json.dumps({"class": names}, indent=1) + "\n")
     outcomes = []
-    for path, samples in zip(paths, parallel_map(list_samples, paths, threads), strict=True):
+    for path, samples in zip(paths, list_tars(paths, threads), strict=True):
         outcomes += [
             Outcome(key, str(path), "ok") for key in dict.fromkeys(key for key, _ in samples)
         ]

@@ -11,7 +11,6 @@ import logging
 import os
 from collections import Counter
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from clipgraft.config import ConfigError, IndexJob
 from clipgraft.data.images import SUFFIXES, BadImage, open_image, to_rgb
 from clipgraft.data.parallel import Progress, parallel_map
 from clipgraft.data.samples import SCHEMA, samples_id_of
-from clipgraft.data.tars import Members, list_samples, read_range
+from clipgraft.data.tars import Members, list_tars, read_range
 from clipgraft.data.tokens import write_tokens
 from clipgraft.job import WRITING
 
@@ -95,7 +94,7 @@ def build_index(settings: IndexJob, download: Path, out: Path, threads: int) -> 
     accepted: list[Accepted] = []
     progress = Progress("decoded", len(found))
     tasks = ((settings, class_names, found[i : i + _CHUNK]) for i in range(0, len(found), _CHUNK))
-    for results in parallel_map(_check_chunk, tasks, threads):
+    for results in parallel_map(_check_chunk, tasks, min(threads, len(found) // 512)):
         accepted += [each for each in results if isinstance(each, Accepted)]
         rejected += [each for each in results if isinstance(each, Rejected)]
         progress.add(len(results), f"   {len(rejected):,} rejected")
@@ -123,27 +122,22 @@ def build_index(settings: IndexJob, download: Path, out: Path, threads: int) -> 
 
 def _find(download: Path, threads: int) -> list[Found]:
     """All samples that were downloaded, sorted by uid."""
-    table = pq.read_table(download / "outcomes.parquet")
-    outcomes = [(row["file"], row["key"]) for row in table.to_pylist() if row["status"] == "ok"]
-    files = {
-        file: {key for _, key in group}
-        for file, group in groupby(sorted(outcomes), lambda outcome: outcome[0])
-    }
-    paths = [download / file for file in files]  # absolute names stay themselves
+    keys_of: dict[str, set[str]] = {}
+    for row in pq.read_table(download / "outcomes.parquet").to_pylist():
+        if row["status"] == "ok":
+            keys_of.setdefault(row["file"], set()).add(row["key"])
+    tars = [file for file in keys_of if file.endswith(".tar")]
+    paths = [download / file for file in tars]  # absolute names stay themselves
     found = []
-    for (file, keys), path, samples in zip(
-        files.items(), paths, parallel_map(_list, paths, threads), strict=True
-    ):
-        if path.suffix != ".tar":
-            samples = [(next(iter(keys)), samples[0][1])]
-        found += [Found(key, file, path, members) for key, members in samples if key in keys]
+    for file, path, samples in zip(tars, paths, list_tars(paths, threads), strict=True):
+        found += [
+            Found(key, file, path, members) for key, members in samples if key in keys_of[file]
+        ]
+    for file in keys_of.keys() - set(tars):
+        path = download / file
+        members = {path.suffix[1:].lower(): (0, path.stat().st_size)}
+        found += [Found(key, file, path, members) for key in keys_of[file]]
     return sorted(_with_unique_uids(found), key=lambda each: each.uid)
-
-
-def _list(path: Path) -> list[tuple[str, Members]]:
-    if path.suffix == ".tar":
-        return list_samples(path)
-    return [(path.stem, {path.suffix[1:].lower(): (0, path.stat().st_size)})]
 
 
 def _without_repeats(found: list[Found]) -> tuple[list[Found], list[Rejected]]:

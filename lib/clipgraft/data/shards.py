@@ -99,7 +99,11 @@ def write_shards(settings: ShardJob, index_folder: Path, out: Path, threads: int
         _task(samples, first, short_side, settings.quality)
         for first in range(0, len(samples), _CHUNK)
     )
-    images = (image for chunk in parallel_map(_shrink, tasks, threads) for image in chunk)
+    images = (
+        image
+        for chunk in parallel_map(_shrink, tasks, min(threads, len(samples) // 512))
+        for image in chunk
+    )
     places = _write_tars(samples, images, settings.samples_per_tar, out)
     np.save(out / "offsets.npy", places)
     about = {

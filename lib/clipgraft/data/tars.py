@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from clipgraft.config import ConfigError
+from clipgraft.data.parallel import parallel_map
 
 # Where the bytes of a sample's files are: extension -> (offset, length).
 Members = dict[str, tuple[int, int]]
@@ -59,6 +61,11 @@ def list_samples(path: Path) -> list[tuple[str, Members]]:
             samples.append((key, {}))
         samples[-1][1][extension] = (offset, size)
     return samples
+
+
+def list_tars(paths: Sequence[Path], threads: int) -> Iterator[list[tuple[str, Members]]]:
+    """Samples of each tar; a few tars are read sooner than processes start."""
+    return parallel_map(list_samples, paths, threads if len(paths) > 16 else 1)
 
 
 def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> int:

@@ -15,6 +15,7 @@ import io
 import json
 import logging
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -168,8 +169,7 @@ class Encoder:
         parts[-1] += "</w>"
         while len(parts) > 1:
             rank, pair = min(
-                (self._ranks.get(pair, len(self._ranks)), pair)
-                for pair in zip(parts, parts[1:], strict=False)
+                (self._ranks.get(pair, len(self._ranks)), pair) for pair in pairwise(parts)
             )
             if rank == len(self._ranks):
                 break

@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from open_clip import CustomTextCLIP
+from torch import Tensor
 
-from clipgraft.checkpoint import MERGES, load_model
+from clipgraft.checkpoint import load_model
 from clipgraft.config import ConfigError, TaskSettings, ZeroShotSettings
 from clipgraft.data.images import decode, resize_center
 from clipgraft.data.samples import Samples
@@ -67,10 +68,11 @@ def evaluate(
     jobs = [_check_label(samples, zero_shot, task_name) for zero_shot in task.zero_shot]
     captions = Captions.of(samples.all_captions()) if task.retrieval else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, spec = load_model(model_folder)
+    loaded = load_model(model_folder)
+    model = loaded.model
     model.to(device).eval()
-    length = spec["config"]["text_cfg"]["context_length"]
-    tokenizer = Tokenizer(model_folder / MERGES)
+    length = loaded.spec["config"]["text_cfg"]["context_length"]
+    tokenizer = Tokenizer(loaded.merges)
     text_encoder = encoder_of_texts(model, tokenizer, length, device, batch_size)
     result: dict[str, Any] = {"task": task_name, "samples_id": samples.samples_id}
     result |= {"retrieval": None, "zero_shot": {}}
@@ -78,7 +80,9 @@ def evaluate(
     examples |= {"image_to_text": [], "text_to_image": []}
 
     with torch.inference_mode(), _true_float32():
-        image_ND = encode_images(model, spec["preprocess"], samples, device, threads, batch_size)
+        image_ND = encode_images(
+            model, loaded.spec["preprocess"], samples, device, threads, batch_size
+        )
         _check_finite(image_ND, model_folder)
         if captions is not None:
             text_UD = text_encoder(captions.texts)
@@ -100,7 +104,7 @@ def evaluate(
 
 
 def encode_images(
-    model: nn.Module,
+    model: CustomTextCLIP,
     preprocess: Mapping[str, Any],
     samples: Samples,
     device: torch.device,
@@ -123,7 +127,7 @@ def encode_images(
 
 
 def encoder_of_texts(
-    model: nn.Module, tokenizer: Tokenizer, length: int, device: torch.device, batch_size: int
+    model: CustomTextCLIP, tokenizer: Tokenizer, length: int, device: torch.device, batch_size: int
 ) -> Callable[[list[str]], Tensor]:
     """A function from texts to L2-normalised float32 features on the device."""
 

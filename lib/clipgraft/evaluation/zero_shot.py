@@ -33,7 +33,7 @@ def zero_shot_weights(
         `[C, D]`, L2-normalised.
     """
     prompts = [template.replace("{c}", name) for name in classes for template in templates]
-    feature_CTD = encode(prompts).unflatten(0, (len(classes), len(templates)))
+    feature_CTD = encode(prompts).view(len(classes), len(templates), -1)
     return F.normalize(feature_CTD.mean(dim=1), dim=-1)
 
 

@@ -1,7 +1,7 @@
 """open_clip models: their config, their weights, their position tables.
 
-Three decisions shape it. Models are always open_clip's `CustomTextCLIP`, whose text tower takes any length up to
-its own, with open_clip's parameter names, so that dense models open in open_clip unchanged. A config is a plain
+Three decisions shape it. Models are always open_clip's `CustomTextCLIP`, made to take texts of any length up to
+their context, with open_clip's parameter names, so that dense models open in open_clip unchanged. A config is a plain
 dict in open_clip's form, complete (sizes and activation spelled out), so it can be stored beside the weights. And
 whether a model uses QuickGELU is decided by the weights, not by the name it is called by: OpenAI's weights under
 the name `ViT-B-32` would otherwise run with another activation than they were trained with, without a word.
@@ -119,12 +119,14 @@ def build(
     if temperature is not None:
         config["init_logit_scale"] = math.log(1 / temperature)
     try:
-        return open_clip.CustomTextCLIP(**config)
+        model = open_clip.CustomTextCLIP(**config)
     except (TypeError, ValueError, AssertionError, ZeroDivisionError, RuntimeError) as error:
         raise ConfigError(
             f"model: open_clip cannot build it: {type(error).__name__}: {error}. Hint: width must be "
             "a multiple of the heads (vision: width / head_width heads, head_width 64 unless set)"
         ) from None
+    model.text.transformer.register_forward_pre_hook(_cut_mask, with_kwargs=True)
+    return model
 
 
 def pretrained_state(settings: ModelSettings, config: dict[str, Any]) -> dict[str, Tensor]:
@@ -197,6 +199,16 @@ def normalize(images_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) 
 def mlp_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of the MLPs of all blocks of both towers, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if _MLP.match(name)}
+
+
+def _cut_mask(
+    _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Let texts be shorter than the context: open_clip 3.3 cuts the positions, but not the mask."""
+    length, mask = arguments[0].shape[1], named.get("attn_mask")
+    if mask is not None:
+        named = {**named, "attn_mask": mask[..., :length, :length]}
+    return arguments, named
 
 
 def _architecture(settings: ModelSettings) -> dict[str, Any]:

@@ -89,7 +89,7 @@ class MoeMlp(nn.Module):
 
     def _route(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = F.linear(x_TD.float(), self.router)
+            logits_TE = F.linear(x_TD.float(), self.router.float())
             probs_TE = logits_TE.softmax(1)
             gates_TK, topk_TK = probs_TE.topk(self.top_k, dim=1)
             gates_TK = gates_TK / gates_TK.sum(1, keepdim=True)
@@ -266,16 +266,22 @@ def _hook(tower: nn.Module, state: TowerState, *, is_text: bool) -> None:
             "embed_cls and pool_type"
         )
 
-    def before(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-        state.is_forward = True
-        if is_text:
-            text_BL = arguments[0]
-            position_L = torch.arange(text_BL.shape[1], device=text_BL.device)
-            # Padding follows the end token, the highest id. Id 0 alone is no sign of it: it is "!".
-            state.real_BL = position_L <= text_BL.argmax(1, keepdim=True)
+    tower.moe_state = state  # found through the tower, so that a deep copy has its own
+    tower.register_forward_pre_hook(_before_text if is_text else _before)
+    tower.register_forward_hook(_after, always_call=True)
 
-    def after(*_: Any) -> None:
-        state.is_forward = False  # real_BL stays, for blocks computed again in backward
 
-    tower.register_forward_pre_hook(before)
-    tower.register_forward_hook(after, always_call=True)
+def _before(tower: nn.Module, _: tuple[Any, ...]) -> None:
+    tower.moe_state.is_forward = True
+
+
+def _before_text(tower: nn.Module, arguments: tuple[Any, ...]) -> None:
+    _before(tower, arguments)
+    text_BL = arguments[0]
+    position_L = torch.arange(text_BL.shape[1], device=text_BL.device)
+    # Padding follows the end token, the highest id. Id 0 alone is no sign of it: it is "!".
+    tower.moe_state.real_BL = position_L <= text_BL.argmax(1, keepdim=True)
+
+
+def _after(tower: nn.Module, *_: Any) -> None:
+    tower.moe_state.is_forward = False  # real_BL stays, for blocks computed again in backward

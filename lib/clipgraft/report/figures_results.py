@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 
-from clipgraft.report.figures import heat_map
 from clipgraft.report.read import Model
-from clipgraft.report.style import INK, MUTED, Canvas, Figure, canvas, counts_on, draw, hide_unused
+from clipgraft.report.style import INK, MUTED, Figure, canvas, counts_on, draw, heat_map, hide_unused
 from clipgraft.report.tables import Column, displayed, num_images_of
 
 MAX_CONFUSIONS = 6
@@ -38,7 +38,7 @@ def plot_metrics(models: Sequence[Model], columns: Sequence[Column]) -> Figure:
         most = max(sum(column.task == task for column in columns) for task in tasks)
         per_line = min(2, len(tasks))
         lines = math.ceil(len(tasks) / per_line)
-        figure, axes = canvas((0.9 + 0.3 * most) * lines + 0.4, lines, per_line, sharex=True)
+        figure, axes = canvas((0.9 + 0.42 * most) * lines + 0.4, lines, per_line, sharex=True)
         for axis, task in zip(hide_unused(axes, len(tasks)), tasks, strict=True):
             _dots(axis, models, [column for column in columns if column.task == task])
             axis.set_title(task)
@@ -78,8 +78,10 @@ def plot_cost(models: Sequence[Model], column: Column) -> Figure:
                 x, y = getattr(model, name), 100 * column.values[model.key]
                 axis.plot(x, y, _marker(model), color=model.colour, markersize=8)
             axis.axhline(100 * column.chance, color=MUTED, linewidth=1, linestyle="--")
-            axis.set(xlabel=name.replace("_", " "), xlim=(0, None), ylim=(0, None))
-            axis.margins(0.08)
+            rightmost = max(getattr(model, name) for model in shown)
+            axis.set(xlabel=name.replace("_", " "), xlim=(0, 1.06 * rightmost or 1))
+        highest = max(column.chance, *(column.values[model.key] for model in shown))
+        axes[0, 0].set_ylim(0, 110 * highest)
         axes[0, 0].set_ylabel(f"{column.task}: {column.short}, %")
         counts_on(axes[0, 0].xaxis)
         _legend(figure, shown)
@@ -129,9 +131,9 @@ def plot_confusions(task: str, model: Model) -> Figure | None:
     return draw("results_confusion", f"Confusion of {model.title} on {task}", caption, rows, plot)
 
 
-def noise_of(result: Mapping[str, Any]) -> float:
-    """Two standard errors, in points, of a share near one half of the images of a result."""
-    return 200 * math.sqrt(0.25 / num_images_of(result))
+def noise_of(result: Mapping[str, Any], share: float = 0.5) -> float:
+    """Two standard errors, in points, of a share of the images of a result."""
+    return 200 * math.sqrt(share * (1 - share) / num_images_of(result))
 
 
 def _dots(axis: Axes, models: Sequence[Model], columns: Sequence[Column]) -> None:
@@ -141,7 +143,7 @@ def _dots(axis: Axes, models: Sequence[Model], columns: Sequence[Column]) -> Non
         axis.plot(100 * column.chance, line, "|", color=MUTED, markersize=11, markeredgewidth=1.6)
         # Equal models would hide one another: they are moved apart a little.
         for number, model in enumerate(m for m in models if m.key in column.values):
-            shift = 0.34 * ((number + 0.5) / len(found) - 0.5)
+            shift = 0.62 * ((number + 0.5) / len(found) - 0.5)
             x = 100 * column.values[model.key]
             axis.plot(x, line + shift, _marker(model), color=model.colour, markersize=6.5)
     axis.set_yticks(range(len(columns)), [column.short for column in columns])
@@ -157,12 +159,17 @@ def _marker(model: Model) -> str:
     return {"base": "s", "upcycled": "^", "moe": "D"}.get(model.key, "v")
 
 
-def _legend(figure: Canvas, models: Sequence[Model]) -> None:
+def _legend(figure: models: Sequence[Model]) -> None:
     handles = [
-        Line2D([], [], linestyle="", marker=_marker(m), color=m.colour, label=m.title) for m in models
+        Line2D([], [], linestyle="", marker=_marker(m), color=m.colour, label=m.title)
+        for m in models
     ]
     figure.legend(
-        handles=handles, loc="outside upper left", ncols=len(handles), handletextpad=0.2, columnspacing=1.4
+        handles=handles,
+        loc="outside upper left",
+        ncols=len(handles),
+        handletextpad=0.2,
+        columnspacing=1.4,
     )
 
 

@@ -21,7 +21,8 @@ h1 { font-size: 28px; line-height: 1.2; margin: 0 0 4px; letter-spacing: -0.01em
 h2 { font-size: 20px; margin: 52px 0 6px; padding-top: 14px; border-top: 2px solid var(--ink); }
 h2 .number { color: var(--muted); font-weight: 400; margin-right: 6px; }
 h3 { font-size: 15.5px; margin: 28px 0 6px; }
-p { margin: 6px 0 12px; max-width: 78ch; }
+p { margin: 6px 0 12px; max-width: 84ch; }
+p.muted { max-width: 100ch; }
 .muted, figcaption { color: var(--muted); font-size: 13.5px; }
 nav { margin: 14px 0 20px; font-size: 14px; }
 nav a { color: var(--blue); text-decoration: none; margin-right: 18px; }
@@ -29,7 +30,7 @@ nav a:hover { text-decoration: underline; }
 figure { margin: 22px 0 30px; }
 figure > b { display: block; font-size: 15.5px; margin-bottom: 6px; }
 figure svg { display: block; max-width: 100%; height: auto; }
-figcaption { max-width: 88ch; margin-top: 6px; }
+figcaption { max-width: 100ch; margin-top: 6px; }
 figcaption a { color: var(--blue); }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px;
   margin: 18px 0; }
@@ -77,6 +78,7 @@ img { display: block; border-radius: 4px; aspect-ratio: 1; object-fit: cover; ba
 .found div { font-size: 11.5px; text-align: center; color: var(--muted); }
 .found img { width: 66px; border: 3px solid transparent; padding: 1px; background: none; }
 .found .hit img { border-color: var(--blue); }
+.found .wanted { border-right: 1px solid var(--line); padding-right: 9px; margin-right: 2px; }
 @media (max-width: 620px) { .cluster, .examples { grid-template-columns: 1fr; } }
 @media print { details { display: none; } h2 { break-after: avoid; } figure { break-inside: avoid; } }
 """
@@ -96,6 +98,9 @@ TEMPLATE = """<!DOCTYPE html>
 {{ drawn.svg | safe }}<figcaption>{{ drawn.caption }} Numbers:
 <a href="figures/{{ drawn.name }}.csv">figures/{{ drawn.name }}.csv</a></figcaption></figure>
 {%- endif %}
+{%- endmacro %}
+{%- macro place(table, column) -%}
+{{ 'first' if column in table.group_starts }}{{ ' text' if column in table.text_columns }}
 {%- endmacro %}
 {%- macro strip(pictures) %}
 <div class="strip">
@@ -137,17 +142,23 @@ TEMPLATE = """<!DOCTYPE html>
 <h3>{{ table.title }}</h3>
 <div class="scroll"><table>
 {%- if table.groups %}
-<tr>{% for name, span in table.groups %}<th class="group{{ ' first' if not loop.first and name }}" colspan="{{ span }}">
-{{- name }}</th>{% endfor %}</tr>
+<tr>
+{%- for name, span in table.groups %}
+<th class="group{{ ' first' if not loop.first }}" colspan="{{ span }}">{{ name }}</th>
+{%- endfor %}</tr>
 {%- endif %}
-<tr>{% for cell in table.head %}<th class="{{ 'first' if loop.index0 in table.starts }}">{{ cell }}</th>
+<tr>
+{%- for cell in table.head %}
+<th class="{{ place(table, loop.index0) }}">{{ cell }}</th>
 {%- endfor %}</tr>
 {%- for row in table.rows %}
-<tr class="{{ 'chance' if row.is_chance }}">
-{%- for cell in row.cells %}<td class="{{ 'first ' if loop.index0 in table.starts -}}
-{{ 'best' if cell.is_best }}"{% if cell.shade %} style="background: rgba(0,114,178,{{ cell.shade }})"{% endif %}>
+<tr{% if loop.first and table.first_is_chance %} class="chance"{% endif %}>
+{%- for cell in row %}
+<td class="{{ place(table, loop.index0) }}{{ ' best' if cell.is_best }}"
+{%- if cell.shade %} style="background: rgba(0,114,178,{{ cell.shade }})"{% endif %}>
 {%- if cell.colour %}<i class="dot" style="background: {{ cell.colour }}"></i>{% endif -%}
-{{ cell.text }}</td>{% endfor %}</tr>
+{{ cell.text }}</td>
+{%- endfor %}</tr>
 {%- endfor %}
 </table></div>
 <p class="muted">{{ table.caption }}</p>
@@ -164,13 +175,15 @@ TEMPLATE = """<!DOCTYPE html>
 {%- for drawn in section.figures %}{{ figure(drawn) }}{% endfor %}
 {%- for round in section.rounds %}
 <h3>Round {{ round.name }}: pictures nearest to each image centroid</h3>
+{%- if round.caption %}
+<p class="muted">{{ round.caption }}</p>
+{%- endif %}
 {%- for cluster in round.sheets %}
 <div class="cluster"><div><b>image cluster {{ cluster.number }}</b>
 <div class="words">{{ "{:,}".format(cluster.size) }} samples, {{ "%.0f" % (100 * cluster.share) }} %<br>
 {%- for word, share in cluster.words %}{{ word }} {{ "%.0f" % (100 * share) }} %{{ ", " if not loop.last }}
 {%- endfor %}</div></div>{{ strip(cluster.pictures) }}</div>
 {%- endfor %}
-<p class="muted">{{ round.caption }}</p>
 {%- endfor %}
 {%- if section.examples %}
 <h3>{{ section.examples.title }}</h3>
@@ -187,8 +200,9 @@ TEMPLATE = """<!DOCTYPE html>
 <div class="examples">
 {%- for e in section.examples.text_to_image %}
 <div><div class="query">{{ e.text }}</div><div class="found">
+{%- for p in e.wanted %}<div class="wanted"><img src="{{ p.url }}" alt="{{ p.caption }}">asked for</div>{% endfor %}
 {%- for t in e.top %}<div class="{{ 'hit' if t.hit else 'miss' }}"><img src="{{ t.picture.url }}"
- alt="{{ t.picture.caption }}" title="{{ t.picture.caption }}">{{ "&#10003;" | safe if t.hit else "&times;" | safe }}</div>
+ alt="{{ t.picture.caption }}" title="{{ t.picture.caption }}">{{ "&#10003;" | safe if t.hit }}</div>
 {%- endfor %}</div></div>
 {%- endfor %}
 </div>
@@ -206,5 +220,7 @@ def render(content: dict[str, Any]) -> str:
     Args:
         content: `title`, `run`, `subtitle`, `headline`, `tiles`, `provenance`, `jobs`, `sections`.
     """
-    environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
+    )
     return environment.from_string(TEMPLATE).render(css=Markup(CSS), **content)

@@ -6,7 +6,6 @@ import base64
 import io
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,7 +135,9 @@ def words_of(caption: str) -> set[str]:
     return set(re.findall(r"[^\W\d_]+", caption.lower()))
 
 
-def retrieval_pictures(samples: Samples, examples: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+def retrieval_pictures(
+    samples: Samples, examples: dict[str, Any]
+) -> dict[str, list[dict[str, Any]]]:
     """Retrieval examples with thumbnails in place of row numbers."""
     cache: dict[int, Picture] = {}
 
@@ -155,8 +156,3 @@ def retrieval_pictures(samples: Samples, examples: dict[str, Any]) -> dict[str, 
         for example in examples["text_to_image"]
     ]
     return {"image_to_text": to_text, "text_to_image": to_image}
-
-
-def has_hit(top: Sequence[dict[str, Any]]) -> bool:
-    """Whether what was wanted is among what was found."""
-    return any(found["hit"] for found in top)

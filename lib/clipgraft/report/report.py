@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clipgraft.config import ReportJob
+from clipgraft.report.figures_results import noise_of
 from clipgraft.report.page import render
 from clipgraft.report.read import Model, Run
 from clipgraft.report.sections import (
@@ -121,24 +122,37 @@ def _headline(models: Sequence[Model], columns: Sequence[Column]) -> str:
     titles = {model.key: model.title for model in models}
     if final.key not in lead.values:
         return ""
-    values = {key: displayed(value) for key, value in lead.values.items()}
-    others = [key for key in values if key != final.key]
-    compared = "".join(f", {titles[key]} {values[key]:.1f} %" for key in others if not key.startswith("expert_"))
-    best = max(others, key=lambda key: values[key], default=None)
-    verdict = ""
-    if best is not None:
-        difference = values[final.key] - values[best]
-        verdict = f" That is {abs(difference):.1f} points {'above' if difference > 0 else 'below'} {titles[best]}, "
-        verdict += "the next best." if difference > 0 else "the best model of the run."
-        if difference == 0:
-            verdict = f" {titles[best].capitalize()} is as good."
-    return (
-        f"On {lead.task}, {lead.short} of {final.title} is {values[final.key]:.1f} %{compared}; chance is "
-        f"{displayed(lead.chance):.1f} %.{verdict}"
+    others = {key: value for key, value in lead.values.items() if key != final.key}
+    compared = [
+        f"{titles[key]} {displayed(value):.1f} %"
+        for key, value in others.items()
+        if not key.startswith("expert_")
+    ]
+    compared.append(f"chance {displayed(lead.chance):.1f} %")
+    text = (
+        f"On {lead.task}, {final.title} reaches {displayed(lead.values[final.key]):.1f} % {lead.short} "
+        f"({', '.join(compared)})."
     )
+    if not others:
+        return text
+    best = max(others, key=lambda key: others[key])
+    return f"{text} {_verdict(lead, final, best, titles[best])}"
 
 
-def _tiles(run: Run, models: Sequence[Model], columns: Sequence[Column], num_samples: int) -> list[dict[str, str]]:
+def _verdict(lead: Column, final: Model, best: str, title: str) -> str:
+    value = lead.values[final.key]
+    points = 100 * (value - lead.values[best])
+    rank = f"{title}, the next best" if points > 0 else f"{title}, the best model of the run"
+    noise = noise_of(final.results[lead.task], value)
+    text = f"That is {abs(points):.1f} points {'above' if points > 0 else 'below'} {rank}"
+    if abs(points) < noise:
+        return f"{text}; with so few images, differences below {noise:.1f} points mean little."
+    return f"{text}."
+
+
+def _tiles(
+    run: Run, models: Sequence[Model], columns: Sequence[Column], num_samples: int
+) -> list[dict[str, str]]:
     minutes = run.seconds / 60
     tiles = []
     if columns and models[-1].key in lead_column(columns).values:
@@ -148,7 +162,9 @@ def _tiles(run: Run, models: Sequence[Model], columns: Sequence[Column], num_sam
     tiles.append({"value": human(num_samples), "text": "training samples"})
     if models:
         seen = max(model.samples_seen for model in models)
-        tiles.append({"value": human(seen), "text": "samples seen in all training of the final model"})
+        tiles.append(
+            {"value": human(seen), "text": "samples seen in all training of the final model"}
+        )
     value = f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
     tiles.append({"value": value, "text": f"in {len(run.folders)} jobs, one after the other"})
     return tiles

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 from sklearn.metrics import normalized_mutual_info_score
 
 from clipgraft.data.samples import Samples
-from clipgraft.report import figures, figures_results
+from clipgraft.report import figures, figures_experts, figures_results
+from clipgraft.report.page_tables import Table, data_table, results_table, rounds_table
 from clipgraft.report.pictures import (
     Picture,
     cluster_sheets,
@@ -25,7 +26,7 @@ from clipgraft.report.pictures import (
 )
 from clipgraft.report.read import Model, Run, read_json, read_metrics
 from clipgraft.report.style import Figure
-from clipgraft.report.tables import Column, cost_cells, displayed, size_of_task
+from clipgraft.report.tables import Column
 
 TRAIN = "train"
 MAX_REASONS = 8
@@ -38,7 +39,7 @@ class Section:
     id: str
     title: str
     text: str = ""
-    tables: list[dict[str, Any]] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
     sheet: list[Picture] = field(default_factory=list)
     sheet_title: str = ""
     sheet_caption: str = ""
@@ -55,7 +56,7 @@ class Section:
 def data_section(run: Run, samples: Samples, num_pictures: int) -> Section:
     """1 Data: what came, what was left out, what it looks like."""
     section = Section("data", "Data", sheet_title="A look at the training set")
-    section.tables.append(_data_table(run))
+    section.tables.append(data_table(run))
     section.sheet = sample_sheet(samples, num_pictures)
     section.sheet_caption = (
         "Samples evenly spread over the training set, each with its first caption. Bad: captions "
@@ -64,7 +65,9 @@ def data_section(run: Run, samples: Samples, num_pictures: int) -> Section:
     folder = run.folders[f"index/{TRAIN}"]
     phases = {name: run.manifest("pretrain", name)["settings"] for name in run.of_stage("pretrain")}
     lengths, unit = _caption_lengths(run, samples)
-    limits = {name: about["text_length"] for name, about in phases.items()} if unit == "tokens" else {}
+    limits = (
+        {name: about["text_length"] for name, about in phases.items()} if unit == "tokens" else {}
+    )
     section.figures.append(figures.plot_caption_lengths(lengths, unit, limits))
     table = pq.read_table(folder / "samples.parquet", columns=["width", "height"])
     width, height = table["width"].to_numpy(), table["height"].to_numpy()
@@ -104,19 +107,21 @@ def experts_section(run: Run, samples: Samples, models: Sequence[Model]) -> Sect
     rounds = {name: read_json(f / "clusters.json") for name, f in run.of_stage("cluster").items()}
     tuned = run.of_stage("finetune_expert")
     if rounds:
-        section.tables.append(_rounds_table(rounds))
-        batches = [run.manifest("finetune_expert", name)["settings"]["batch_size"] for name in tuned]
-        section.figures.append(figures.plot_cluster_sizes(rounds, max(batches, default=1)))
+        section.tables.append(rounds_table(rounds))
+        batches = [
+            run.manifest("finetune_expert", name)["settings"]["batch_size"] for name in tuned
+        ]
+        section.figures.append(figures_experts.plot_cluster_sizes(rounds, max(batches, default=1)))
         known = _agreement_rows(run, samples)
         if known:
-            section.figures.append(figures.plot_agreement(known))
+            section.figures.append(figures_experts.plot_agreement(known))
     by_name = {_expert_key(name): read_metrics(folder) for name, folder in tuned.items()}
     shown = {m.key: m for m in models}
     series = {key: rows for key, rows in by_name.items() if rows and key in shown}
     if series:
         titles = {key: shown[key].title for key in series}
         colours = {key: shown[key].colour for key in series}
-        section.figures.append(figures.plot_expert_losses(series, titles, colours))
+        section.figures.append(figures_experts.plot_expert_losses(series, titles, colours))
     embeddings = run.of_stage("embed")
     for name, folder in run.of_stage("cluster").items():
         before = str(int(name) - 1)
@@ -125,7 +130,8 @@ def experts_section(run: Run, samples: Samples, models: Sequence[Model]) -> Sect
             centroids = np.load(folder / "image_centroids.npy")
             clusters = np.load(folder / "clusters.npy")[:, 0]
             sheets = cluster_sheets(samples, image_ND, centroids, clusters)
-            section.rounds.append({"name": name, "sheets": sheets, "caption": _ROUND_CAPTION})
+            caption = "" if section.rounds else _ROUND_CAPTION
+            section.rounds.append({"name": name, "sheets": sheets, "caption": caption})
     return section
 
 
@@ -137,11 +143,15 @@ def moe_section(run: Run) -> Section:
     if not rows or folder is None:
         return section
     about = read_json(folder / "model.json")["moe"]
-    loads = {tower: rows[-1][f"load_{tower}"] for tower in ("image", "text") if f"load_{tower}" in rows[-1]}
+    loads = {
+        tower: rows[-1][f"load_{tower}"]
+        for tower in ("image", "text")
+        if f"load_{tower}" in rows[-1]
+    }
     layers = {tower: _layers(about, tower, len(load)) for tower, load in loads.items()}
-    section.figures.append(figures.plot_router(_same_keys(rows), about["num_experts"]))
+    section.figures.append(figures_experts.plot_router(_same_keys(rows), about["num_experts"]))
     if loads:
-        section.figures.append(figures.plot_expert_load(loads, layers))
+        section.figures.append(figures_experts.plot_expert_load(loads, layers))
     return section
 
 
@@ -152,7 +162,7 @@ def results_section(run: Run, models: Sequence[Model], columns: Sequence[Column]
         return section
     tasks = list(dict.fromkeys(column.task for column in columns))
     section.tables = [
-        _results_table(task, models, [c for c in columns if c.task == task]) for task in tasks
+        results_table(task, models, [c for c in columns if c.task == task]) for task in tasks
     ]
     main = [column for column in columns if column.is_main]
     section.figures.append(figures_results.plot_metrics(models, main))
@@ -171,107 +181,6 @@ def lead_column(columns: Sequence[Column]) -> Column:
     return next((c for c in columns if c.key == "mean_R@1"), columns[0])
 
 
-# --- tables ---------------------------------------------------------------------------------------
-
-
-def _data_table(run: Run) -> dict[str, Any]:
-    rows = []
-    for data, folder in run.of_stage("index").items():
-        about = read_json(folder / "samples.json")
-        asked = ok = None
-        if f"download/{data}" in run.folders:
-            outcomes = pq.read_table(run.folders[f"download/{data}"] / "outcomes.parquet", columns=["status"])
-            status = outcomes["status"].to_pylist()
-            asked, ok = len(status), status.count("ok")
-        rejected = pq.read_metadata(folder / "rejects.parquet").num_rows
-        labels = ", ".join(f"{name} {len(c)}" for name, c in about["label_names"].items())
-        kind = run.manifest("download", data)["settings"].get("kind", "") if asked is not None else ""
-        counts = [asked, ok, rejected, about["num_samples"], about["num_captions"]]
-        texts = [data, kind, *("-" if n is None else f"{n:,}" for n in counts), labels or "none"]
-        rows.append({"cells": [_cell(text) for text in texts], "is_chance": False})
-    head = ["data set", "source", "asked for", "came", "rejected", "samples", "captions", "labels"]
-    caption = "Labels with their number of classes. Bad: far fewer samples than were asked for."
-    return {"title": "Data sets", "head": head, "rows": rows, "caption": caption, "groups": [], "starts": []}
-
-
-def _rounds_table(rounds: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    rows = []
-    for name, about in rounds.items():
-        agreement = about.get("agreement") or {}
-        if not isinstance(agreement, dict):
-            agreement = {"image": agreement}
-        sides = [agreement.get(side) for side in ("image", "text")]
-        texts = [
-            name,
-            *(str(about[side]["num_clusters"]) for side in ("image", "text")),
-            f"{about['num_labels']:,}",
-            f"{min(about['sizes']):,}",
-            f"{max(about['sizes']):,}",
-            *("-" if value is None else f"{value:.2f}" for value in sides),
-        ]
-        rows.append({"cells": [_cell(text) for text in texts], "is_chance": False})
-    groups = [("", 1), ("clusters", 2), ("accumulated labels", 3), ("NMI with round before", 2)]
-    head = ["round", "image", "text", "labels", "smallest", "largest", "image", "text"]
-    caption = (
-        "Each round clusters the embeddings of the expert before; the labels are all pairs of clusters of "
-        "all rounds so far. NMI near 1 means that a round found again what the round before had found."
-    )
-    return {
-        "title": "Rounds of clustering",
-        "head": head,
-        "rows": rows,
-        "caption": caption,
-        "groups": groups,
-        "starts": [1, 3, 6],
-    }
-
-
-def _results_table(task: str, models: Sequence[Model], columns: Sequence[Column]) -> dict[str, Any]:
-    shown = [column for column in columns if column.group not in ("top 5", "recall per class")]
-    groups = Counter(column.group for column in shown)
-    starts = [3 + shown.index(next(c for c in shown if c.group == g)) for g in groups]
-    chance = [_cell("chance"), _cell(""), _cell(""), *(_cell(_percent(c.chance)) for c in shown)]
-    rows = [{"cells": chance, "is_chance": True}]
-    for model in models:
-        if task in model.results:
-            cells = [_cell(model.title, colour=model.colour), *map(_cell, cost_cells(model))]
-            cells += [_score_cell(column, model.key) for column in shown]
-            rows.append({"cells": cells, "is_chance": False})
-    result = next(model.results[task] for model in models if task in model.results)
-    noise = figures_results.noise_of(result)
-    caption = (
-        "Per cent; bold is best of its column, the shade shows how far from chance to best. "
-        f"Differences below about {noise:.1f} points are within two standard errors of a number near "
-        "50 %. Equal captions count as hits, equal scores as a coin would decide. results.csv has "
-        "all digits, top 5 and recall per class."
-    )
-    return {
-        "title": f"{task}: {size_of_task(result)}",
-        "head": ["model", "samples seen", "minutes", *(column.title for column in shown)],
-        "rows": rows,
-        "caption": caption,
-        "groups": [("", 3), *groups.items()],
-        "starts": starts,
-    }
-
-
-def _score_cell(column: Column, model: str) -> dict[str, Any]:
-    if model not in column.values:
-        return _cell("-")
-    value, best = column.values[model], max(column.values.values())
-    span = best - column.chance
-    share = max(0.0, (value - column.chance) / span) if span > 0 else 0.0
-    return _cell(_percent(value), is_best=column.is_best(model), shade=f"{0.22 * share:.3f}")
-
-
-def _cell(text: str, *, is_best: bool = False, shade: str = "", colour: str = "") -> dict[str, Any]:
-    return {"text": text, "is_best": is_best, "shade": shade, "colour": colour}
-
-
-def _percent(value: float) -> str:
-    return f"{displayed(value):.1f}"
-
-
 # --- numbers --------------------------------------------------------------------------------------
 
 
@@ -279,7 +188,9 @@ def _caption_lengths(run: Run, samples: Samples) -> tuple[np.ndarray, str]:
     offsets = run.folders[f"index/{TRAIN}"] / "tokens" / "caption_offsets.npy"
     if offsets.exists():
         return np.diff(np.load(offsets)) + 2, "tokens"  # with start and end
-    return np.array([len(text.split()) for texts in samples.all_captions() for text in texts]), "words"
+    return np.array(
+        [len(text.split()) for texts in samples.all_captions() for text in texts]
+    ), "words"
 
 
 def _rejects(run: Run) -> list[dict[str, Any]]:
@@ -289,7 +200,9 @@ def _rejects(run: Run) -> list[dict[str, Any]]:
         if f"download/{data}" in run.folders:
             table = pq.read_table(run.folders[f"download/{data}"] / "outcomes.parquet")
             failed = zip(table["status"].to_pylist(), table["message"].to_pylist(), strict=True)
-            reasons.update(f"download: {(why or '?')[:60]}" for status, why in failed if status != "ok")
+            reasons.update(
+                f"not downloaded: {(why or '?')[:60]}" for status, why in failed if status != "ok"
+            )
         for reason, count in reasons.most_common(MAX_REASONS):
             rows.append({"data": data, "reason": reason, "samples": count})
         others = sum(count for _, count in reasons.most_common()[MAX_REASONS:])
@@ -300,7 +213,11 @@ def _rejects(run: Run) -> list[dict[str, Any]]:
 
 def _agreement_rows(run: Run, samples: Samples) -> list[dict[str, Any]]:
     known = {name: samples.labels(name) for name in samples.label_names}
-    known = {name: label_N for name, label_N in known.items() if len(np.unique(label_N[label_N >= 0])) > 1}
+    known = {
+        name: label_N
+        for name, label_N in known.items()
+        if len(np.unique(label_N[label_N >= 0])) > 1
+    }
     rows = []
     for name, folder in run.of_stage("cluster").items() if known else []:
         clusters_N2, labels_N = np.load(folder / "clusters.npy"), np.load(folder / "labels.npy")
@@ -318,7 +235,11 @@ def _examples(run: Run, model: Model) -> dict[str, Any] | None:
         data = run.manifest("evaluate", f"{model.key}/{task}")["settings"]["data"]
         if examples.get("image_to_text") and f"index/{data}" in run.folders:
             pictures = retrieval_pictures(run.samples(data), examples)
-            return {**pictures, "title": f"What {model.title} retrieves on {task}", "caption": _EXAMPLES_CAPTION}
+            return {
+                **pictures,
+                "title": f"What {model.title} retrieves on {task}",
+                "caption": _EXAMPLES_CAPTION,
+            }
     return None
 
 
@@ -347,12 +268,12 @@ def settings_text(settings: dict[str, Any]) -> str:
 
 
 _ROUND_CAPTION = (
-    "Below a cluster: caption words that set it apart, with the share of its captions that have them. Look "
+    "With each cluster: caption words that set it apart, with the share of its captions that have them. Look "
     "for what the pictures of a line have in common, and whether rounds differ in it. Bad: lines that "
     "look alike, or one line that holds nearly all samples."
 )
 _EXAMPLES_CAPTION = (
-    "Queries evenly spread over the data set, not chosen; the five best answers of the whole set, best first. A tick "
-    "and blue mark what was asked for. Look at what is wrong in the wrong ones. Bad: "
+    "Queries evenly spread over the data set, not chosen; the five best answers of the "
+    "whole set, best first. Blue and a tick mark right ones. Look at what is wrong in the wrong ones. Bad: "
     "the same answer to different queries."
 )

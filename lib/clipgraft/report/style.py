@@ -14,14 +14,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 INK, MUTED, GRID, BLUE, ORANGE = "#222222", "#6B7280", "#E5E7EB", "#0072B2", "#D55E00"
-WIDTH = 9.6  # inches; 1 inch is 72 points of the page
+WIDTH = 10.3  # inches of 96 pixels: the width of the page
 
-RC = {
+RC: dict[str, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial"],
@@ -95,7 +96,9 @@ def draw(
     return Figure(name, title, caption, _for_page(buffer.getvalue().decode(), name, title), rows)
 
 
-def canvas(height: float, num_rows: int = 1, num_columns: int = 1, **grid: Any) -> tuple[Canvas, Any]:
+def canvas(
+    height: float, num_rows: int = 1, num_columns: int = 1, **grid: Any
+) -> tuple[Canvas, Any]:
     """A figure as wide as the page, and its axes as an array `[rows, columns]`."""
     figure = Canvas(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots(num_rows, num_columns, squeeze=False, **grid)
@@ -110,8 +113,36 @@ def hide_unused(axes: Any, num_used: int) -> list[Axes]:
 
 
 def counts_on(axis: Any) -> None:
-    """Ticks such as 20k and 1.5M."""
+    """Ticks for whole numbers, such as 5, 20k and 1.5M."""
+    axis.set_major_locator(MaxNLocator(nbins="auto", steps=[1, 2, 2.5, 5, 10], integer=True))
     axis.set_major_formatter(EngFormatter(sep=""))
+
+
+def heat_map(
+    axis: Any,
+    table: np.ndarray,
+    columns: Sequence[str],
+    lines: Sequence[str],
+    *,
+    high: float,
+    text: str | None,
+) -> None:
+    """A table in shades of blue from 0 to `high`, its numbers written into it."""
+    axis.pcolormesh(table, cmap="Blues", vmin=0, vmax=high, edgecolors="white", linewidth=1.2)
+    axis.set_xticks(np.arange(len(columns)) + 0.5, columns)
+    axis.set_yticks(np.arange(len(lines)) + 0.5, lines)
+    axis.invert_yaxis()
+    axis.tick_params(length=0)
+    axis.grid(visible=False)
+    for side in ("left", "bottom"):
+        axis.spines[side].set_visible(False)
+    if text is None:
+        return
+    for (i, j), value in np.ndenumerate(table):
+        colour = "white" if value > 0.6 * high else INK
+        axis.text(
+            j + 0.5, i + 0.5, text.format(value), ha="center", va="center", color=colour, fontsize=8
+        )
 
 
 def _for_page(svg: str, name: str, title: str) -> str:

@@ -1,0 +1,218 @@
+"""Figures of the experts and of the MoE: clusters, losses, routers, loads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure as Canvas
+
+from clipgraft.report.style import (
+    BLUE,
+    MUTED,
+    ORANGE,
+    Figure,
+    canvas,
+    counts_on,
+    draw,
+    heat_map,
+    hide_unused,
+)
+
+Rows = Sequence[Mapping[str, Any]]
+MAX_BARS = 60  # more labels than this are drawn as an outline
+
+
+def plot_expert_losses(
+    series: Mapping[str, Rows], titles: Mapping[str, str], colours: Mapping[str, str]
+) -> Figure:
+    """Loss of each expert and control against samples seen in its own fine-tuning.
+
+    Args:
+        series: model key to its metrics.
+        titles: model key to its name for people.
+        colours: model key to its colour.
+    """
+    rows = [
+        {"model": key, "samples_seen": row["samples_seen"], "loss": row["loss"]}
+        for key, metrics in series.items()
+        for row in metrics
+    ]
+
+    def plot() -> Canvas:
+        figure, axes = canvas(2.9)
+        axis = axes[0, 0]
+        for key, metrics in series.items():
+            x, y = [row["samples_seen"] for row in metrics], [row["loss"] for row in metrics]
+            style = "-" if key.startswith("expert_") else "--"
+            marker = "o" if len(metrics) < 3 else None
+            axis.plot(
+                x, y, style, color=colours[key], label=titles[key], marker=marker, markersize=3
+            )
+        axis.set(xlabel="samples seen in this stage", ylabel="loss", xlim=(0, None))
+        counts_on(axis.xaxis)
+        axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+        return figure
+
+    caption = (
+        "Experts (solid) see batches of one pseudo label each, controls (dashed) ordinary batches. An "
+        "expert's loss starts higher, because all its negatives look alike, and must fall: that fall is "
+        "what it learns beyond the base. Bad: a flat line (nothing left to tell apart), or an expert "
+        "whose loss equals the control's (its clusters separate nothing)."
+    )
+    return draw("experts_loss", "Loss of the experts", caption, rows, plot)
+
+
+def plot_cluster_sizes(rounds: Mapping[str, Mapping[str, Any]], batch: int) -> Figure:
+    """Sizes of the accumulated labels, round by round, largest first.
+
+    Args:
+        rounds: round to the content of `clusters.json`.
+        batch: global batch size of the experts.
+    """
+    rows = [
+        {"round": name, "label": label, "size": size}
+        for name, about in rounds.items()
+        for label, size in enumerate(about["sizes"])
+    ]
+
+    def plot() -> Canvas:
+        columns = min(3, len(rounds))
+        lines = math.ceil(len(rounds) / columns)
+        figure, axes = canvas(2.5 * lines, lines, columns)
+        for axis, (name, about) in zip(hide_unused(axes, len(rounds)), rounds.items(), strict=True):
+            sizes = sorted(about["sizes"], reverse=True)
+            if len(sizes) <= MAX_BARS:
+                axis.bar(range(1, len(sizes) + 1), sizes, color=BLUE, width=0.8)
+            else:
+                edges = np.arange(len(sizes) + 1) + 0.5
+                axis.stairs(sizes, edges, fill=True, color=BLUE)
+            axis.axhline(batch, color=ORANGE, linewidth=1.2)
+            axis.set_title(f"round {name}: {len(sizes)} labels")
+            axis.set(xlabel="label, by size", ylim=(0, None))
+            axis.grid(axis="x", visible=False)
+            counts_on(axis.xaxis)
+            counts_on(axis.yaxis)
+        axes[0, 0].set_ylabel("samples")
+        return figure
+
+    small = {
+        name: sum(size for size in about["sizes"] if size < batch) / max(sum(about["sizes"]), 1)
+        for name, about in rounds.items()
+    }
+    shares = ", ".join(f"round {name} {100 * share:.0f} %" for name, share in small.items())
+    caption = (
+        f"The line is the batch size, {batch:,}. Labels below it cannot fill a batch of their own and "
+        f"share one, with fewer negatives (samples in such labels: {shares}). Bad: one label that holds "
+        "nearly everything, or most samples below the line."
+    )
+    return draw("experts_cluster_sizes", "Samples per pseudo label", caption, rows, plot)
+
+
+def plot_agreement(rows: Rows) -> Figure:
+    """Clusters against the known labels of the data set.
+
+    Args:
+        rows: `round`, `clusters` (image, text, label), `attribute`, `nmi`.
+    """
+
+    def plot() -> Canvas:
+        lines = list(dict.fromkeys((row["round"], row["clusters"]) for row in rows))
+        attributes = list(dict.fromkeys(row["attribute"] for row in rows))
+        value = {(row["round"], row["clusters"], row["attribute"]): row["nmi"] for row in rows}
+        table = np.array(
+            [[value[(*line, attribute)] for attribute in attributes] for line in lines]
+        )
+        names = [f"round {name}  {clusters}" for name, clusters in lines]
+        figure = Canvas(figsize=(2.2 + 0.95 * len(attributes), 0.8 + 0.31 * len(lines)))
+        figure.set_layout_engine("constrained")
+        axis = figure.subplots()
+        heat_map(axis, table, attributes, names, high=1.0, text="{:.2f}")
+        for number in range(3, len(lines), 3):
+            axis.axhline(number, color="white", linewidth=4)
+        return figure
+
+    caption = (
+        "Normalised mutual information between clusters and what is known of the training samples: 1 if "
+        "the clusters are that attribute, 0 if they know nothing of it. Look for rounds that "
+        "differ: what one round has found is held fixed within the labels of the next, so new "
+        "image and text clusters should turn to something else. Bad: every round the same."
+    )
+    return draw("experts_agreement", "What the clusters are about", caption, rows, plot)
+
+
+def plot_router(rows: Rows, num_experts: int) -> Figure:
+    """Loss, balance and entropy while the routers are trained.
+
+    Args:
+        rows: of metrics.
+        num_experts: for the entropy of a router without an opinion.
+    """
+    panels = {
+        "contrastive": "contrastive loss",
+        "balance": "balance loss",
+        "entropy": "entropy, nats",
+    }
+    bounds = {"balance": 1.0, "entropy": math.log(num_experts)}
+    kept = ["samples_seen", *(name for name in panels if name in rows[0])]
+
+    def plot() -> Canvas:
+        figure, axes = canvas(2.5, 1, len(kept) - 1)
+        for axis, name in zip(axes[0], kept[1:], strict=True):
+            x, y = [row["samples_seen"] for row in rows], [row[name] for row in rows]
+            axis.plot(x, y, color=ORANGE, marker="o" if len(rows) < 3 else None, markersize=3)
+            if name in bounds:
+                axis.axhline(bounds[name], color=MUTED, linewidth=1, linestyle="--")
+            axis.set_title(panels[name])
+            axis.set_xlabel("samples seen")
+            counts_on(axis.xaxis)
+        return figure
+
+    caption = (
+        f"Dashed: the least balance loss (1, all experts used alike) and the entropy of a router without "
+        f"an opinion (ln {num_experts} = {math.log(num_experts):.2f}). Entropy should fall below its line "
+        "while balance stays near its own. Bad: balance rising towards the number of experts (one expert "
+        "takes all), or entropy that never leaves its line (nothing is routed)."
+    )
+    return draw(
+        "moe_router", "Router training", caption, [{k: r[k] for k in kept} for r in rows], plot
+    )
+
+
+def plot_expert_load(
+    loads: Mapping[str, Sequence[Sequence[float]]], layers: Mapping[str, Any]
+) -> Figure:
+    """Share of the tokens' choices that went to each expert, per layer and tower.
+
+    Args:
+        loads: tower to `[layer][expert]`.
+        layers: tower to the numbers of its blocks with experts.
+    """
+    rows = [
+        {"tower": tower, "layer": layers[tower][i], "expert": expert, "share": share}
+        for tower, load in loads.items()
+        for i, shares in enumerate(load)
+        for expert, share in enumerate(shares)
+    ]
+    num_experts = len(next(iter(loads.values()))[0])
+
+    def plot() -> Canvas:
+        most = max(len(load) for load in loads.values())
+        figure, axes = canvas(1.0 + 0.34 * most, 1, len(loads))
+        high = max(row["share"] for row in rows)
+        for axis, (tower, load) in zip(axes[0], loads.items(), strict=True):
+            experts = [f"expert {e}" if num_experts <= 5 else str(e) for e in range(num_experts)]
+            names = [f"layer {layer}" for layer in layers[tower]]
+            percent = 100 * np.array(load)
+            heat_map(axis, percent, experts, names, high=100 * high, text="{:.0f} %")
+            axis.set_title(f"{tower} tower")
+        return figure
+
+    caption = (
+        f"Share of choices at the end of router training; even use would be {100 / num_experts:.0f} % "
+        "each. Expert 0 is the base. Look for layers with preferences of their own. Bad: a column of zeros "
+        "(an expert that was trained for nothing), or one dark column (a dense model in disguise)."
+    )
+    return draw("moe_load", "Expert load per layer", caption, rows, plot)

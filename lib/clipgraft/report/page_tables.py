@@ -1,0 +1,147 @@
+"""Tables of the page: heads, cells and what to say of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from clipgraft.report.figures_results import noise_of
+from clipgraft.report.read import Model, Run, read_json
+from clipgraft.report.tables import Column, cost_cells, displayed, size_of_task
+
+NOT_SHOWN = ("top 5", "recall per class")  # groups that stand in results.csv alone
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell: its text, and how it looks."""
+
+    text: str
+    is_best: bool = False
+    shade: float = 0.0
+    colour: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table.
+
+    Attributes:
+        title: above it.
+        head: of each column.
+        rows: cells of each row.
+        caption: below it.
+        groups: names above the head, with the number of columns of each.
+        first_is_chance: whether the first row is what guessing gives.
+        text_columns: columns that are set to the left, beside the first.
+    """
+
+    title: str
+    head: list[str]
+    rows: list[list[Cell]]
+    caption: str
+    groups: list[tuple[str, int]] = field(default_factory=list)
+    first_is_chance: bool = False
+    text_columns: tuple[int, ...] = ()
+
+    @property
+    def group_starts(self) -> list[int]:
+        """First column of each group but the first."""
+        spans = [span for _, span in self.groups]
+        return [sum(spans[:number]) for number in range(1, len(spans))]
+
+
+def data_table(run: Run) -> Table:
+    """What was asked for, what came, what was kept, per data set."""
+    rows = []
+    for data, folder in run.of_stage("index").items():
+        about = read_json(folder / "samples.json")
+        labels = ", ".join(f"{name} {len(c)}" for name, c in about["label_names"].items())
+        rejected = pq.read_metadata(folder / "rejects.parquet").num_rows
+        counts = [rejected, about["num_samples"], about["num_captions"]]
+        texts = [data, *_download_cells(run, data), *(f"{n:,}" for n in counts), labels or "none"]
+        rows.append([Cell(text) for text in texts])
+    head = ["data set", "source", "asked for", "came", "rejected", "samples", "captions", "labels"]
+    caption = "Labels with their number of classes. Bad: far fewer samples than were asked for."
+    return Table("Data sets", head, rows, caption, text_columns=(1, 7))
+
+
+def rounds_table(rounds: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Numbers of clusters and labels of each round.
+
+    Args:
+        rounds: round to the content of `clusters.json`.
+    """
+    rows = []
+    for name, about in rounds.items():
+        agreement = about["agreement"] or {}
+        nmi = [agreement.get(side) for side in ("image", "text")]
+        counts = [about["image"]["num_clusters"], about["text"]["num_clusters"]]
+        counts += [about["num_labels"], min(about["sizes"]), max(about["sizes"])]
+        texts = [name, *(f"{n:,}" for n in counts)]
+        texts += ["-" if value is None else f"{value:.2f}" for value in nmi]
+        rows.append([Cell(text) for text in texts])
+    groups = [("", 1), ("clusters", 2), ("accumulated labels", 3), ("NMI with round before", 2)]
+    head = ["round", "image", "text", "labels", "smallest", "largest", "image", "text"]
+    caption = (
+        "Each round clusters the embeddings of the expert before; the labels are all pairs of "
+        "clusters of all rounds so far. NMI near 1 means that a round found again what the round "
+        "before had found."
+    )
+    return Table("Rounds of clustering", head, rows, caption, groups)
+
+
+def results_table(task: str, models: Sequence[Model], columns: Sequence[Column]) -> Table:
+    """All models on one task.
+
+    Args:
+        task: name of the task.
+        models: in pipeline order.
+        columns: of this task.
+    """
+    shown = [column for column in columns if column.group not in NOT_SHOWN]
+    measured = [model for model in models if task in model.results]
+    rows = [[Cell("chance"), Cell(""), Cell(""), *(Cell(_percent(c.chance)) for c in shown)]]
+    for model in measured:
+        name = Cell(model.title, colour=model.colour)
+        scores = (_score(column, model.key) for column in shown)
+        rows.append([name, *map(Cell, cost_cells(model)), *scores])
+    result = measured[0].results[task]
+    caption = (
+        "Per cent; bold is best of its column, the shade shows how far from chance to best. "
+        f"Differences below about {noise_of(result):.1f} points are within two standard errors of "
+        "a number near 50 %. Equal captions count as hits, equal scores as a coin would decide. "
+        "results.csv has all digits, top 5 and recall per class."
+    )
+    head = ["model", "samples seen", "minutes", *(column.title for column in shown)]
+    groups = [("", 3), *Counter(column.group for column in shown).items()]
+    title = f"{task}: {size_of_task(result)}"
+    return Table(title, head, rows, caption, groups, first_is_chance=True)
+
+
+def _download_cells(run: Run, data: str) -> list[str]:
+    """Kind of source, number of samples asked for, number that came."""
+    folder = run.of_stage("download").get(data)
+    if folder is None:
+        return ["-", "-", "-"]
+    table = pq.read_table(folder / "outcomes.parquet", columns=["status"])
+    status = table["status"].to_pylist()
+    kind = run.manifest("download", data)["settings"]["source"]["kind"]
+    return [kind, f"{len(status):,}", f"{status.count('ok'):,}"]
+
+
+def _score(column: Column, model: str) -> Cell:
+    if model not in column.values:
+        return Cell("-")
+    value, best = column.values[model], max(column.values.values())
+    span = best - column.chance
+    share = max(0.0, (value - column.chance) / span) if span > 0 else 0.0
+    return Cell(_percent(value), column.is_best(model), round(0.22 * share, 3))
+
+
+def _percent(value: float) -> str:
+    return f"{displayed(value):.1f}"

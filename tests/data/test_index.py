@@ -1,0 +1,225 @@
+"""Laws of the index: what is accepted, what is rejected and why, and that rows are identities."""
+
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from clipgraft.config import ConfigError, FolderSource, IndexJob, TarSource
+from clipgraft.data.download import download
+from clipgraft.data.index import build_index
+from clipgraft.data.samples import Samples
+from clipgraft.data.tokens import Tokens
+from pictures import encoded, jpeg, write_tar
+
+TRAIN = IndexJob(tokenize=True)
+TEST = IndexJob(tokenize=False)
+
+BAD = {
+    "empty": (b"", "undecodable"),
+    "html": (b"<html>not found</html>", "undecodable"),
+    "cut": (jpeg()[:-300], "undecodable"),
+    "tiny": (jpeg(8, 40), "too small"),
+    "banner": (jpeg(200, 20), "aspect ratio"),
+    "huge": (encoded(Image.new("1", (1200, 1200)), "PNG"), "too many pixels"),
+}
+
+
+def indexed(base: Path, files, settings=TRAIN, classes=None, threads=1) -> Path:
+    """Index of one tar, or of several by name."""
+    tars = files if isinstance(next(iter(files.values())), dict) else {"in": files}
+    (base / "tars").mkdir()
+    for name, members in tars.items():
+        write_tar(base / "tars" / f"{name}.tar", members)
+    if classes:
+        (base / "classes.txt").write_text("\n".join(classes))
+    for stage in ("download", "index"):
+        (base / stage).mkdir()
+    given = str(base / "classes.txt") if classes else None
+    source = TarSource(kind="tars", tars=str(base / "tars" / "*.tar"), classes=given)
+    download(source, base / "download", threads)
+    build_index(settings, base / "download", base / "index", threads)
+    return base / "index"
+
+
+def rejects(index: Path) -> dict[str, str]:
+    rows = pq.read_table(index / "rejects.parquet").to_pylist()
+    assert all(row["detail"] for row in rows)
+    return {row["uid"]: row["reason"] for row in rows}
+
+
+def test_every_bad_image_has_its_reason_and_its_neighbours_are_kept(tmp_path):
+    files = {}
+    for name, (image, _) in BAD.items():
+        files |= {f"{name}-before.jpg": jpeg(), f"{name}-before.txt": "good"}
+        files |= {f"{name}.jpg": image, f"{name}.txt": "bad"}
+    files |= {"alone.txt": "no picture"}
+    index = indexed(tmp_path, files, IndexJob(tokenize=True, max_megapixels=1))
+    assert rejects(index) == {name: reason for name, (_, reason) in BAD.items()} | {
+        "alone": "no image"
+    }
+    assert Samples.open(index).uids() == sorted(f"{name}-before" for name in BAD)
+
+
+def test_captions_come_from_the_best_place_and_are_never_empty(tmp_path):
+    files = {
+        "a.jpg": jpeg(), "a.txt": "text", "a.json": {"captions": ["one", " ", "two\n lines"], "caption": "no"},
+        "b.jpg": jpeg(), "b.txt": "text", "b.json": {"caption": "json"},
+        "c.jpg": jpeg(), "c.json": {"caption": "json"},
+        "d.jpg": jpeg(), "d.json": "{broken", "d.txt": "text",
+        "e.jpg": jpeg(), "e.txt": " \n",
+        "f.jpg": jpeg(),
+        "g.jpg": jpeg(), "g.json": {"captions": ["", None]},
+    }  # fmt: skip
+    index = indexed(tmp_path, files)
+    samples = Samples.open(index)
+    assert dict(zip(samples.uids(), samples.all_captions(), strict=True)) == {
+        "a": ["one", "two lines"],
+        "b": ["text"],
+        "c": ["json"],
+        "d": ["text"],
+    }
+    assert rejects(index) == {"e": "empty caption", "f": "no caption", "g": "no caption"}
+
+
+def test_rows_lead_back_to_the_very_bytes(tmp_path):
+    files = {}
+    for i in range(7):
+        files |= {f"{i}.jpg": jpeg(30 + i, 20, seed=i), f"{i}.txt": f"number {i}"}
+    samples = Samples.open(indexed(tmp_path, files))
+    for i in range(7):
+        assert samples.image_bytes(i) == files[f"{i}.jpg"]
+        assert samples.image(i).size == (30 + i, 20)
+        assert samples.captions(i) == [f"number {i}"]
+
+
+def test_samples_id_is_the_hash_of_the_uids(tmp_path):
+    samples = Samples.open(
+        indexed(tmp_path, {"b.jpg": jpeg(), "b.txt": "b", "a.jpg": jpeg(), "a.txt": "a"})
+    )
+    assert samples.samples_id == hashlib.sha256(b"a\nb").hexdigest()[:16]
+    assert Tokens.open(tmp_path / "index").samples_id == samples.samples_id
+
+
+def test_width_and_height_are_those_of_the_upright_picture(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    index = indexed(tmp_path, {"a.jpg": jpeg(40, 30, exif=exif), "a.txt": "turned"})
+    row = pq.read_table(index / "samples.parquet").to_pylist()[0]
+    assert (row["width"], row["height"]) == (30, 40) == Samples.open(index).image(0).size
+
+
+def test_class_numbers_become_class_names_and_need_no_caption(tmp_path):
+    files = {
+        "a.jpg": jpeg(),
+        "a.cls": "1",
+        "b.jpg": jpeg(),
+        "b.cls": "0\n",
+        "c.jpg": jpeg(),
+        "c.cls": "2",
+    }
+    index = indexed(tmp_path, files, TEST, classes=["cat", "dog"])
+    samples = Samples.open(index)
+    np.testing.assert_array_equal(samples.labels("class"), [1, 0])
+    assert (samples.label_names, samples.all_captions()) == ({"class": ["cat", "dog"]}, [[], []])
+    assert rejects(index) == {"c": "unknown class"}
+    with pytest.raises(ConfigError, match="no label 'colour'.*its labels: class"):
+        samples.labels("colour")
+
+
+def test_a_training_set_of_labels_alone_is_refused(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"no sample .* can be used: 1 no caption.*needs captions"
+    ):
+        indexed(tmp_path, {"a.jpg": jpeg(), "a.cls": "0"}, TRAIN, classes=["cat"])
+
+
+def test_class_numbers_without_names_are_no_labels(tmp_path):
+    with pytest.raises(ConfigError, match="`classes` was not given"):
+        indexed(tmp_path, {"a.jpg": jpeg(), "a.cls": "0"}, TEST)
+
+
+def test_keys_that_repeat_over_tars_are_told_apart(tmp_path):
+    one = {"0.jpg": jpeg(seed=1), "0.txt": "first"}
+    two = {"0.jpg": jpeg(seed=2), "0.txt": "second", "1.jpg": jpeg(seed=3), "1.txt": "third"}
+    samples = Samples.open(indexed(tmp_path, {"x": one, "y": two}))
+    assert samples.uids() == ["x/0", "y/0", "y/1"]
+    assert samples.all_captions() == [["first"], ["second"], ["third"]]
+
+
+def test_a_key_that_repeats_in_a_tar_is_rejected_the_second_time(tmp_path):
+    files = [
+        ("0.jpg", jpeg(seed=1)),
+        ("0.txt", "first"),
+        ("0.jpg", jpeg(seed=2)),
+        ("0.txt", "second"),
+    ]
+    (tmp_path / "tars").mkdir()
+    write_tar(tmp_path / "in.tar", files)
+    for stage in ("download", "index"):
+        (tmp_path / stage).mkdir()
+    download(TarSource(kind="tars", tars=str(tmp_path / "in.tar")), tmp_path / "download", 1)
+    build_index(TRAIN, tmp_path / "download", tmp_path / "index", 1)
+    assert Samples.open(tmp_path / "index").all_captions() == [["first"]]
+    assert rejects(tmp_path / "index") == {"0": "repeated key"}
+
+
+def test_workers_change_nothing(tmp_path):
+    files = {}
+    for i in range(1100):  # enough for a second worker
+        files |= {
+            f"{i}.jpg": jpeg(16, 16, seed=i % 7) if i % 10 else b"",
+            f"{i}.txt": f"number {i}",
+        }
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    alone = indexed(tmp_path / "one", files, threads=1)
+    together = indexed(tmp_path / "two", files, threads=2)
+    for name in ("rejects.parquet", "tokens/ids.npy", "tokens/merges.txt.gz", "tokens/tokens.json"):
+        assert (alone / name).read_bytes() == (together / name).read_bytes()
+    ours, theirs = (
+        pq.read_table(index / "samples.parquet").drop(["tar"]) for index in (alone, together)
+    )
+    assert ours.equals(theirs) and len(ours) == 990
+
+
+def test_folders_are_indexed_in_place(tmp_path):
+    pictures = tmp_path / "pictures"
+    (pictures / "sub").mkdir(parents=True)
+    for name in ("a.jpg", "sub/b.png"):
+        Image.open(io.BytesIO(jpeg())).save(pictures / name)
+        (pictures / name).with_suffix(".txt").write_text(f"caption of {name}")
+    for stage in ("download", "index"):
+        (tmp_path / stage).mkdir()
+    download(FolderSource(kind="folder", folder=str(pictures)), tmp_path / "download", 1)
+    build_index(TRAIN, tmp_path / "download", tmp_path / "index", 1)
+    samples = Samples.open(tmp_path / "index")
+    assert (samples.uids(), samples.captions(1)) == (["a", "sub/b"], ["caption of sub/b.png"])
+    assert samples.image_bytes(1) == (pictures / "sub/b.png").read_bytes()
+
+
+def test_an_index_finds_its_download_after_both_have_moved(tmp_path):
+    (tmp_path / "old").mkdir()
+    pictures = {"a.jpg": jpeg(), "a.txt": "a"}
+    index = indexed(tmp_path / "old", pictures)
+    about = json.loads((index / "samples.json").read_text())
+    assert about["download"] == os.path.join("..", "download")
+    assert (about["num_samples"], about["num_captions"], about["label_names"]) == (1, 1, {})
+
+
+@pytest.mark.skipif(
+    "REALDATA" not in os.environ, reason="REALDATA, a folder of real image sets, is not set"
+)
+def test_flickr8k_is_accepted_whole(tmp_path):
+    for stage in ("download", "index"):
+        (tmp_path / stage).mkdir()
+    source = TarSource(kind="tars", tars="$REALDATA/flickr8k/val-*.tar")
+    download(source, tmp_path / "download", 2)
+    facts = build_index(TRAIN, tmp_path / "download", tmp_path / "index", 2)
+    assert (facts["num_samples"], facts["num_captions"], facts["rejected"]) == (1000, 5000, {})

@@ -1,0 +1,324 @@
+import json
+import logging
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from clipgraft.checkpoint import (
+    MERGES,
+    SPEC,
+    WEIGHTS,
+    TrainingState,
+    load_model,
+    save_model,
+)
+from clipgraft.config import ConfigError
+from clipgraft.job import WRITING
+from clipgraft.models.build import build, describe, mlp_parameters
+from clipgraft.models.moe import router_parameters, upcycle
+
+TEXT = torch.tensor([[38, 5, 39, 0, 0, 0, 0, 0], [38, 9, 8, 7, 6, 39, 0, 0]])
+
+
+@pytest.fixture
+def merges(tmp_path) -> Path:
+    path = tmp_path / "tokens.gz"
+    path.write_bytes(b"merges")
+    return path
+
+
+@pytest.fixture
+def dense(tmp_path, tiny_config, merges) -> Path:
+    """The folder of a dense model."""
+    torch.manual_seed(0)
+    folder = tmp_path / "base"
+    folder.mkdir()
+    save_model(folder, build(tiny_config), describe(tiny_config), merges)
+    return folder
+
+
+def fill(folder: Path, value: float) -> None:
+    """A model of the same shapes whose weights are all one number."""
+    weights = {
+        name: torch.full_like(tensor, value) for name, tensor in load_file(folder / WEIGHTS).items()
+    }
+    save_file(weights, folder / WEIGHTS)
+
+
+def features(model) -> torch.Tensor:
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return torch.cat(model(images, TEXT)[:2])
+
+
+def test_dense_model_comes_back_as_it_was(tmp_path, tiny_config, merges):
+    model = build(tiny_config)
+    spec = {**describe(tiny_config), "samples_seen": 77}
+    save_model(tmp_path, model, spec, merges)
+    loaded = load_model(tmp_path)
+    assert torch.equal(features(loaded.model), features(model))
+    assert loaded.spec == {**spec, "kind": "dense", "base": None}
+    assert loaded.merges == tmp_path / MERGES
+    assert loaded.merges.read_bytes() == b"merges"
+
+
+def test_dense_weights_and_config_open_in_open_clip(dense):
+    spec = json.loads((dense / SPEC).read_text())
+    about = {"model_cfg": spec["config"], "preprocess_cfg": spec["preprocess"]}
+    (dense / "open_clip_config.json").write_text(json.dumps(about))
+    os.link(dense / WEIGHTS, dense / "open_clip_model.safetensors")
+    theirs = open_clip.create_model(f"local-dir:{dense}")
+    assert torch.equal(features(theirs), features(load_model(dense).model))
+
+
+def test_mixture_comes_back_as_it_was(dense, tmp_path, merges):
+    base = load_model(dense)
+    layers = {"image_layers": [1], "text_layers": "all"}
+    spec = upcycle(
+        base.model, [base.model.state_dict()] * 3, top_k=2, generator=torch.Generator(), **layers
+    )
+    folder = tmp_path / "moe"
+    folder.mkdir()
+    save_model(folder, base.model, {**base.spec, "moe": spec}, merges)
+    loaded = load_model(folder)
+    assert loaded.spec["kind"] == "moe"
+    assert set(router_parameters(loaded.model)) == set(router_parameters(base.model))
+    assert torch.equal(features(loaded.model), features(base.model))
+
+
+def test_delta_holds_the_changed_tensors_and_is_whole_with_its_base(dense, tmp_path, merges):
+    base = load_model(dense)
+    trained = mlp_parameters(base.model)
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(0.1)
+    folder = tmp_path / "expert"
+    folder.mkdir()
+    save_model(folder, base.model, base.spec, merges, only=trained, base=dense)
+    assert load_file(folder / WEIGHTS).keys() == trained.keys()
+    assert json.loads((folder / SPEC).read_text())["base"] == "../base"
+    loaded = load_model(folder)
+    assert loaded.spec["kind"] == "delta"
+    assert torch.equal(features(loaded.model), features(base.model))
+
+
+def test_delta_finds_its_base_where_the_job_puts_its_files_and_through_links(
+    dense, tmp_path, merges
+):
+    base = load_model(dense)
+    writing = tmp_path / "expert" / WRITING
+    writing.mkdir(parents=True)
+    save_model(writing, base.model, base.spec, merges, only=mlp_parameters(base.model), base=dense)
+    for path in list(writing.iterdir()):
+        path.rename(path.parent.parent / path.name)
+    far = tmp_path / "runs" / "main"
+    far.mkdir(parents=True)
+    (far / "expert").symlink_to("../../expert")
+    assert torch.equal(features(load_model(far / "expert").model), features(base.model))
+
+
+def test_delta_of_a_delta_has_the_trunk_of_the_first_base(dense, tmp_path, merges):
+    base = load_model(dense)
+    for name, before in (("first", dense), ("second", tmp_path / "first")):
+        (tmp_path / name).mkdir()
+        trained = mlp_parameters(base.model)
+        save_model(tmp_path / name, base.model, base.spec, merges, only=trained, base=before)
+    fill(tmp_path / "first", 0.5)
+    second = load_model(tmp_path / "second").model
+    assert torch.equal(features(second), features(load_model(dense).model))
+
+
+def test_other_sizes_interpolate_positions_and_the_spec_says_so(dense):
+    loaded = load_model(dense, image_size=32, text_length=16)
+    before = load_model(dense).model.state_dict()
+    expected = F.interpolate(
+        before["text.positional_embedding"].T[None], 16, mode="linear", align_corners=False
+    )[0].T
+    assert torch.allclose(loaded.model.text.positional_embedding, expected)
+    assert loaded.model.visual.positional_embedding.shape == (17, 32)
+    assert loaded.spec["config"]["vision_cfg"]["image_size"] == 32
+    assert loaded.spec["config"]["text_cfg"]["context_length"] == 16
+    assert loaded.spec["preprocess"]["size"] == 32
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, SPEC])
+def test_missing_file_is_named(dense, name):
+    (dense / name).unlink()
+    with pytest.raises(ConfigError, match=rf"base/{name} does not exist"):
+        load_model(dense)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 1000, -1])
+def test_truncated_weights_are_named(dense, kept):
+    whole = (dense / WEIGHTS).read_bytes()
+    (dense / WEIGHTS).write_bytes(whole[:kept])
+    with pytest.raises(ConfigError, match=rf"{WEIGHTS} \([\d,]+ bytes\) is damaged"):
+        load_model(dense)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1}', '{"format": 2}'])
+def test_spec_that_is_none_is_named(dense, text):
+    (dense / SPEC).write_text(text)
+    with pytest.raises(ConfigError, match=r"model\.json (is no model spec|has format 2)"):
+        load_model(dense)
+
+
+def test_weights_of_another_architecture_are_one_message_with_shapes(dense):
+    weights = load_file(dense / WEIGHTS)
+    weights["text.ln_final.bias"] = torch.zeros(7)
+    del weights["visual.proj"]
+    save_file(weights, dense / WEIGHTS)
+    message = r"text.ln_final.bias is \[7\], the model has \[32\]; visual.proj is missing"
+    with pytest.raises(ConfigError, match=message):
+        load_model(dense)
+
+
+def test_delta_of_another_architecture_is_named(dense, tmp_path, merges):
+    base = load_model(dense)
+    (tmp_path / "expert").mkdir()
+    trained = mlp_parameters(base.model)
+    save_model(tmp_path / "expert", base.model, base.spec, merges, only=trained, base=dense)
+    save_file({"text.block.mlp": torch.zeros(2)}, tmp_path / "expert" / WEIGHTS)
+    with pytest.raises(ConfigError, match=r"expert/.* text.block.mlp is not in the model"):
+        load_model(tmp_path / "expert")
+
+
+# --- training state ---------------------------------------------------------------------------------
+
+
+def state_of(step: int) -> dict:
+    return {
+        "step": step,
+        "weights": {"a": torch.full((3,), float(step))},
+        "optimizer": {
+            "state": {0: {"exp_avg": torch.ones(2)}},
+            "groups": [{"lr": 0.1, "betas": (0.9, 0.98)}],
+        },
+        "note": None,
+    }
+
+
+def generations(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.pt"))
+
+
+def test_state_comes_back_as_saved(tmp_path):
+    state = TrainingState(tmp_path, "tag")
+    assert state.load() is None
+    state.save(state_of(5))
+    loaded = state.load()
+    assert torch.equal(loaded["weights"]["a"], torch.full((3,), 5.0))
+    assert {**loaded, "weights": 0, "optimizer": 0} == {
+        "step": 5,
+        "weights": 0,
+        "optimizer": 0,
+        "note": None,
+    }
+    assert loaded["optimizer"]["groups"] == [{"lr": 0.1, "betas": (0.9, 0.98)}]
+
+
+def test_the_newest_two_generations_are_kept(tmp_path):
+    state = TrainingState(tmp_path, "tag")
+    for step in (8, 9, 10, 100):
+        state.save(state_of(step))
+    assert len(generations(tmp_path)) == 2
+    assert state.load()["step"] == 100
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"no state" * 99]
+)
+def test_a_damaged_generation_falls_back_to_the_one_before_and_says_so(tmp_path, damage, caplog):
+    state = TrainingState(tmp_path, "tag")
+    state.save(state_of(1))
+    state.save(state_of(2))
+    first, second = generations(tmp_path)
+    second.write_bytes(damage(second.read_bytes()))
+    with caplog.at_level(logging.WARNING):
+        assert state.load()["step"] == 1
+    assert f"{second} is damaged" in caplog.text
+    first.write_bytes(damage(first.read_bytes()))
+    assert state.load() is None
+    assert "starting afresh" in caplog.text
+
+
+def test_after_a_fall_back_the_damaged_file_is_not_taken_for_the_newest(tmp_path):
+    state = TrainingState(tmp_path, "tag")
+    for step in (10, 20):
+        state.save(state_of(step))
+    generations(tmp_path)[-1].write_bytes(b"")
+    state.save(state_of(15))
+    assert state.load()["step"] == 15
+    assert len(generations(tmp_path)) == 2
+
+
+def test_state_of_another_tag_is_not_used_and_said_so(tmp_path, caplog):
+    old = TrainingState(tmp_path, "old settings")
+    old.save(state_of(50))
+    old.close()
+    new = TrainingState(tmp_path, "new settings")
+    with caplog.at_level(logging.WARNING):
+        assert new.load() is None
+    assert "starting afresh" in caplog.text
+    new.save(state_of(3))
+    assert new.load()["step"] == 3
+    assert len(generations(tmp_path)) == 1
+
+
+def test_two_trainers_never_share_a_folder(tmp_path):
+    first = TrainingState(tmp_path, "tag")
+    with pytest.raises(ConfigError, match="another trainer uses"):
+        TrainingState(tmp_path, "tag")
+    first.close()
+    TrainingState(tmp_path, "tag").close()
+
+
+def test_other_ranks_read_beside_the_first(tmp_path, monkeypatch):
+    first = TrainingState(tmp_path, "tag")
+    first.save(state_of(4))
+    monkeypatch.setenv("RANK", "1")
+    assert TrainingState(tmp_path, "tag").load()["step"] == 4
+
+
+def test_what_could_not_be_loaded_is_refused_when_saved(tmp_path):
+    state = TrainingState(tmp_path, "tag")
+    with pytest.raises(AssertionError, match="Random"):
+        state.save({"step": 1, "generators": [random.Random(0)]})
+    assert generations(tmp_path) == []
+
+
+SAVER = """
+import sys, torch
+from pathlib import Path
+from clipgraft.checkpoint import TrainingState
+state = TrainingState(Path(sys.argv[1]), "tag")
+for step in range(10**6):
+    state.save({"step": step, "a": torch.full((50_000,), float(step))})
+    print(step, flush=True)
+"""
+
+
+def test_killed_at_any_moment_the_last_finished_save_or_a_later_one_is_there(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", SAVER, tmp_path],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    ) as saver:
+        for _ in range(5):
+            saver.stdout.readline()
+        time.sleep(random.Random(time.time()).random() / 20)
+        saver.kill()
+        printed = saver.stdout.read().split()
+    loaded = TrainingState(tmp_path, "tag").load()
+    assert loaded["step"] >= int(printed[-1] if printed else 4)
+    assert (loaded["a"] == loaded["step"]).all()
