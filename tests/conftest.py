@@ -1,18 +1,100 @@
-"""What many tests start from: no network, and a tiny model."""
+"""Fixtures of all tests: no network but loopback, here and in every process that a test starts."""
+
+from __future__ import annotations
 
 import os
 import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+ROOT = Path(__file__).resolve().parent.parent
 NO_NETWORK = Path(__file__).parent / "no_network"
+
 os.environ["CLIPGRAFT_NO_NETWORK"] = "1"
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    filter(None, [str(NO_NETWORK), os.environ.get("PYTHONPATH")])
-)
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["PYTHONPATH"] = os.pathsep.join([str(NO_NETWORK), str(ROOT / "lib")])
 runpy.run_path(str(NO_NETWORK / "sitecustomize.py"))  # children get it by PYTHONPATH
+
+
+@dataclass(frozen=True)
+class Workflow:
+    """A copy of the workflow, to edit and run, with a small config."""
+
+    root: Path
+
+    def snakemake(self, *words: str, check: bool = True, **env: str) -> str:
+        """Run snakemake in the copy; returns what it printed."""
+        command = [sys.executable, "-m", "snakemake", "--configfile", "small.yaml", *words]
+        done = subprocess.run(
+            command,
+            cwd=self.root,
+            env={**os.environ, **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert not check or done.returncode == 0, done.stdout[-6000:]
+        return done.stdout
+
+    def planned(self, *words: str) -> list[str]:
+        """Stages that a dry run would run, one entry per job; `link` left out: it is no stage."""
+        printed = self.snakemake("-n", "--cores", "2", *words)
+        table = printed.split("Job stats:")[1] if "Job stats:" in printed else ""
+        rows = [line.split() for line in table.split("Reasons:")[0].splitlines()]
+        counts = {row[0]: int(row[1]) for row in rows if len(row) == 2 and row[1].isdigit()}
+        stages = {name: n for name, n in counts.items() if name not in ("link", "all", "total")}
+        return [name for name, n in stages.items() for _ in range(n)]
+
+    def edit(self, file: str, old: str, new: str) -> None:
+        """Replace one place in a file."""
+        path = self.root / file
+        text = path.read_text()
+        assert text.count(old) >= 1, (file, old)
+        path.write_text(text.replace(old, new, 1))
+
+
+def copy_workflow(target: Path) -> Workflow:
+    """Copy what git would bring to a fresh clone and the workflow needs."""
+    for folder in ("lib", "scripts", "rules", "workflow"):
+        ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        shutil.copytree(ROOT / folder, target / folder, ignore=ignore)
+    shutil.copy(ROOT / "tests/config/small.yaml", target / "small.yaml")
+    return Workflow(target)
+
+
+@pytest.fixture
+def workflow(tmp_path: Path) -> Workflow:
+    """A copy of the workflow in which nothing has run."""
+    return copy_workflow(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def _finished_once(tmp_path_factory: pytest.TempPathFactory) -> Workflow:
+    finished = copy_workflow(tmp_path_factory.mktemp("finished"))
+    finished.snakemake("--cores", "2")
+    return finished
+
+
+@pytest.fixture
+def finished(_finished_once: Workflow) -> Iterator[Workflow]:
+    """The workflow with a small DAG run to its end; edits to code and config are undone."""
+    root = _finished_once.root
+    paths = [path for folder in ("lib", "scripts", "rules") for path in (root / folder).rglob("*")]
+    files = [path for path in paths if path.is_file() and "__pycache__" not in path.parts]
+    kept = {path: (path.read_bytes(), path.stat()) for path in [*files, root / "small.yaml"]}
+    yield _finished_once
+    for path, (data, stat) in kept.items():
+        if path.read_bytes() != data:
+            path.write_bytes(data)
+            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
 @pytest.fixture

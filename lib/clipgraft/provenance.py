@@ -34,7 +34,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         ConfigError: if there is none, or it is not one.
     """
     path = Path(path)
-    path = path / MANIFEST if path.is_dir() else path
+    path = path if path.name == MANIFEST else path / MANIFEST
     try:
         manifest = json.loads(path.read_text())
         manifest["stage"], manifest["outputs"]

@@ -1,6 +1,6 @@
 """Stage `finetune_router`: train the routers of an assembled CLIP-MoE, and nothing else.
 
-The loss is contrastive plus, averaged over layers and with both towers equal, a balance loss (minimum 1) and the
+The loss is contrastive plus, averaged over layers and with both towers equal, a balance loss (1 when even) and the
 router z-loss. CLIP-MoE pools the balance loss over layers, which hides a layer that has collapsed; here each layer
 has its own.
 """

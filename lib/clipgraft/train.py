@@ -38,7 +38,7 @@ from clipgraft.optim import build_optimizer, cosine_lr
 log = logging.getLogger(__name__)
 
 LOG_SECONDS = 10.0
-SAVE_SECONDS = 60.0
+SAVE_SECONDS = float(os.environ.get("CLIPGRAFT_SAVE_SECONDS", "60"))
 NUM_ROWS = 100  # rows of metrics.jsonl, about
 
 Sampler = UniformBatches | HomogeneousBatches
@@ -222,8 +222,8 @@ class Fit:
                 name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad
             }
             progress = {"rows": json.dumps(self.rows), "seconds": self.seconds}
-            state = {"trained": trained, "optimizer": optimizer.state_dict(), **progress}
-            self.state.save(step, state)
+            weights = {"trained": trained, "optimizer": optimizer.state_dict()}
+            self.state.save({"step": step, **weights, **progress})
 
     def _resume(self, optimizer: torch.optim.Optimizer) -> int:
         saved = self.state.load() if self.state is not None else None
@@ -270,9 +270,9 @@ def contrastive_step(world: dist.World) -> Step:
 
 
 def encode(model: nn.Module, images: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalised features of both towers and log(1/tau), through forward, which DDP hooks into."""
+    """Normalised features of both towers and 1/tau, through forward, which DDP hooks into."""
     image_BD, text_BD, scale = model(images, text)[:3]
-    return image_BD, text_BD, scale.log()
+    return image_BD, text_BD, scale
 
 
 def pair_loss(

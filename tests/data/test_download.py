@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pictures import encoded, jpeg, write_tar
 from PIL import Image
 
 from clipgraft.config import (
@@ -30,7 +32,6 @@ from clipgraft.data.download import download
 from clipgraft.data.index import build_index
 from clipgraft.data.samples import Samples
 from clipgraft.data.shapes import ATTRIBUTES, draw_sample
-from pictures import encoded, jpeg, write_tar
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -187,7 +188,7 @@ def test_shapes_come_out_as_they_were_drawn_and_twice_the_same(out, tmp_path, mo
         drawn = draw_sample(0, "renders", row, image_size=32, noise=source.noise, num_captions=2)
         assert samples.captions(row) == drawn.captions
         difference = np.asarray(samples.image(row), int) - np.asarray(drawn.image, int)
-        assert np.abs(difference).mean() < 3
+        assert np.abs(difference).mean() < 6  # noise, after JPEG; another picture is 30 off
         numbers = {name: samples.labels(name)[row] for name in ATTRIBUTES}
         assert numbers == {
             name: ATTRIBUTES[name].index(value) for name, value in drawn.attributes.items()
@@ -258,8 +259,6 @@ def test_an_image_without_a_caption_file_is_a_failed_outcome(out, tmp_path):
 
 def test_a_stopped_download_leaves_no_process_behind(out, tmp_path):
     # A server that accepts and never answers keeps img2dataset busy.
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         table = write_table(tmp_path / "t.parquet", [(f"http://127.0.0.1:{port}/a.jpg", "a")] * 4)

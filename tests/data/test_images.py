@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+from pictures import encoded, jpeg
 from PIL import Image
 
 from clipgraft.data.images import (
@@ -15,7 +16,6 @@ from clipgraft.data.images import (
     shrink,
     to_rgb,
 )
-from pictures import encoded, jpeg
 
 
 class Draws:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from pictures import encoded, jpeg, write_tar
 from PIL import Image
 
 from clipgraft.config import ConfigError, FolderSource, IndexJob, TarSource
@@ -16,7 +17,6 @@ from clipgraft.data.download import download
 from clipgraft.data.index import build_index
 from clipgraft.data.samples import Samples
 from clipgraft.data.tokens import Tokens
-from pictures import encoded, jpeg, write_tar
 
 TRAIN = IndexJob(tokenize=True)
 TEST = IndexJob(tokenize=False)
@@ -129,7 +129,7 @@ def test_class_numbers_become_class_names_and_need_no_caption(tmp_path):
     np.testing.assert_array_equal(samples.labels("class"), [1, 0])
     assert (samples.label_names, samples.all_captions()) == ({"class": ["cat", "dog"]}, [[], []])
     assert rejects(index) == {"c": "unknown class"}
-    with pytest.raises(ConfigError, match="no label 'colour'.*its labels: class"):
+    with pytest.raises(ConfigError, match=r"no label 'colour'.*its labels: class"):
         samples.labels("colour")
 
 

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from pictures import jpeg
 
 from clipgraft.config import ConfigError
 from clipgraft.data.images import decode, resize_center
 from clipgraft.data.loader import Loader
 from clipgraft.data.sampler import HomogeneousBatches, UniformBatches
-from pictures import jpeg
 
 N = 12
 

@@ -14,6 +14,7 @@ import importlib.util
 import io
 import json
 import logging
+import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -90,9 +91,12 @@ class Tokenizer:
 
     def __init__(self, merges: Path) -> None:
         """Read the vocabulary; imports open_clip."""
-        from open_clip import SimpleTokenizer
+        with warnings.catch_warnings():
+            # open_clip leaves its merges file to the garbage collector, on import and again here.
+            warnings.simplefilter("ignore", ResourceWarning)
+            from open_clip import SimpleTokenizer
 
-        self._tokenizer = SimpleTokenizer(bpe_path=str(merges))
+            self._tokenizer = SimpleTokenizer(bpe_path=str(merges))
         self.vocab_size = int(self._tokenizer.vocab_size)
         self.start_id = int(self._tokenizer.sot_token_id)
         self.end_id = int(self._tokenizer.eot_token_id)

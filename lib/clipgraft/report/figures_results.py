@@ -12,7 +12,16 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 
 from clipgraft.report.read import Model
-from clipgraft.report.style import INK, MUTED, Figure, canvas, counts_on, draw, heat_map, hide_unused
+from clipgraft.report.style import (
+    INK,
+    MUTED,
+    Figure,
+    canvas,
+    counts_on,
+    draw,
+    heat_map,
+    hide_unused,
+)
 from clipgraft.report.tables import Column, displayed, num_images_of
 
 MAX_CONFUSIONS = 6
@@ -159,7 +168,7 @@ def _marker(model: Model) -> str:
     return {"base": "s", "upcycled": "^", "moe": "D"}.get(model.key, "v")
 
 
-def _legend(figure: models: Sequence[Model]) -> None:
+def _legend(figure: Canvas, models: Sequence[Model]) -> None:
     handles = [
         Line2D([], [], linestyle="", marker=_marker(m), color=m.colour, label=m.title)
         for m in models

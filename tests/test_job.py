@@ -1,0 +1,200 @@
+"""The job: outputs appear all at once or not at all, and every failure is one clear message."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = '''"""Write a number."""
+import time
+from clipgraft.config import Settings
+from clipgraft.job import Job
+
+class Numbers(Settings):
+    number: int
+    optim: dict[str, float] = {}
+    fail: bool = False
+    seconds: float = 0.0
+    megabytes: int = 0
+
+def main(job):
+    settings = job.settings(Numbers)
+    with job.outputs() as out:
+        (out / "part").mkdir()
+        (out / "part" / "number.txt").write_text(str(settings.number))
+        for _ in range(settings.megabytes):
+            with (out / "big.bin").open("ab") as file:
+                file.write(bytes(2**20))
+        time.sleep(settings.seconds)
+        if settings.fail:
+            raise RuntimeError("broken on purpose")
+        job.record(samples_seen=3, seen=settings.optim)
+
+if __name__ == "__main__":
+    Job.run(main, __doc__)
+'''
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "number.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def run(script: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, script, *words], capture_output=True, text=True)
+
+
+def with_settings(**settings: object) -> list[str]:
+    return ["--settings", json.dumps({"number": 7, **settings})]
+
+
+def files(folder: Path) -> set[str]:
+    return {
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def test_a_finished_job_has_its_files_and_a_manifest_that_tells_all(script, tmp_path):
+    done = run(script, "--out", str(tmp_path / "out"), *with_settings())
+    assert done.returncode == 0, done.stderr
+    assert files(tmp_path / "out") == {"manifest.json", "part/number.txt"}
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["stage"] == "number"
+    assert manifest["settings"]["number"] == 7
+    assert manifest["outputs"]["part/number.txt"]["bytes"] == 1
+    sha = "7902699be42c8a8e46fbbb4501726517e86b22c56a189f7625a6da49081b2451"  # of "7"
+    assert manifest["outputs"]["part/number.txt"]["sha256"] == sha
+    assert manifest["samples_seen"] == 3
+    for key in ("id", "code", "packages", "hardware", "seconds", "peak_memory_mb", "inputs"):
+        assert key in manifest
+
+
+def test_a_failed_job_leaves_the_outputs_of_the_run_before(script, tmp_path):
+    out = tmp_path / "out"
+    run(script, "--out", str(out), *with_settings())
+    before = (out / "manifest.json").read_text()
+    done = run(script, "--out", str(out), *with_settings(number=8, fail=True))
+    assert done.returncode == 1
+    assert "broken on purpose" in done.stderr
+    assert (out / "manifest.json").read_text() == before
+    assert (out / "part/number.txt").read_text() == "7"
+    assert files(out) == {"manifest.json", "part/number.txt"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_job_has_no_manifest_and_the_next_one_clears_up(script, tmp_path, number):
+    out = tmp_path / "out"
+    command = [sys.executable, script, "--out", str(out), *with_settings(seconds=60)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 30
+    while not list(out.glob(".writing/part/number.txt")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(timeout=30) != 0
+    assert not (out / "manifest.json").exists()
+    done = run(script, "--out", str(out), *with_settings())
+    assert done.returncode == 0, done.stderr
+    assert files(out) == {"manifest.json", "part/number.txt"}
+
+
+def test_two_jobs_never_write_the_same_outputs(script, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, script, "--out", str(out), *with_settings(seconds=60)]
+    first = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 30
+        while not list(out.glob(".writing/part/number.txt")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        second = run(script, "--out", str(out), *with_settings())
+        assert second.returncode == 1
+        assert "another process is writing" in second.stderr
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_a_recorded_job_is_replayed_with_a_change(script, tmp_path):
+    run(script, "--out", str(tmp_path / "out"), *with_settings(optim={"lr": 1.0, "wd": 2.0}))
+    manifest = str(tmp_path / "out/manifest.json")
+    done = run(script, manifest, "--out", str(tmp_path / "try"), "--set", "lr=1e-4")
+    assert done.returncode == 0, done.stderr
+    replayed = json.loads((tmp_path / "try/manifest.json").read_text())
+    assert replayed["settings"]["optim"] == {"lr": 1e-4, "wd": 2.0}
+    assert replayed["settings"]["number"] == 7
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--settings", '{"numbr": 7}'], "unknown key `numbr`; did you mean `number`?"),
+        (["--settings", '{"number": "many"}'], 'number = "many"'),
+        (["--settings", '{"number": 7}', "--set", "rate=3"], "rate is none of number"),
+        (["--input", "model=nowhere/manifest.json"], "nowhere/manifest.json does not exist"),
+    ],
+)
+def test_a_users_mistake_is_one_line_without_a_traceback(script, tmp_path, words, message):
+    done = run(script, "--out", str(tmp_path / "out"), *words)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out/manifest.json").exists()
+
+
+def test_an_input_whose_files_are_gone_or_cut_is_named(script, tmp_path):
+    out = tmp_path / "out"
+    run(script, "--out", str(out), *with_settings())
+    (out / "part/number.txt").write_text("")
+    words = ["--input", f"model={out / 'manifest.json'}", *with_settings()]
+    cut = run(script, "--out", str(tmp_path / "next"), *words)
+    assert cut.returncode == 1
+    assert "number.txt has 0 bytes instead of 1" in cut.stderr
+    (out / "part/number.txt").unlink()
+    gone = run(script, "--out", str(tmp_path / "next"), *words)
+    assert "number.txt is missing" in gone.stderr
+
+
+def test_a_full_disk_is_said_and_leaves_nothing_behind(script, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount a small disk: {mounted.stderr.strip()}")
+    try:
+        done = run(script, "--out", str(disk / "out"), *with_settings(megabytes=16))
+        assert done.returncode == 1
+        assert "No space left on device" in done.stderr
+        assert "Hint" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert files(disk / "out") == set()
+        assert os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize > 3 * 2**20
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_logs_go_to_the_terminal_and_to_the_file(script, tmp_path):
+    log = tmp_path / "logs/number.log"
+    done = run(
+        script,
+        "--out",
+        str(tmp_path / "out"),
+        "--name",
+        "number/1",
+        "--log",
+        str(log),
+        *with_settings(),
+    )
+    assert "[number/1] done in" in done.stderr
+    assert "[number/1] done in" in log.read_text()

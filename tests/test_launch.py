@@ -1,0 +1,116 @@
+"""The launcher: what it starts, and that two jobs never lease the same device."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from clipgraft.launch import is_slurm_allocation, local_command, srun_command
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from clipgraft.launch import lease
+print(",".join(lease(["0", "1", "2", "3"], int(sys.argv[2]), Path(sys.argv[1]), 0.05)), flush=True)
+time.sleep(60)
+"""
+
+
+@contextmanager
+def running(code: str, *words: object) -> Iterator[subprocess.Popen[str]]:
+    """A process that is killed in the end."""
+    command = [sys.executable, "-c", code, *map(str, words)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def answer(process: subprocess.Popen[str]) -> list[str]:
+    """The devices it says it holds."""
+    assert process.stdout
+    return process.stdout.readline().strip().split(",")
+
+
+def test_two_jobs_never_lease_the_same_device(tmp_path):
+    with running(HOLD, tmp_path, 2) as first, running(HOLD, tmp_path, 2) as second:
+        assert sorted(answer(first) + answer(second)) == ["0", "1", "2", "3"]
+
+
+def test_a_killed_job_gives_its_devices_back(tmp_path):
+    with running(HOLD, tmp_path, 3) as first:
+        assert len(answer(first)) == 3
+        with running(HOLD, tmp_path, 2) as second:
+            time.sleep(0.5)
+            assert second.poll() is None  # it waits: one device is free, two are wished for
+            first.kill()
+            first.wait()
+            assert len(answer(second)) == 2
+
+
+def test_a_lease_survives_exec_into_the_script(tmp_path):
+    code = (
+        "import os, sys; from pathlib import Path; from clipgraft.launch import lease;"
+        "lease(['0'], 1, Path(sys.argv[1]));"
+        "wait = 'import time; print(0, flush=True); time.sleep(60)';"
+        "os.execvp(sys.executable, [sys.executable, '-c', wait])"
+    )
+    with running(code, tmp_path) as held:
+        assert answer(held) == ["0"]
+        with running(HOLD, tmp_path, 4) as waiting:
+            time.sleep(0.5)
+            assert waiting.poll() is None
+            held.kill()
+            held.wait()
+            assert len(answer(waiting)) == 4
+
+
+def test_without_devices_the_script_runs_as_one_plain_process(tmp_path):
+    script = tmp_path / "say.py"
+    script.write_text("import os, sys; print(sys.argv[1:], 'RANK' in os.environ)")
+    command = [
+        sys.executable,
+        "-m",
+        "clipgraft.launch",
+        "--gpu",
+        "0",
+        "--",
+        str(script),
+        "--x",
+        "1",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['--x', '1'] False"
+
+
+def test_a_scheduler_that_chose_devices_is_obeyed(tmp_path):
+    script = tmp_path / "say.py"
+    script.write_text("import os; print(os.environ['CUDA_VISIBLE_DEVICES'])")
+    command = [sys.executable, "-m", "clipgraft.launch", "--gpu", "1", "--", str(script)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "5"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "5"
+
+
+def test_several_devices_mean_one_process_each():
+    assert local_command(1, ["x.py"]) == [sys.executable, "x.py"]
+    assert local_command(4, ["x.py", "--y"])[-3:] == ["--nproc-per-node=4", "x.py", "--y"]
+
+
+def test_slurm_is_given_the_whole_geometry(monkeypatch):
+    command = srun_command(2, 8, 64, ["x.py"])
+    for word in ("--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=64"):
+        assert word in command
+    assert command[-2:] == ["8", "x.py"]
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("SLURM_STEP_ID", raising=False)
+    assert is_slurm_allocation()
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    assert not is_slurm_allocation()

@@ -1,0 +1,250 @@
+"""The workflow as a user meets it: what runs, what runs again after an edit, and what a mistake says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+FOLLOWS_CLUSTER = {
+    "cluster",
+    "finetune_expert",
+    "embed",
+    "assemble",
+    "finetune_router",
+    "evaluate",
+    "report",
+}
+
+
+def manifest_of(workflow, name: str) -> dict:
+    path = workflow.root / "results/runs/small" / name / "manifest.json"
+    return json.loads(path.read_text())
+
+
+def test_the_whole_dag_runs_and_every_model_is_evaluated(finished):
+    run = finished.root / "results/runs/small"
+    models = {path.name for path in (run / "evaluate").iterdir()}
+    assert models == {"short", "base", "expert_1", "expert_2", "control", "upcycled", "moe"}
+    for model in models:
+        result = json.loads((run / "evaluate" / model / "renders/result.json").read_text())
+        assert 0 <= result["retrieval"]["mean_R@1"] <= 1
+        assert result["zero_shot"]["colour"]["num_samples"] == 24
+    lock = json.loads((run / "versions.json").read_text())
+    for name, folder in lock.items():
+        assert (run / name).resolve() == (finished.root / "results" / folder).resolve()
+    assert "<html" in (run / "report/report.html").read_text()
+    assert "moe" in (run / "report/results.txt").read_text()
+
+
+def test_experts_change_their_mlps_and_nothing_else(finished):
+    from safetensors.torch import load_file
+
+    run = finished.root / "results/runs/small"
+    base = load_file(run / "pretrain/full/model.safetensors")
+    moe = load_file(run / "finetune_router/model.safetensors")
+    upcycled = load_file(run / "assemble/model.safetensors")
+    for k in (1, 2):
+        expert = load_file(run / f"finetune_expert/{k}/model.safetensors")
+        assert expert and all(".mlp." in name for name in expert)
+        assert all((expert[name] != base[name]).any() for name in expert if "weight" in name)
+        for name, weight in expert.items():
+            stacked = name.replace("c_fc.", "c_fc_").replace("c_proj.", "c_proj_")
+            assert (upcycled[stacked][k] == weight).all()
+            assert (upcycled[stacked][0] == base[name]).all()
+    changed = {name for name in moe if (moe[name] != upcycled[name]).any()}
+    assert changed and all(name.endswith(".router") for name in changed)
+
+
+def test_a_finished_dag_has_nothing_to_do(finished):
+    assert finished.planned() == []
+
+
+def test_a_comment_reruns_nothing(finished):
+    for file in ("lib/clipgraft/cluster.py", "scripts/pretrain.py", "lib/clipgraft/data/index.py"):
+        path = finished.root / file
+        path.write_text(path.read_text() + "\n# a comment\n")
+    assert finished.planned() == []
+
+
+def test_touching_files_reruns_nothing(finished):
+    for path in (finished.root / "scripts").glob("*.py"):
+        path.touch()
+    for path in (finished.root / "results").glob("*/*/*.safetensors"):
+        path.touch()
+    assert finished.planned() == []
+
+
+def test_editing_the_clustering_reruns_it_and_what_follows_and_nothing_before(finished):
+    finished.edit("lib/clipgraft/cluster.py", "about |= {", "about |= {'edited': True,")
+    planned = Counter(finished.planned())
+    assert set(planned) == FOLLOWS_CLUSTER
+    # The embedding by the base comes before; the models short, base and control are not touched.
+    assert planned["cluster"] == 2
+    assert planned["embed"] == 1
+    assert planned["report"] == 1
+
+
+def test_editing_the_report_redraws_the_report_only(finished):
+    path = finished.root / "lib/clipgraft/report/report.py"
+    path.write_text(path.read_text() + "\nEDITED = True\n")
+    assert finished.planned() == ["report"]
+
+
+def test_a_changed_top_k_makes_new_versions_beside_the_old_and_back_again_runs_nothing(finished):
+    store = finished.root / "results"
+    before = {path: path.stat().st_mtime_ns for path in store.glob("*/*/manifest.json")}
+    finished.edit("small.yaml", "top_k: 2", "top_k: 1")
+    assert Counter(finished.planned()) == {
+        "assemble": 1,
+        "finetune_router": 1,
+        "evaluate": 2,
+        "report": 1,
+    }
+    finished.snakemake("--cores", "2")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert len(list(store.glob("assemble/*/manifest.json"))) == 2
+    assert manifest_of(finished, "assemble")["settings"]["top_k"] == 1
+    finished.edit("small.yaml", "top_k: 1", "top_k: 2")
+    assert finished.planned() == []
+    finished.snakemake("--cores", "2")
+    assert manifest_of(finished, "assemble")["settings"]["top_k"] == 2
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    listed = subprocess.run(
+        [sys.executable, "-m", "clipgraft.runs", "unused"],
+        cwd=finished.root,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert {line.split()[-1].split("/")[1] for line in listed.splitlines()[:-1]} == {
+        "assemble",
+        "finetune_router",
+        "evaluate",
+        "report",
+    }
+
+
+def test_two_runs_that_differ_in_the_router_share_every_earlier_file(finished):
+    config = yaml.safe_load((finished.root / "small.yaml").read_text())
+    config["runs"]["slow"] = {"finetune_router": {"optim": {"lr": 1.0e-4}}}
+    (finished.root / "small.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    assert Counter(finished.planned()) == {"finetune_router": 1, "evaluate": 1, "report": 1}
+
+
+def test_a_recorded_job_is_replayed_by_hand_with_a_change(finished, tmp_path):
+    manifest = finished.root / "results/runs/small/cluster/1/manifest.json"
+    command = [sys.executable, finished.root / "scripts/cluster.py", manifest.resolve()]
+    command += ["--out", tmp_path / "try", "--set", "image_clusters=3"]
+    subprocess.run(command, check=True, capture_output=True)
+    about = json.loads((tmp_path / "try/clusters.json").read_text())
+    assert about["image"]["num_clusters"] == 3
+    assert about["text"]["num_clusters"] == 2
+    assert finished.planned() == []
+
+
+def test_a_dry_run_loads_no_torch(finished):
+    code = (
+        "import sys; from snakemake.cli import main\n"
+        "try: main(['-n', '--cores', '2', '--configfile', 'small.yaml'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'open_clip', 'faiss', 'sklearn', 'pyarrow'} & set(sys.modules)\n"
+        "print('LOADED', sorted(heavy))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=finished.root, capture_output=True, text=True, check=True
+    )
+    assert "LOADED []" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("top_k: 2", "topk: 2", ["unknown key `topk` in moe", "did you mean `top_k`"]),
+        ("top_k: 2", "top_k: 4", ["top_k = 4", "num_experts = 3"]),
+        ("num_samples: 96", "num_samples: many", ["download.train.num_samples", '"many"']),
+        ("image_size: 16,", "image_size: 20,", ["image_size = 20", "patch size 8"]),
+    ],
+)
+def test_a_mistake_in_the_config_is_said_before_anything_runs(workflow, old, new, words):
+    workflow.edit("small.yaml", old, new)
+    printed = workflow.snakemake("--cores", "2", check=False)
+    for word in words:
+        assert word in printed
+    assert "Traceback" not in printed
+    assert not (workflow.root / "results").exists()
+
+
+def test_a_source_that_is_not_there_is_said_before_anything_runs(workflow):
+    config = yaml.safe_load((workflow.root / "small.yaml").read_text())
+    config["download"]["train"] = {"kind": "tars", "tars": "data/train-*.tar"}
+    (workflow.root / "small.yaml").write_text(yaml.safe_dump(config))
+    printed = workflow.snakemake("--cores", "2", check=False)
+    assert "no file matches 'data/train-*.tar'" in printed
+    assert not (workflow.root / "results").exists()
+
+
+def training(workflow) -> list[int]:
+    """Processes that train in this copy of the workflow."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        script = str(workflow.root / "scripts/pretrain.py").encode()
+        if script in words and not words[0].endswith(b"bash"):
+            found.append(int(path.parent.name))
+    return found
+
+
+def test_a_killed_job_loses_nothing_and_goes_on_where_it_was(finished):
+    finished.edit("small.yaml", "samples_seen: 96", "samples_seen: 400000")
+    target = next(
+        job
+        for job in finished.snakemake("-n", "--cores", "2").split()
+        if job.startswith("results/pretrain/")
+    ).strip(",;")
+    command = [sys.executable, "-m", "snakemake", "--configfile", "small.yaml", "--cores", "2"]
+    with subprocess.Popen(
+        [*command, target],
+        cwd=finished.root,
+        env={**os.environ, "CLIPGRAFT_SAVE_SECONDS": "0.5"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        folder = (finished.root / target).parent
+        deadline = time.monotonic() + 120
+        while not list(folder.glob(".resume/*.pt")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        for trainer in training(finished):
+            os.kill(trainer, 9)
+        assert process.wait(timeout=60) != 0
+    assert not (folder / "manifest.json").exists()
+    assert list(folder.glob(".resume/*.pt"))
+    # The next start goes on from there: told to stop at once, it says where it resumed.
+    with subprocess.Popen(
+        [*command, target],
+        cwd=finished.root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if "resumed at step" in line:
+                for trainer in training(finished):
+                    os.kill(trainer, 15)
+        process.wait(timeout=60)
+    printed = "".join(lines)
+    assert "resumed at step" in printed
+    assert "saved at step" in printed
