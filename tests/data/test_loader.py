@@ -94,7 +94,8 @@ def test_each_epoch_crops_anew_and_draws_captions_anew():
     for step, batch in enumerate(batches()):  # three batches are an epoch
         for image, text, row in zip(batch.images_BCHW, batch.text_BL, batch.rows_B, strict=True):
             seen[step // 3][int(row)] = (image, int(text[1]))
-    assert all(not torch.equal(seen[0][row][0], seen[1][row][0]) for row in range(N))
+    differ = [not torch.equal(seen[0][row][0], seen[1][row][0]) for row in range(N)]
+    assert sum(differ) >= N - 2  # so small a picture has few crops; two draws may agree
     assert any(seen[0][row][1] != seen[1][row][1] for row in range(N))
     assert {choice for epoch in seen for _, choice in epoch.values()} == {0, 1, 2}
 

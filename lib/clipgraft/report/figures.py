@@ -27,6 +27,7 @@ from clipgraft.report.style import (
 )
 
 Rows = Sequence[Mapping[str, Any]]
+MAX_SIZES = 500  # dots of a scatter plot
 _PHASE_TINTS = ("#F3F4F6", "#FFFFFF")
 
 
@@ -77,7 +78,7 @@ def plot_image_sizes(width_N: np.ndarray, height_N: np.ndarray, image_size: int)
         height_N: in pixels.
         image_size: the largest side that a phase trains with.
     """
-    sizes, counts = np.unique(np.stack([width_N, height_N], 1), axis=0, return_counts=True)
+    sizes, counts = size_counts(width_N, height_N)
     rows = [
         {"width": int(w), "height": int(h), "images": int(n)}
         for (w, h), n in zip(sizes, counts, strict=True)
@@ -107,6 +108,17 @@ def plot_image_sizes(width_N: np.ndarray, height_N: np.ndarray, image_size: int)
         f"{len(width_N):,} here), which are enlarged."
     )
     return draw("data_image_sizes", "Image size", caption, rows, plot)
+
+
+def size_counts(width_N: np.ndarray, height_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct sizes `[S, 2]` and how many images have each; in steps of 5 % if they are too many."""
+    size_N2 = np.stack([width_N, height_N], axis=1)
+    sizes, counts = np.unique(size_N2, axis=0, return_counts=True)
+    if len(sizes) > MAX_SIZES:
+        step = np.log(1.05)
+        size_N2 = np.exp(np.round(np.log(size_N2) / step) * step).round().astype(int)
+        sizes, counts = np.unique(size_N2, axis=0, return_counts=True)
+    return sizes, counts
 
 
 def plot_rejects(rows: Rows) -> Figure:
@@ -189,4 +201,6 @@ def plot_pretraining(rows: Rows, phases: Mapping[str, tuple[int, int]], batch: i
         "that stays at the line or jumps up within a phase; tau at 0.01, where it is held; "
         f"waiting for data more than a few per cent of the time ({100 * wait:.0f} % here)."
     )
-    return draw("pretraining", "Loss, temperature, learning rate, speed", caption, rows, plot)
+    return draw(
+        "pretraining_curves", "Loss, temperature, learning rate, speed", caption, rows, plot
+    )

@@ -106,10 +106,6 @@ class Run:
         _colour(ordered, phases)
         return ordered
 
-    def colours(self) -> dict[str, str]:
-        """Colour of each model key."""
-        return {model.key: model.colour for model in self.models()}
-
     def samples(self, data: str) -> Samples:
         """The samples of a data set."""
         return Samples.open(self.folders[f"index/{data}"])

@@ -22,7 +22,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 INK, MUTED, GRID, BLUE, ORANGE = "#222222", "#6B7280", "#E5E7EB", "#0072B2", "#D55E00"
 WIDTH = 10.3  # inches of 96 pixels: the width of the page
 
-RC: dict[str, Any] = {
+RC: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial"],

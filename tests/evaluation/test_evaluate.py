@@ -1,0 +1,171 @@
+"""Laws of the stage `evaluate`, on a model with random weights."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from open_clip import SimpleTokenizer
+from PIL import Image
+
+from clipgraft.checkpoint import load_model, save_model
+from clipgraft.config import ConfigError, IndexJob, TaskSettings
+from clipgraft.data.index import build_index
+from clipgraft.data.shapes import ATTRIBUTES, draw_sample, zero_shot_templates
+from clipgraft.evaluation.evaluate import evaluate
+from clipgraft.models.build import build, describe
+
+SIZE, LENGTH, NUM = 16, 12, 14
+TASK = {
+    "data": "renders",
+    "retrieval": True,
+    "zero_shot": [{"label": "colour"}, {"label": "size", "templates": ["the {c} one"]}],
+}
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def samples():
+    drawn = [draw_sample(0, "renders", i, image_size=SIZE, num_captions=2) for i in range(NUM)]
+    drawn[5].captions[:] = drawn[2].captions[:1]  # one caption, and it is another sample's too
+    return drawn
+
+
+@pytest.fixture(scope="module")
+def index(samples, tmp_path_factory) -> Path:
+    download, out = tmp_path_factory.mktemp("download"), tmp_path_factory.mktemp("index")
+    with tarfile.open(download / "0.tar", "w") as tar:
+        for i, sample in enumerate(samples):
+            about = {"captions": sample.captions, **sample.attributes}
+            add(tar, f"{i:03d}.png", png(sample.image))
+            add(tar, f"{i:03d}.json", json.dumps(about).encode())
+    rows = [{"key": f"{i:03d}", "file": "0.tar", "status": "ok", "message": ""} for i in range(NUM)]
+    pq.write_table(pa.Table.from_pylist(rows), download / "outcomes.parquet")
+    classes = {**ATTRIBUTES, "blank": ["", "x"], "rare": ["never"]}
+    (download / "classes.json").write_text(json.dumps(classes))
+    build_index(IndexJob(min_side=8, tokenize=True), download, out, threads=1)
+    return out
+
+
+@pytest.fixture
+def model(index, tiny_config, tmp_path) -> Path:
+    about = json.loads((index / "tokens" / "tokens.json").read_text())
+    text = {**tiny_config["text_cfg"], "context_length": LENGTH, "vocab_size": about["vocab_size"]}
+    torch.manual_seed(0)
+    config = {**tiny_config, "text_cfg": text}
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_model(folder, build(config), describe(config), index / "tokens" / "merges.txt.gz")
+    return folder
+
+
+def run(model: Path, index: Path, out: Path, task: dict, **options) -> tuple[dict, dict, dict]:
+    out.mkdir()
+    settings = TaskSettings.model_validate(task)
+    facts = evaluate(settings, model, index, out, task_name="renders", **options)
+    files = (json.loads((out / f"{name}.json").read_text()) for name in ("result", "examples"))
+    return facts, *files
+
+
+def unit(vectors: torch.Tensor) -> np.ndarray:
+    vectors = vectors.detach().double().numpy()
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def test_numbers_are_those_of_the_model_used_by_hand(model, index, samples, tmp_path):
+    _, result, examples = run(model, index, tmp_path / "out", TASK)
+
+    loaded = load_model(model)
+    tower = loaded.model.eval()
+    pixels = np.stack([np.asarray(sample.image) for sample in samples]) / 255
+    mean, std = (np.array(loaded.spec["preprocess"][name]) for name in ("mean", "std"))
+    inputs = torch.from_numpy(((pixels - mean) / std).transpose(0, 3, 1, 2)).float()
+    tokenizer = SimpleTokenizer(bpe_path=str(index / "tokens" / "merges.txt.gz"))
+
+    def texts(strings: list[str]) -> np.ndarray:
+        return unit(tower.encode_text(tokenizer(strings, context_length=LENGTH)))
+
+    image_ND = unit(tower.encode_image(inputs))
+    captions = [caption for sample in samples for caption in sample.captions]
+    scores = image_ND @ texts(captions).T
+    ranked = [[captions[m] for m in np.argsort(-row)] for row in scores]
+    hits = [ranked[n][0] in samples[n].captions for n in range(NUM)]
+    assert result["retrieval"]["image_to_text"]["R@1"] == pytest.approx(np.mean(hits), abs=1e-6)
+    found = [captions[m] in samples[scores[:, m].argmax()].captions for m in range(len(captions))]
+    assert result["retrieval"]["text_to_image"]["R@1"] == pytest.approx(np.mean(found), abs=1e-6)
+
+    for query in examples["image_to_text"]:
+        expected = list(dict.fromkeys(ranked[query["row"]]))[:5]
+        assert [answer["text"] for answer in query["top"]] == expected
+        right = [answer["text"] in samples[query["row"]].captions for answer in query["top"]]
+        assert [answer["hit"] for answer in query["top"]] == right
+
+    for label, templates in (("colour", zero_shot_templates("colour")), ("size", ["the {c} one"])):
+        names = ATTRIBUTES[label]
+        prompts = [texts([t.replace("{c}", name) for t in templates]).mean(0) for name in names]
+        direction = np.stack([prompt / np.linalg.norm(prompt) for prompt in prompts])
+        guess = (image_ND @ direction.T).argmax(1)
+        truth = np.array([names.index(sample.attributes[label]) for sample in samples])
+        assert result["zero_shot"][label]["acc1"] == pytest.approx(
+            (guess == truth).mean(), abs=1e-6
+        )
+
+
+def test_batches_and_threads_change_nothing(model, index, tmp_path):
+    whole = run(model, index, tmp_path / "a", TASK)
+    parts = run(model, index, tmp_path / "b", TASK, batch_size=5, threads=3)
+    assert parts[:2] == whole[:2]
+
+
+def test_an_untrained_model_is_near_chance(model, index, tmp_path):
+    facts, result, _ = run(model, index, tmp_path / "out", TASK)
+    assert facts["metrics"]["colour_acc1"] == result["zero_shot"]["colour"]["acc1"] < 0.6
+    assert facts["metrics"]["mean_R@1"] < 0.5
+
+
+def test_zero_shot_alone_needs_no_retrieval(model, index, tmp_path):
+    task = {"data": "renders", "zero_shot": [{"label": "shape"}]}
+    facts, result, examples = run(model, index, tmp_path / "out", task)
+    assert result["retrieval"] is None
+    assert examples["image_to_text"] == examples["text_to_image"] == []
+    assert list(facts["metrics"]) == ["shape_acc1"]
+
+
+@pytest.mark.parametrize(
+    ("zero_shot", "message"),
+    [
+        ({"label": "class"}, "this data set has colour, shape"),
+        ({"label": "blank", "templates": ["a {c}"]}, "class 0 of 2 has no name"),
+        ({"label": "rare", "templates": ["a {c}"]}, "no sample has a value"),
+        ({"label": "rare"}, "no sample has a value"),
+        ({"label": "size", "templates": ["a thing"]}, "has no {c}"),
+    ],
+)
+def test_labels_that_cannot_work_are_refused(model, index, tmp_path, zero_shot, message):
+    with pytest.raises(ConfigError, match=message):
+        run(model, index, tmp_path / "out", {"data": "renders", "zero_shot": [zero_shot]})
+
+
+def test_a_diverged_model_is_named(model, index, tmp_path):
+    loaded = load_model(model)
+    with torch.no_grad():
+        loaded.model.visual.proj.fill_(float("nan"))
+    save_model(model, loaded.model, loaded.spec, index / "tokens" / "merges.txt.gz")
+    with pytest.raises(ConfigError, match="not finite"):
+        run(model, index, tmp_path / "out", TASK)

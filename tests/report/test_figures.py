@@ -1,0 +1,55 @@
+"""Laws of the figures: their numbers, and their form."""
+
+import re
+
+import numpy as np
+
+from clipgraft.report.figures import MAX_SIZES, plot_caption_lengths, plot_rejects, size_counts
+from clipgraft.report.figures_results import noise_of
+
+REASONS = [{"data": "train", "reason": "too small & <odd>", "samples": 3}]
+
+
+def test_sizes_are_counted_and_many_are_put_together_within_five_per_cent():
+    sizes, counts = size_counts(np.array([64, 64, 80]), np.array([48, 48, 48]))
+    assert sizes.tolist() == [[64, 48], [80, 48]] and counts.tolist() == [2, 1]
+    rng = np.random.default_rng(0)
+    width, height = rng.integers(32, 400, (2, 20_000))
+    sizes, counts = size_counts(width, height)
+    assert counts.sum() == 20_000
+    assert (
+        len(sizes) < len({*zip(width.tolist(), height.tolist(), strict=True)}) / 4 > MAX_SIZES / 4
+    )
+    order = np.sort(width)
+    assert np.abs(np.sort(np.repeat(sizes[:, 0], counts)) / order - 1).max() < 0.04
+
+
+def test_numbers_of_a_figure_are_the_data():
+    lengths = np.array([5, 5, 9, 12])
+    figure = plot_caption_lengths(lengths, "tokens", {"short": 8, "full": 16})
+    assert figure.rows == [
+        {"tokens": 5, "captions": 2}, {"tokens": 9, "captions": 1}, {"tokens": 12, "captions": 1}
+    ]  # fmt: skip
+    assert "short 50.0 %, full 0.0 %" in figure.caption
+
+
+def test_names_inside_a_figure_are_its_own_and_refer_to_itself():
+    svg = plot_rejects(REASONS).svg
+    names = re.findall(r'\bid="([^"]+)"', svg)
+    assert names and all(name.startswith("data_rejects-") for name in names)
+    referred = re.findall(r'(?:url\(|xlink:href=")#([^")]+)', svg)
+    assert referred and set(referred) <= set(names)
+
+
+def test_a_figure_is_drawn_the_same_twice_and_carries_no_date():
+    first, second = plot_rejects(REASONS).svg, plot_rejects(REASONS).svg
+    assert first == second
+    assert "metadata" not in first and "<dc:date>" not in first
+    assert "too small &amp; &lt;odd&gt;" in first
+
+
+def test_noise_is_two_standard_errors_of_a_share():
+    result = {"retrieval": {"num_images": 400}}
+    hits = np.random.default_rng(0).binomial(400, 0.5, 100_000) / 400
+    assert abs(noise_of(result) - 200 * hits.std()) < 0.05
+    assert noise_of(result, 0.1) < noise_of(result)

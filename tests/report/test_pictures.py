@@ -1,0 +1,55 @@
+"""Laws of the pictures and words that stand for a cluster."""
+
+import base64
+import io
+
+import numpy as np
+from PIL import Image
+
+from clipgraft.report.pictures import nearest, sample_sheet, telling_words, thumbnail
+from clipgraft.report.read import Run
+
+
+class Captions:
+    """Samples of which only the captions matter."""
+
+    def __init__(self, *captions: str) -> None:
+        self.texts = captions
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def captions(self, row: int) -> list[str]:
+        return [self.texts[row]] if self.texts[row] else []
+
+
+def test_nearest_are_the_most_similar_of_the_rows_given():
+    points = np.array([[1, 0], [0.8, 0.6], [0, 1], [0.99, 0.14]], np.float16)
+    assert nearest(points, np.array([1.0, 0.0]), np.array([1, 2, 3])).tolist() == [3, 1, 2]
+    assert nearest(points, np.array([1.0, 0.0]), np.array([], int)).tolist() == []
+
+
+def test_telling_words_are_those_that_others_lack():
+    samples = Captions("a red cat", "a red dog", "a Red, cow", "a blue cat", "a blue dog", "")
+    words = telling_words(samples, np.array([0, 0, 0, 1, 1, 1]), np.array([0, 1]))
+    assert words[0][0] == ("red", 1.0)
+    assert words[1][0][0] == "blue"
+    said = {word for found in words.values() for word, _ in found}
+    assert "cow" in said and "dog" not in {word for word, _ in words[0]}
+
+
+def test_thumbnails_are_small_jpegs_and_never_enlarged():
+    for size, expected in (((640, 320), (96, 48)), ((30, 40), (30, 40))):
+        url = thumbnail(Image.new("RGB", size, "red"))
+        head, data = url.split(",")
+        assert head == "data:image/jpeg;base64"
+        with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+            assert (image.format, image.size) == ("JPEG", expected)
+
+
+def test_a_sheet_spans_the_data_set_without_repeats(tree):
+    samples = Run.open(tree).samples("train")
+    rows = [picture.row for picture in sample_sheet(samples, 7)]
+    assert rows == sorted(set(rows)) and rows[0] == 0 and rows[-1] == len(samples) - 1
+    assert len(sample_sheet(samples, 10_000)) == len(samples)
+    assert sample_sheet(samples, 0) == []

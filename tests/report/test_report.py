@@ -1,0 +1,167 @@
+"""Laws of the whole report, drawn from a made-up run."""
+
+import csv
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from clipgraft.config import ConfigError, ReportJob
+from clipgraft.report.report import report
+
+FULL = {
+    "data_caption_lengths", "data_image_sizes", "data_rejects", "pretraining_curves",
+    "experts_cluster_sizes", "experts_agreement", "experts_loss", "moe_router", "moe_load",
+    "results_metrics", "results_cost", "results_confusion",
+}  # fmt: skip
+VOID = {"meta", "img", "br", "link", "hr"}
+
+
+class Page(HTMLParser):
+    """What a page refers to, its ids, and whether its tags are closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.sources: list[str] = []
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        about = dict(attributes)
+        self.ids += [about["id"]] if "id" in about else []
+        self.links += [about[name] for name in ("href", "xlink:href") if name in about]
+        self.sources += [about["src"]] if "src" in about else []
+        self.open += [] if tag in VOID else [tag]
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def write(inputs: dict[str, Path], out: Path) -> str:
+    out.mkdir()
+    report(ReportJob(run="demo"), inputs, out)
+    return (out / "report.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def full(tree, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("report") / "full"
+    write(tree, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def bare(bare_tree, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("report") / "bare"
+    write(bare_tree, out)
+    return out
+
+
+def test_the_page_needs_nothing_but_itself(full):
+    text = (full / "report.html").read_text()
+    page = Page(text)
+    assert page.sources and all(source.startswith("data:image/jpeg") for source in page.sources)
+    assert not re.search(r"<script|<link|@import|url\((?!#)", text)
+    inner = {link[1:] for link in page.links if link.startswith("#")}
+    assert inner <= set(page.ids)
+    for link in page.links:
+        assert link.startswith("#") or (full / link).exists()
+    assert len(text) < 5_000_000
+
+
+def test_tags_are_closed_and_ids_are_unique(full):
+    page = Page((full / "report.html").read_text())
+    assert page.open == []
+    assert len(set(page.ids)) == len(page.ids)
+
+
+def test_every_figure_stands_beside_its_numbers(full):
+    assert {path.stem for path in (full / "figures").glob("*.svg")} == FULL
+    for name in FULL:
+        with (full / "figures" / f"{name}.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert rows and all(None not in row and None not in row.values() for row in rows)
+        assert (full / "figures" / f"{name}.svg").read_text() in (full / "report.html").read_text()
+
+
+def test_numbers_on_the_page_are_those_of_the_results(full, tree):
+    result = json.loads((tree["evaluate/moe/renders"] / "result.json").read_text())
+    with (full / "results.csv").open() as file:
+        rows = {row["model"]: row for row in csv.DictReader(file)}
+    assert float(rows["moe"]["renders/mean_R@1"]) == result["retrieval"]["mean_R@1"]
+    said = f"{100 * result['zero_shot']['shape']['acc1']:.1f}"
+    assert said in Page((full / "report.html").read_text()).text
+    line = next(x for x in (full / "results.txt").read_text().splitlines() if x.startswith("moe"))
+    assert f"{100 * result['retrieval']['mean_R@1']:.1f}" in line.replace("*", "").split()
+
+
+def test_the_same_run_gives_the_same_bytes(full, tree, tmp_path):
+    write(tree, tmp_path / "again")
+    for path in sorted(path for path in full.rglob("*") if path.is_file()):
+        assert path.read_bytes() == (tmp_path / "again" / path.relative_to(full)).read_bytes()
+
+
+def test_what_a_run_lacks_is_left_out(bare):
+    drawn = {path.stem for path in (bare / "figures").glob("*.svg")}
+    assert drawn == FULL - {"experts_agreement", "results_confusion"}
+    names = {line.split("  ")[0] for line in (bare / "results.txt").read_text().splitlines()}
+    assert {"base", "expert 1", "moe"} <= names and not {"short", "expert 2"} & names
+
+
+def test_a_run_that_was_only_pretrained_has_a_report(bare_tree, tmp_path):
+    early = ("download", "index", "shard", "pretrain")
+    inputs = {name: path for name, path in bare_tree.items() if name.split("/")[0] in early}
+    page = Page(write(inputs, tmp_path / "out"))
+    assert {"data", "pretraining"} <= set(page.ids)
+    assert not {"experts", "moe", "results"} & set(page.ids)
+    assert (tmp_path / "out" / "results.txt").read_text() == "nothing was evaluated\n"
+
+
+def test_a_stage_that_trained_for_no_step_draws_no_curve(bare_tree, tmp_path):
+    inputs = dict(bare_tree)
+    for name in (
+        "pretrain/full",
+        "finetune_expert/1",
+        "finetune_expert/control",
+        "finetune_router",
+    ):
+        inputs[name] = tmp_path / name.replace("/", "_")
+        shutil.copytree(bare_tree[name], inputs[name])
+        (inputs[name] / "metrics.jsonl").write_text("")
+    write(inputs, tmp_path / "out")
+    drawn = {path.stem for path in (tmp_path / "out" / "figures").glob("*.svg")}
+    assert not {"pretraining_curves", "experts_loss", "moe_router", "moe_load"} & drawn
+    assert "experts_cluster_sizes" in drawn
+
+
+def test_captions_cannot_write_markup(bare_tree, tmp_path):
+    folder = tmp_path / "evaluate"
+    shutil.copytree(bare_tree["evaluate/moe/renders"], folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    model = bare_tree["evaluate/moe/renders"] / manifest["inputs"]["model"]["manifest"]
+    manifest["inputs"]["model"]["manifest"] = str(model.resolve())
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    examples = json.loads((folder / "examples.json").read_text())
+    examples["image_to_text"][0]["top"][0]["text"] = "<b onclick=x>& bad"
+    (folder / "examples.json").write_text(json.dumps(examples))
+    text = write({**bare_tree, "evaluate/moe/renders": folder}, tmp_path / "out")
+    assert "<b onclick" not in text and "&lt;b onclick=x&gt;&amp; bad" in text
+
+
+def test_a_missing_manifest_is_named(bare_tree, tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere/manifest\.json"):
+        write({**bare_tree, "pretrain/full": tmp_path / "nowhere"}, tmp_path / "out")

@@ -1,0 +1,75 @@
+"""Laws of the tables."""
+
+import csv
+import io
+
+import pytest
+
+from clipgraft.report.read import Model
+from clipgraft.report.tables import columns_of, human, results_csv, results_text, to_csv
+
+
+def result(i2t: float, t2i: float, shape: float) -> dict:
+    ways = {"image_to_text": {"R@1": i2t, "R@5": 0.9}, "text_to_image": {"R@1": t2i, "R@5": 0.8}}
+    chance = {f"{way}_{k}": 0.01 for way in ways for k in ("R@1", "R@5")}
+    retrieval = {**ways, "mean_R@1": (i2t + t2i) / 2, "num_images": 100, "num_texts": 100}
+    zero_shot = {"acc1": shape, "acc5": None, "mean_per_class_recall": shape, "chance": 0.25}
+    about = {"num_classes": 4, "num_samples": 100}
+    return {
+        "retrieval": {**retrieval, "chance": chance},
+        "zero_shot": {"shape": {**zero_shot, **about}},
+    }
+
+
+@pytest.fixture
+def models() -> list[Model]:
+    base = Model("base", "#000", 50_000, 3.25, {"renders": result(0.5, 0.31, 0.8)})
+    moe = Model("moe", "#fff", 1_250_000, 130.0, {"renders": result(0.123456, 0.62, 0.80001)})
+    return [base, moe]
+
+
+def test_the_best_of_a_column_is_marked_and_equals_share_it(models):
+    lines = results_text(models, columns_of(models)).splitlines()
+    chance, base, moe = (
+        next(x for x in lines if x.startswith(n)) for n in ("chance", "base", "moe")
+    )
+    assert chance.split()[1:] == ["1.0", "1.0", "1.0", "25.0"]
+    assert base.split()[1:] == ["50k", "3.2", "50.0*", "31.0", "40.5*", "80.0*"]
+    assert moe.split()[1:] == ["1.25M", "130", "12.3", "62.0*", "37.2", "80.0*"]
+
+
+def test_columns_of_the_terminal_stand_below_their_heads(models):
+    _, head, *rows = results_text(models, columns_of(models)).splitlines()[:5]
+    ends = [head.index(name) + len(name) for name in ("i2t R@1", "t2i R@1", "shape")]
+    for row in rows:
+        assert all(row[end - 1].isdigit() for end in ends)
+
+
+def test_csv_keeps_all_digits_and_all_metrics(models):
+    rows = list(csv.DictReader(io.StringIO(results_csv(models, columns_of(models)))))
+    assert [row["model"] for row in rows] == ["chance", "base", "moe"]
+    assert float(rows[2]["renders/image_to_text_R@1"]) == 0.123456
+    assert float(rows[2]["renders/image_to_text_R@5"]) == 0.9
+    assert float(rows[1]["renders/shape_mean_per_class_recall"]) == 0.8
+    assert float(rows[0]["renders/shape_acc1"]) == 0.25
+    assert "renders/shape_acc5" not in rows[0]
+
+
+def test_a_task_that_a_model_lacks_is_left_blank(models):
+    models[0].results["other"] = result(0.1, 0.1, 0.1)
+    columns = columns_of(models)
+    rows = list(csv.DictReader(io.StringIO(results_csv(models, columns))))
+    assert rows[2]["other/shape_acc1"] == ""
+    assert results_text(models, columns).count("\nmoe ") == 1
+
+
+def test_a_run_without_evaluation_says_so():
+    assert results_text([], []) == "nothing was evaluated\n"
+    assert to_csv([]).strip() == ""
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [(0, "0"), (999, "999"), (1_000, "1k"), (12_345, "12.3k"), (2.5e9, "2.5B")]
+)
+def test_large_numbers_are_short(count, said):
+    assert human(count) == said
