@@ -169,7 +169,7 @@ def test_a_missing_column_is_named_with_those_there_are(out, tmp_path):
 
 
 def test_shapes_come_out_as_they_were_drawn_and_twice_the_same(out, tmp_path, monkeypatch):
-    monkeypatch.setattr("clipgraft.data.download.SHARD", 5)  # several tars
+    monkeypatch.setattr("clipgraft.data.fetch.SHARD", 5)  # several tars
     source = ShapesSource(
         kind="shapes", split="renders", num_samples=12, image_size=32, num_captions=2
     )

@@ -49,7 +49,7 @@ tr.chance td { color: var(--muted); font-style: italic; }
 .first { border-left: 1px solid var(--line); }
 td.best { font-weight: 700; }
 .dot { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 7px; }
-td.settings { white-space: normal; word-break: break-word; text-align: left;
+td.settings { white-space: normal; min-width: 400px; word-break: break-word; text-align: left;
   font: 12px/1.4 ui-monospace, Menlo, Consolas, monospace; color: var(--muted); }
 details { margin: 12px 0; }
 summary { cursor: pointer; color: var(--blue); }
