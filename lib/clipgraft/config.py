@@ -56,7 +56,7 @@ class ShapesSource(Settings):
     num_samples: PositiveInt = 12_000
     image_size: PositiveInt = Field(64, description="Side of the picture in pixels.")
     noise: NonNegativeFloat = Field(
-        0.04, description="Standard deviation of the pixel noise, 0..1."
+        0.03, description="Standard deviation of the pixel noise, 0..1."
     )
     num_captions: PositiveInt = 1
     mention: dict[str, Fraction] = Field(

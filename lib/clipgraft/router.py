@@ -127,5 +127,6 @@ def expert_loads(by_layer: dict[str, Routing]) -> dict[str, Tensor]:
     for layer, routing in by_layer.items():
         num_experts = routing.probs_TE.shape[1]
         counts_E = torch.bincount(routing.topk_TK.flatten(), minlength=num_experts)
-        towers.setdefault(layer.split(".")[0], []).append(counts_E / counts_E.sum())
+        tower = "image" if layer.startswith("visual") else "text"
+        towers.setdefault(tower, []).append(counts_E / counts_E.sum())
     return {tower: torch.stack(loads) for tower, loads in towers.items()}

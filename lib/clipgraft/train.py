@@ -15,13 +15,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipgraft import dist
 from clipgraft.checkpoint import TrainingState
@@ -163,7 +164,7 @@ class Fit:
         meter = Meter(self, loader, first_step)
         model.train()
         saved = time.monotonic()
-        with _stop_requests() as stop:
+        with _stop_requests() as stop, attention(self.world.device):
             for step, batch in enumerate(loader, start=first_step):
                 self._step(model, optimizer, trained, batch, step, meter)
                 done = step + 1
@@ -390,6 +391,15 @@ def _stop_requests() -> Iterator[_Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def attention(device: torch.device) -> AbstractContextManager[None]:
+    """Plain attention on CPUs, torch's choice elsewhere.
+
+    torch's fused CPU kernel is made for long sequences: at the 16 to 64 tokens of short training its backward takes
+    half of the step (in bf16; the plain one makes the step twice as fast).
+    """
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 def precision(device: torch.device) -> torch.dtype:

@@ -153,11 +153,22 @@ def _extend(job: type[cfg.S], section: cfg.Settings, /, **more: Any) -> cfg.S:
 
 
 def _sources(settings: cfg.Settings) -> Iterator[str]:
-    """Names and sizes of the local files a source reads: a changed file re-runs its download, a touch does not."""
+    """Names and sizes of the local files a source reads.
+
+    A changed file re-runs its download, a touched one does not.
+    """
     source = settings.source if isinstance(settings, cfg.DownloadJob) else None
-    pattern = source.tars if isinstance(source, cfg.TarSource) else None
-    pattern = source.table if isinstance(source, cfg.UrlSource) else pattern
-    if pattern is not None:
+    if isinstance(source, cfg.FolderSource):
+        folder = Path(os.path.expanduser(os.path.expandvars(source.folder)))
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        listed = "\n".join(f"{path.relative_to(folder)}:{path.stat().st_size}" for path in files)
+        yield f"{len(files)} files, {_version_of(listed)}"
+    patterns: list[str | None] = []
+    if isinstance(source, cfg.TarSource):
+        patterns = [source.tars, source.classes]
+    elif isinstance(source, cfg.UrlSource):
+        patterns = [source.table]
+    for pattern in filter(None, patterns):
         yield from (f"{path.name}:{path.stat().st_size}" for path in local_files(pattern))
 
 

@@ -61,7 +61,7 @@ MEANING = {
         "bottom": "bottom",
         "centre": "centre middle",
     },
-    "background": {"cream": "cream", "grey": "grey gray", "navy": "navy", "mint": "mint"},
+    "background": {"cream": "cream", "grey": "grey gray", "sky": "sky", "mint": "mint"},
 }
 
 

@@ -148,18 +148,54 @@ def test_a_stage_that_trained_for_no_step_draws_no_curve(bare_tree, tmp_path):
     assert "experts_cluster_sizes" in drawn
 
 
-def test_captions_cannot_write_markup(bare_tree, tmp_path):
-    folder = tmp_path / "evaluate"
-    shutil.copytree(bare_tree["evaluate/moe/renders"], folder)
+def with_edit(
+    inputs: dict[str, Path], name: str, file: str, edit, tmp_path: Path
+) -> dict[str, Path]:
+    """The inputs with one file of one evaluation changed."""
+    folder = tmp_path / name.replace("/", "_")
+    shutil.copytree(inputs[name], folder)
     manifest = json.loads((folder / "manifest.json").read_text())
-    model = bare_tree["evaluate/moe/renders"] / manifest["inputs"]["model"]["manifest"]
+    model = inputs[name] / manifest["inputs"]["model"]["manifest"]
     manifest["inputs"]["model"]["manifest"] = str(model.resolve())
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    examples = json.loads((folder / "examples.json").read_text())
-    examples["image_to_text"][0]["top"][0]["text"] = "<b onclick=x>& bad"
-    (folder / "examples.json").write_text(json.dumps(examples))
-    text = write({**bare_tree, "evaluate/moe/renders": folder}, tmp_path / "out")
+    content = json.loads((folder / file).read_text())
+    edit(content)
+    (folder / file).write_text(json.dumps(content))
+    return {**inputs, name: folder}
+
+
+def test_captions_cannot_write_markup(bare_tree, tmp_path):
+    def edit(examples: dict) -> None:
+        examples["image_to_text"][0]["top"][0]["text"] = "<b onclick=x>& bad"
+
+    inputs = with_edit(bare_tree, "evaluate/moe/renders", "examples.json", edit, tmp_path)
+    text = write(inputs, tmp_path / "out")
     assert "<b onclick" not in text and "&lt;b onclick=x&gt;&amp; bad" in text
+
+
+@pytest.mark.parametrize(
+    ("others", "verdict"),
+    [
+        (0.9, "That is 40.0 points below base, the best model of the run."),
+        (0.2, "points above"),
+        (0.5, "Base is as good."),
+    ],
+)
+def test_a_loss_is_said_as_plainly_as_a_gain(bare_tree, tmp_path, others, verdict):
+    inputs = bare_tree
+    for name, value in (
+        ("base", others),
+        ("expert_1", 0.0),
+        ("control", 0.0),
+        ("upcycled", 0.0),
+        ("moe", 0.5),
+    ):
+
+        def edit(result: dict, value: float = value) -> None:
+            result["retrieval"]["mean_R@1"] = value
+
+        inputs = with_edit(inputs, f"evaluate/{name}/renders", "result.json", edit, tmp_path)
+    assert verdict in write(inputs, tmp_path / "out")
 
 
 def test_a_missing_manifest_is_named(bare_tree, tmp_path):

@@ -124,9 +124,8 @@ def plot_confusions(task: str, model: Model) -> Figure | None:
     ]
 
     def plot() -> Canvas:
-        per_line = min(3, len(labels))
-        lines = math.ceil(len(labels) / per_line)
-        figure, axes = canvas(3.3 * lines, lines, per_line)
+        lines = math.ceil(len(labels) / 3)
+        figure, axes = canvas(3.3 * lines, lines, 3)
         for axis, (name, about) in zip(hide_unused(axes, len(labels)), labels.items(), strict=True):
             _confusion(axis, about)
             axis.set_title(f"{name}, {displayed(about['acc1']):.1f} %")

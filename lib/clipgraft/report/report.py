@@ -142,6 +142,8 @@ def _headline(models: Sequence[Model], columns: Sequence[Column]) -> str:
 def _verdict(lead: Column, final: Model, best: str, title: str) -> str:
     value = lead.values[final.key]
     points = 100 * (value - lead.values[best])
+    if abs(points) < 0.05:
+        return f"{title.capitalize()} is as good."
     rank = f"{title}, the next best" if points > 0 else f"{title}, the best model of the run"
     noise = noise_of(final.results[lead.task], value)
     text = f"That is {abs(points):.1f} points {'above' if points > 0 else 'below'} {rank}"

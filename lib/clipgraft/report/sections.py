@@ -144,9 +144,9 @@ def moe_section(run: Run) -> Section:
         return section
     about = read_json(folder / "model.json")["moe"]
     loads = {
-        tower: rows[-1][f"load_{tower}"]
-        for tower in ("image", "text")
-        if f"load_{tower}" in rows[-1]
+        name.removeprefix("load_"): load
+        for name, load in rows[-1].items()
+        if name.startswith("load_")
     }
     layers = {tower: _layers(about, tower, len(load)) for tower, load in loads.items()}
     section.figures.append(figures_experts.plot_router(_same_keys(rows), about["num_experts"]))
