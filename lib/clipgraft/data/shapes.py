@@ -425,7 +425,8 @@ def _place_outline(attributes: Mapping[str, str], rng: np.random.Generator) -> n
     room = (_CANVAS - 2 * margin) - (high - low)
     place = np.array(_PLACE[attributes["position"]])
     jitter = np.where(place == 0, rng.uniform(-0.12, 0.12, 2), -place * rng.uniform(0, 0.25, 2))
-    return points - low + margin + room * (1 + place + jitter) / 2
+    placed: np.ndarray = points - low + margin + room * (1 + place + jitter) / 2
+    return placed
 
 
 def _rasterise(outline: np.ndarray, image_size: int) -> Image.Image:
@@ -462,7 +463,8 @@ def _texture(name: str, x: np.ndarray, y: np.ndarray, rng: np.random.Generator) 
             return soften(0.33 - np.hypot(_to_nearest(u), _to_nearest(v)))
         case "checkered":
             across, along = (soften(0.5 * (0.5 - 2 * _to_nearest(w / 1.4)) * 1.4) for w in (u, v))
-            return across + along - 2 * across * along
+            differ: np.ndarray = across + along - 2 * across * along
+            return differ
         case "zigzag":
             return soften(0.7 * (0.25 - _to_nearest(u + 0.9 * _to_nearest(v / 1.3))))
         case "tiled":
