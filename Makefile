@@ -39,6 +39,7 @@ lock:
 $(BIN)/uv: envs/bootstrap.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
 	  { echo "clipgraft needs Python 3.11 or 3.12, $(PYTHON) is $$($(PYTHON) --version). Hint: make PYTHON=python3.11 ..."; exit 1; }
+	@echo "setting up .venv: some 6 GB of packages, torch with CUDA among them"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r envs/bootstrap.txt
 	@touch $@

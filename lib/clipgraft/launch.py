@@ -98,11 +98,8 @@ def lease_wish(wish: int) -> list[str]:
     if chosen is not None and wish:
         return [device for device in chosen.split(",") if device][:wish]
     present = find_devices() if wish else []
-    if wish and len(present) < wish:
-        print(
-            f"launch: {wish} GPUs wished for, {len(present)} here: using {len(present) or 'the CPU'}",
-            file=sys.stderr,
-        )
+    if 0 < len(present) < wish:
+        print(f"launch: {wish} GPUs wished for, {len(present)} here", file=sys.stderr)
     folder = Path(tempfile.gettempdir()) / f"clipgraft-devices-{getpass.getuser()}"
     devices = lease(present, min(wish, len(present)), folder)
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
