@@ -9,6 +9,7 @@ CORES ?= all
 
 demo: $(SETUP)
 	$(BIN)/snakemake --cores $(CORES)
+	@$(BIN)/python -m clipgraft.runs show demo
 
 test: $(SETUP)
 	$(BIN)/python -m pytest -q
@@ -45,8 +46,8 @@ $(BIN)/uv: envs/bootstrap.txt
 	@touch $@
 
 $(SETUP): $(BIN)/uv envs/dev.txt pyproject.toml
-	$(BIN)/uv pip install -q --require-hashes -r envs/dev.txt
-	$(BIN)/uv pip install -q --no-deps --no-build-isolation -e .
+	$(BIN)/uv pip install -q --python $(BIN)/python --require-hashes -r envs/dev.txt
+	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e .
 	@touch $@
 
 clean:

@@ -5,10 +5,13 @@
 # CODE    stage -> fingerprint of the code its script reaches
 
 import json
+from shlex import quote
 
 from snakemake.exceptions import WorkflowError
 
-from clipgraft.config import STAGES, ConfigError, load_config
+from clipgraft.config import ConfigError, load_config
+from clipgraft.runs import show
+from clipgraft.settings import STAGES
 from clipgraft.versions import fingerprint, plan_run
 
 try:
@@ -23,8 +26,9 @@ WISHES = {
     for job in jobs
 }
 CODE = {stage: fingerprint(ROOT / "scripts" / f"{stage}.py") for stage in STAGES}
-LAUNCH = f"{sys.executable} -m clipgraft.launch"
-PYTHON = sys.executable
+PYTHON = quote(sys.executable)
+LAUNCH = f"{PYTHON} -m clipgraft.launch"
+SCRIPTS = quote(str(ROOT / "scripts"))
 
 
 wildcard_constraints:
@@ -67,7 +71,13 @@ def settings(stage):
 
 
 def name(stage):
+    """What log lines begin with. A resource of the rules, since a changed name must re-run nothing."""
     return lambda wildcards: planned(stage, wildcards).name
+
+
+def batch_size(stage):
+    """The global batch, which processes share evenly; 0 where there is none."""
+    return lambda wildcards: planned(stage, wildcards).settings.get("batch_size", 0)
 
 
 def sources(stage):
@@ -104,11 +114,7 @@ def run_versions(wildcards):
 
 
 def show_results():
-    for run, jobs in RUNS.items():
-        page = next(f"results/{job.folder}" for job in jobs if job.stage == "report")
-        table = Path(page, "results.txt")
-        if table.exists():
-            print(
-                f"\n{table.read_text()}\nreport: {Path(page, 'report.html')}",
-                file=sys.stderr,
-            )
+    """Print the tables of all runs, if the report was among what was asked for."""
+    for run in RUNS:
+        if Path(f"results/runs/{run}/report/results.txt").exists():
+            print(show(run), file=sys.stderr)

@@ -14,17 +14,17 @@ rule download:
         "logs/download/{version}.tsv"
     threads: wish("download", "threads")
     resources:
+        job=name("download"),
         mem_mb=wish("download", "mem_mb"),
         runtime=wish("download", "runtime"),
     params:
-        name=name("download"),
         settings=settings("download"),
         code=CODE["download"],
         sources=sources("download"),
     message:
-        "{params.name}"
+        "{resources.job}"
     shell:
-        "{PYTHON} {ROOT}/scripts/download.py --name {params.name} --settings {params.settings:q} "
+        "{PYTHON} {SCRIPTS}/download.py --name {resources.job} --settings {params.settings:q} "
         "--out results/download/{wildcards.version} --threads {threads} --log {log}"
 
 
@@ -40,17 +40,17 @@ rule index:
         "logs/index/{version}.tsv"
     threads: wish("index", "threads")
     resources:
+        job=name("index"),
         mem_mb=wish("index", "mem_mb"),
         runtime=wish("index", "runtime"),
     params:
-        name=name("index"),
         settings=settings("index"),
         code=CODE["index"],
         inputs=arguments("index"),
     message:
-        "{params.name}"
+        "{resources.job}"
     shell:
-        "{PYTHON} {ROOT}/scripts/index.py --name {params.name} --settings {params.settings:q} "
+        "{PYTHON} {SCRIPTS}/index.py --name {resources.job} --settings {params.settings:q} "
         "{params.inputs} --out results/index/{wildcards.version} --threads {threads} --log {log}"
 
 
@@ -66,15 +66,15 @@ rule shard:
         "logs/shard/{version}.tsv"
     threads: wish("shard", "threads")
     resources:
+        job=name("shard"),
         mem_mb=wish("shard", "mem_mb"),
         runtime=wish("shard", "runtime"),
     params:
-        name=name("shard"),
         settings=settings("shard"),
         code=CODE["shard"],
         inputs=arguments("shard"),
     message:
-        "{params.name}"
+        "{resources.job}"
     shell:
-        "{PYTHON} {ROOT}/scripts/shard.py --name {params.name} --settings {params.settings:q} "
+        "{PYTHON} {SCRIPTS}/shard.py --name {resources.job} --settings {params.settings:q} "
         "{params.inputs} --out results/shard/{wildcards.version} --threads {threads} --log {log}"

@@ -17,16 +17,16 @@ rule evaluate:
     threads: wish("evaluate", "threads")
     resources:
         gpu=wish("evaluate", "gpu"),
+        job=name("evaluate"),
         mem_mb=wish("evaluate", "mem_mb"),
         runtime=wish("evaluate", "runtime"),
     params:
-        name=name("evaluate"),
         settings=settings("evaluate"),
         code=CODE["evaluate"],
         inputs=arguments("evaluate"),
     message:
-        "{params.name}"
+        "{resources.job}"
     shell:
         "{LAUNCH} --gpu {resources.gpu} --threads {threads} -- "
-        "{ROOT}/scripts/evaluate.py --name {params.name} --settings {params.settings:q} "
+        "{SCRIPTS}/evaluate.py --name {resources.job} --settings {params.settings:q} "
         "{params.inputs} --out results/evaluate/{wildcards.version} --threads {threads} --log {log}"

@@ -21,18 +21,19 @@ rule embed:
         gres=gres("embed"),
         mpi="",
         slurm_extra="--signal=TERM@600",
+        job=name("embed"),
         mem_mb=wish("embed", "mem_mb"),
         runtime=wish("embed", "runtime"),
     params:
-        name=name("embed"),
         settings=settings("embed"),
         code=CODE["embed"],
         inputs=arguments("embed"),
+        batch_size=batch_size("embed"),
     message:
-        "{params.name}"
+        "{resources.job}"
     shell:
-        "{LAUNCH} --gpu {resources.gpu} --nodes {resources.nodes} --threads {threads} -- "
-        "{ROOT}/scripts/embed.py --name {params.name} --settings {params.settings:q} "
+        "{LAUNCH} --gpu {resources.gpu} --nodes {resources.nodes} --threads {threads} --batch-size {params.batch_size} -- "
+        "{SCRIPTS}/embed.py --name {resources.job} --settings {params.settings:q} "
         "{params.inputs} --out results/embed/{wildcards.version} --threads {threads} --log {log}"
 
 
@@ -48,17 +49,17 @@ rule cluster:
         "logs/cluster/{version}.tsv"
     threads: wish("cluster", "threads")
     resources:
+        job=name("cluster"),
         mem_mb=wish("cluster", "mem_mb"),
         runtime=wish("cluster", "runtime"),
     params:
-        name=name("cluster"),
         settings=settings("cluster"),
         code=CODE["cluster"],
         inputs=arguments("cluster"),
     message:
-        "{params.name}"
+        "{resources.job}"
     shell:
-        "{PYTHON} {ROOT}/scripts/cluster.py --name {params.name} --settings {params.settings:q} "
+        "{PYTHON} {SCRIPTS}/cluster.py --name {resources.job} --settings {params.settings:q} "
         "{params.inputs} --out results/cluster/{wildcards.version} --threads {threads} --log {log}"
 
 
@@ -79,16 +80,17 @@ rule finetune_expert:
         gres=gres("finetune_expert"),
         mpi="",
         slurm_extra="--signal=TERM@600",
+        job=name("finetune_expert"),
         mem_mb=wish("finetune_expert", "mem_mb"),
         runtime=wish("finetune_expert", "runtime"),
     params:
-        name=name("finetune_expert"),
         settings=settings("finetune_expert"),
         code=CODE["finetune_expert"],
         inputs=arguments("finetune_expert"),
+        batch_size=batch_size("finetune_expert"),
     message:
-        "{params.name}"
+        "{resources.job}"
     shell:
-        "{LAUNCH} --gpu {resources.gpu} --nodes {resources.nodes} --threads {threads} -- "
-        "{ROOT}/scripts/finetune_expert.py --name {params.name} --settings {params.settings:q} "
+        "{LAUNCH} --gpu {resources.gpu} --nodes {resources.nodes} --threads {threads} --batch-size {params.batch_size} -- "
+        "{SCRIPTS}/finetune_expert.py --name {resources.job} --settings {params.settings:q} "
         "{params.inputs} --out results/finetune_expert/{wildcards.version} --threads {threads} --log {log}"

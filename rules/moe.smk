@@ -16,17 +16,17 @@ rule assemble:
         "logs/assemble/{version}.tsv"
     threads: wish("assemble", "threads")
     resources:
+        job=name("assemble"),
         mem_mb=wish("assemble", "mem_mb"),
         runtime=wish("assemble", "runtime"),
     params:
-        name=name("assemble"),
         settings=settings("assemble"),
         code=CODE["assemble"],
         inputs=arguments("assemble"),
     message:
-        "{params.name}"
+        "{resources.job}"
     shell:
-        "{PYTHON} {ROOT}/scripts/assemble.py --name {params.name} --settings {params.settings:q} "
+        "{PYTHON} {SCRIPTS}/assemble.py --name {resources.job} --settings {params.settings:q} "
         "{params.inputs} --out results/assemble/{wildcards.version} --threads {threads} --log {log}"
 
 
@@ -47,16 +47,17 @@ rule finetune_router:
         gres=gres("finetune_router"),
         mpi="",
         slurm_extra="--signal=TERM@600",
+        job=name("finetune_router"),
         mem_mb=wish("finetune_router", "mem_mb"),
         runtime=wish("finetune_router", "runtime"),
     params:
-        name=name("finetune_router"),
         settings=settings("finetune_router"),
         code=CODE["finetune_router"],
         inputs=arguments("finetune_router"),
+        batch_size=batch_size("finetune_router"),
     message:
-        "{params.name}"
+        "{resources.job}"
     shell:
-        "{LAUNCH} --gpu {resources.gpu} --nodes {resources.nodes} --threads {threads} -- "
-        "{ROOT}/scripts/finetune_router.py --name {params.name} --settings {params.settings:q} "
+        "{LAUNCH} --gpu {resources.gpu} --nodes {resources.nodes} --threads {threads} --batch-size {params.batch_size} -- "
+        "{SCRIPTS}/finetune_router.py --name {resources.job} --settings {params.settings:q} "
         "{params.inputs} --out results/finetune_router/{wildcards.version} --threads {threads} --log {log}"

@@ -21,16 +21,17 @@ rule pretrain:
         gres=gres("pretrain"),
         mpi="",
         slurm_extra="--signal=TERM@600",
+        job=name("pretrain"),
         mem_mb=wish("pretrain", "mem_mb"),
         runtime=wish("pretrain", "runtime"),
     params:
-        name=name("pretrain"),
         settings=settings("pretrain"),
         code=CODE["pretrain"],
         inputs=arguments("pretrain"),
+        batch_size=batch_size("pretrain"),
     message:
-        "{params.name}"
+        "{resources.job}"
     shell:
-        "{LAUNCH} --gpu {resources.gpu} --nodes {resources.nodes} --threads {threads} -- "
-        "{ROOT}/scripts/pretrain.py --name {params.name} --settings {params.settings:q} "
+        "{LAUNCH} --gpu {resources.gpu} --nodes {resources.nodes} --threads {threads} --batch-size {params.batch_size} -- "
+        "{SCRIPTS}/pretrain.py --name {resources.job} --settings {params.settings:q} "
         "{params.inputs} --out results/pretrain/{wildcards.version} --threads {threads} --log {log}"

@@ -16,17 +16,17 @@ rule report:
         "logs/report/{version}.tsv"
     threads: wish("report", "threads")
     resources:
+        job=name("report"),
         mem_mb=wish("report", "mem_mb"),
         runtime=wish("report", "runtime"),
     params:
-        name=name("report"),
         settings=settings("report"),
         code=CODE["report"],
         inputs=arguments("report"),
     message:
-        "{params.name}"
+        "{resources.job}"
     shell:
-        "{PYTHON} {ROOT}/scripts/report.py --name {params.name} --settings {params.settings:q} "
+        "{PYTHON} {SCRIPTS}/report.py --name {resources.job} --settings {params.settings:q} "
         "{params.inputs} --out results/report/{wildcards.version} --threads {threads} --log {log}"
 
 

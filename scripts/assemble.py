@@ -1,7 +1,7 @@
 """Graft the experts into one CLIP-MoE with fresh routers."""
 
-from clipgraft.config import AssembleJob
 from clipgraft.job import Job
+from clipgraft.settings import AssembleJob
 
 
 def main(job: Job) -> None:

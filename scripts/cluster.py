@@ -1,7 +1,7 @@
 """Cluster the embeddings of one expert and accumulate pseudo labels over the rounds."""
 
-from clipgraft.config import ClusterJob
 from clipgraft.job import Job
+from clipgraft.settings import ClusterJob
 
 
 def main(job: Job) -> None:

@@ -1,7 +1,7 @@
 """Get images and captions as they come: generate, download by URL, or check what is on disk."""
 
-from clipgraft.config import DownloadJob
 from clipgraft.job import Job
+from clipgraft.settings import DownloadJob
 
 
 def main(job: Job) -> None:

@@ -1,7 +1,7 @@
 """Embed the training set with one model."""
 
-from clipgraft.config import EmbedSettings
 from clipgraft.job import Job
+from clipgraft.settings import EmbedSettings
 
 
 def main(job: Job) -> None:

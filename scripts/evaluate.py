@@ -1,7 +1,7 @@
 """Measure one model on one task: retrieval, zero-shot classification, or both."""
 
-from clipgraft.config import EvaluateJob
 from clipgraft.job import Job
+from clipgraft.settings import EvaluateJob
 
 
 def main(job: Job) -> None:
@@ -9,12 +9,13 @@ def main(job: Job) -> None:
     from clipgraft.evaluation.evaluate import evaluate
 
     with job.outputs() as out:
+        settings = job.settings(EvaluateJob)
         facts = evaluate(
-            job.settings(EvaluateJob),
+            settings,
             job.folder("model"),
             job.folder("index"),
             out,
-            task_name=job.name.rsplit("/", 1)[-1],
+            task_name=settings.task,
             threads=job.threads,
         )
         job.record(**facts)

@@ -1,7 +1,7 @@
 """Fine-tune the MLPs of the base on homogeneous batches; or, as a control, on ordinary ones."""
 
-from clipgraft.config import ExpertJob
 from clipgraft.job import Job
+from clipgraft.settings import ExpertJob
 
 
 def main(job: Job) -> None:

@@ -1,7 +1,7 @@
 """Train the routers of the assembled CLIP-MoE, everything else frozen."""
 
-from clipgraft.config import RouterJob
 from clipgraft.job import Job
+from clipgraft.settings import RouterJob
 
 
 def main(job: Job) -> None:

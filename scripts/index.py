@@ -1,7 +1,7 @@
 """Decode every image once, accept or reject it, and tokenize the captions: row i is sample i."""
 
-from clipgraft.config import IndexJob
 from clipgraft.job import Job
+from clipgraft.settings import IndexJob
 
 
 def main(job: Job) -> None:

@@ -1,7 +1,7 @@
 """Train one phase of the CLIP model: from scratch, from public weights, or from the phase before."""
 
-from clipgraft.config import PretrainJob
 from clipgraft.job import Job
+from clipgraft.settings import PretrainJob
 
 
 def main(job: Job) -> None:

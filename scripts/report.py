@@ -1,7 +1,7 @@
 """Draw the report of a run: one self-contained page, and the results as tables."""
 
-from clipgraft.config import ReportJob
 from clipgraft.job import Job
+from clipgraft.settings import ReportJob
 
 
 def main(job: Job) -> None:

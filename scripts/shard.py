@@ -1,7 +1,7 @@
 """Store each image once more, small and in row order, at the size that a training phase needs."""
 
-from clipgraft.config import ShardJob
 from clipgraft.job import Job
+from clipgraft.settings import ShardJob
 
 
 def main(job: Job) -> None:

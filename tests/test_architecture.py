@@ -81,7 +81,7 @@ def test_floor_0_loads_no_torch_and_no_pandas():
 
 
 def test_every_stage_is_a_rule_a_script_and_a_section_of_words():
-    from clipgraft.config import STAGES
+    from clipgraft.settings import STAGES
 
     rules = "".join(path.read_text() for path in (SCRIPTS.parent / "rules").glob("*.smk"))
     for stage in STAGES:

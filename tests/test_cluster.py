@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipgraft.cluster import accumulate, cluster, read_labels, spherical_kmeans
-from clipgraft.config import ClusterJob, ConfigError
+from clipgraft.cluster import accumulate, cluster, spherical_kmeans
+from clipgraft.config import ConfigError
+from clipgraft.data.labels import read_labels
+from clipgraft.settings import ClusterJob
 
 
 def blobs(

@@ -14,7 +14,7 @@ import pytest
 
 SCRIPT = '''"""Write a number."""
 import time
-from clipgraft.config import Settings
+from clipgraft.settings import Settings
 from clipgraft.job import Job
 
 class Numbers(Settings):

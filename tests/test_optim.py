@@ -3,10 +3,10 @@ import torch
 from open_clip_train.scheduler import cosine_lr as open_clip_cosine
 from torch import nn
 
-from clipgraft.config import OptimSettings
 from clipgraft.models.build import build
 from clipgraft.models.moe import upcycle
 from clipgraft.optim import build_optimizer, cosine_lr, parameter_groups
+from clipgraft.settings import OptimSettings
 
 
 def names_of(groups, named) -> list[set[str]]:

@@ -15,13 +15,14 @@ import torch
 
 from clipgraft import dist, train
 from clipgraft.checkpoint import TrainingState, load_model, read_weights
-from clipgraft.config import ConfigError, EmbedSettings, IndexJob, PretrainJob, ShardJob, TarSource
+from clipgraft.config import ConfigError
 from clipgraft.data.download import download
 from clipgraft.data.index import build_index
 from clipgraft.data.shapes import draw_sample
 from clipgraft.data.shards import write_shards
 from clipgraft.embed import embed
 from clipgraft.pretrain import pretrain
+from clipgraft.settings import EmbedSettings, IndexJob, PretrainJob, ShardJob, TarSource
 
 NUM = 40
 

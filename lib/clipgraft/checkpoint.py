@@ -17,7 +17,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from clipgraft.config import ConfigError
 from clipgraft.job import WRITING, write_json
 from clipgraft.models.build import build, check_fit, resize_positions
-from clipgraft.models.moe import insert_experts
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +79,11 @@ def save_model(
 
 
 def load_model(
-    folder: Path, *, image_size: int | None = None, text_length: int | None = None
+    folder: Path,
+    *,
+    image_size: int | None = None,
+    text_length: int | None = None,
+    insert_experts: Callable[..., object] | None = None,
 ) -> Loaded:
     """Read a model folder of any kind.
 
@@ -88,6 +91,8 @@ def load_model(
         folder: dense, moe or delta.
         image_size: another side of the image than the model has; positions are interpolated.
         text_length: another text length, likewise.
+        insert_experts: that of `models.moe`, where a mixture of experts is welcome. (Given, not
+            imported, so that stages of dense models do not depend on its code.)
 
     Returns:
         The model on the CPU, in training mode, its spec with the sizes it now has, its tokenizer.
@@ -106,7 +111,9 @@ def load_model(
         weights = {**model.state_dict(), **weights}
     else:
         model = build(spec["config"], image_size, text_length)
-        if spec["moe"]:
+        if spec["moe"] and insert_experts is None:
+            raise ConfigError(f"{folder} is a mixture of experts; a dense model is needed here")
+        if spec["moe"] and insert_experts is not None:
             insert_experts(model, **spec["moe"])
     check_fit(weights, model, str(folder / WEIGHTS))
     resize_positions(weights, model)

@@ -15,7 +15,9 @@ import faiss
 import numpy as np
 from sklearn.metrics import normalized_mutual_info_score
 
-from clipgraft.config import ClusterJob, ConfigError
+from clipgraft.config import ConfigError
+from clipgraft.data.labels import read_labels
+from clipgraft.settings import ClusterJob
 
 log = logging.getLogger(__name__)
 
@@ -133,20 +135,6 @@ def accumulate(rounds: list[np.ndarray]) -> tuple[np.ndarray, list[list[list[int
     digits_NR = np.concatenate(rounds, axis=1)
     unique, labels_N = np.unique(digits_NR, axis=0, return_inverse=True)
     return labels_N.reshape(-1), unique.reshape(len(unique), len(rounds), 2).tolist()
-
-
-def read_labels(folder: Path, samples_id: str) -> np.ndarray:
-    """Accumulated labels [N] of a cluster folder.
-
-    Raises:
-        ConfigError: if they are of other samples.
-    """
-    about = json.loads((folder / "clusters.json").read_text())
-    if about["samples_id"] != samples_id:
-        raise ConfigError(
-            f"{folder} has labels of samples {about['samples_id']}, the data are {samples_id}"
-        )
-    return np.load(folder / "labels.npy")
 
 
 def _digits(folder: Path, samples_id: str) -> list[np.ndarray]:

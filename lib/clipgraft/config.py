@@ -1,469 +1,21 @@
-"""The config: one pydantic model of `config.yaml`, with errors that name the key, the value and a hint.
-
-Three decisions shape it. Sections carry the names of the stages, and a stage's job is handed its own section
-only. Everything here is science: it changes results, so it is hashed into versions; the one exception is
-`resources` (devices, threads, memory, time), which never is. Unknown keys are errors, with a spelling hint.
-"""
+"""The config: reading and validating it, with errors that name the key, the value and a hint."""
 
 from __future__ import annotations
 
-import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Any
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ValidationError
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-S = TypeVar("S", bound=BaseModel)
+from clipgraft.settings import SOURCE_KINDS, RunSettings, S, hint
 
 
 class ConfigError(ValueError):
     """What a user wrote cannot work. The message says what, where, which value, and a hint."""
-
-
-class Settings(BaseModel):
-    """Base of every section: no unknown keys, no changes after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-# --- where images and captions come from ------------------------------------------------------------------
-
-
-class ShapesSource(Settings):
-    """The built-in generator: one object per picture, captions from templates (`data/shapes.py`)."""
-
-    kind: Literal["shapes"]
-    split: Literal["train", "renders", "combinations"] = Field(
-        "train",
-        description="renders: unseen pictures of the training combinations; combinations: held-out ones.",
-    )
-    num_samples: PositiveInt = 12_000
-    image_size: PositiveInt = Field(64, description="Side of the picture in pixels.")
-    noise: NonNegativeFloat = Field(
-        0.03, description="Standard deviation of the pixel noise, 0..1."
-    )
-    num_captions: PositiveInt = 1
-    mention: dict[str, Fraction] = Field(
-        default_factory=dict,
-        description="How often a caption names an attribute, e.g. {texture: 0.7}; others keep their default.",
-    )
-
-
-class UrlSource(Settings):
-    """A table of image URLs and captions, downloaded by img2dataset."""
-
-    kind: Literal["urls"]
-    table: str = Field(description="Parquet, CSV or TSV file with a header.")
-    url_column: str = "url"
-    caption_column: str = "caption"
-    image_size: PositiveInt = Field(256, description="Longer images are shrunk to this short side.")
-    min_success: Fraction = Field(
-        0.5, description="Fail if a smaller share of the URLs could be had."
-    )
-    allow_local_files: bool = Field(False, description="Let `file://` URLs read local files.")
-    timeout_seconds: PositiveInt = 10
-    retries: NonNegativeInt = 1
-
-
-class TarSource(Settings):
-    """WebDataset tars on this machine: `KEY.jpg` with `.txt`, `.json` (captions) or `.cls` (class number)."""
-
-    kind: Literal["tars"]
-    tars: str = Field(
-        description="Glob of tar files, e.g. data/train-*.tar; environment variables allowed."
-    )
-    classes: str | None = Field(
-        None, description="Text file with one class name per line (line = .cls)."
-    )
-
-
-class FolderSource(Settings):
-    """A folder of images, each with a caption beside it: `x.jpg` and `x.txt`."""
-
-    kind: Literal["folder"]
-    folder: str
-
-
-Source = Annotated[
-    ShapesSource | UrlSource | TarSource | FolderSource,
-    Discriminator("kind"),
-]
-
-
-class IndexSettings(Settings):
-    """Which samples are accepted, and how captions become tokens."""
-
-    min_side: PositiveInt = Field(16, description="Reject images with a shorter side, in pixels.")
-    max_aspect_ratio: PositiveFloat = 5.0
-    max_megapixels: PositiveFloat = Field(
-        100.0, description="Reject larger images before decoding."
-    )
-    vocabulary: Literal["corpus", "full"] = Field(
-        "corpus",
-        description="corpus: keep only the merges of CLIP's BPE that the training captions use, so small "
-        "models need no 49,408 row token table; full: CLIP's own vocabulary (for public weights).",
-    )
-
-
-class ShardSettings(Settings):
-    """How images are stored for training."""
-
-    oversize: Annotated[float, Field(ge=1)] = Field(
-        1.25, description="Short side of the stored image over the training size (room for crops)."
-    )
-    quality: Annotated[int, Field(ge=1, le=100)] = Field(95, description="JPEG quality.")
-    samples_per_tar: PositiveInt = 10_000
-
-
-# --- the model and its training ---------------------------------------------------------------------------
-
-
-class ModelSettings(Settings):
-    """An open_clip architecture: by name, or spelled out as open_clip's own model config."""
-
-    name: str | None = Field(None, description="An open_clip model name, e.g. ViT-B-16.")
-    config: dict[str, Any] | None = Field(
-        None, description="embed_dim, vision_cfg, text_cfg as in open_clip's model JSONs."
-    )
-    pretrained: str | None = Field(
-        None, description="open_clip tag or local checkpoint to start from; needs `name`."
-    )
-
-    @model_validator(mode="after")
-    def _one_of(self) -> ModelSettings:
-        if (self.name is None) == (self.config is None):
-            raise ValueError("give either `name` or `config`, not both and not neither")
-        return self
-
-
-class OptimSettings(Settings):
-    """AdamW with linear warm-up and cosine decay."""
-
-    lr: PositiveFloat = Field(description="Peak learning rate.")
-    lr_min: NonNegativeFloat = 0.0
-    warmup: Fraction = Field(0.05, description="Share of the steps with a rising learning rate.")
-    weight_decay: NonNegativeFloat = 0.2
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.98
-    eps: PositiveFloat = 1e-6
-    max_grad_norm: PositiveFloat | None = Field(None, description="Clip gradients to this norm.")
-
-
-class TrainSettings(Settings):
-    """What every training stage has."""
-
-    samples_seen: NonNegativeInt = Field(description="Training length; repeats of a sample count.")
-    batch_size: Annotated[int, Field(ge=2)] = Field(description="Global: over all devices.")
-    optim: OptimSettings
-    crop_scale: tuple[Fraction, Fraction] = Field(
-        (0.9, 1.0), description="Random resized crop: range of the area kept. [1, 1] turns it off."
-    )
-
-
-class PhaseSettings(TrainSettings):
-    """One phase of pretraining. Position tables are interpolated from the phase before."""
-
-    name: Name
-    image_size: PositiveInt
-    text_length: Annotated[int, Field(ge=3)] = Field(
-        description="Tokens, with start and end token."
-    )
-    temperature: PositiveFloat = Field(0.07, description="Initial tau of the first phase.")
-
-
-class EmbedSettings(Settings):
-    """How the training set is embedded before clustering."""
-
-    captions: Literal["first", "mean"] = Field(
-        "mean", description="Text embedding of a sample with several captions."
-    )
-
-
-class ClusterSettings(Settings):
-    """Spherical k-means of image and text embeddings; the pairs of clusters are the labels of a round."""
-
-    image_clusters: PositiveInt = 3
-    text_clusters: PositiveInt = 3
-    num_iterations: PositiveInt = 50
-    num_tries: PositiveInt = Field(3, description="Runs of k-means; the best inertia is kept.")
-
-
-class ExpertSettings(TrainSettings):
-    """Fine-tuning of the MLPs alone, temperature fixed, on homogeneous batches (MCL)."""
-
-    label_smoothing: Fraction = 0.1
-    init: Literal["base", "previous"] = Field(
-        "base", description="Each expert starts from expert 0, or from the expert before it."
-    )
-    controls: dict[Name, PositiveInt] = Field(
-        {"control": 1},
-        description="Baselines: the same fine-tuning on ordinary batches; name: how many times the samples.",
-    )
-
-
-class MoeSettings(Settings):
-    """How experts are grafted into one model (Diversified Multiplet Upcycling)."""
-
-    num_experts: Annotated[int, Field(ge=2)] = 4
-    top_k: PositiveInt = 2
-    image_layers: Literal["all"] | list[NonNegativeInt] = Field(
-        "all", description="Blocks with experts."
-    )
-    text_layers: Literal["all"] | list[NonNegativeInt] = "all"
-
-    @model_validator(mode="after")
-    def _top_k(self) -> MoeSettings:
-        if self.top_k > self.num_experts:
-            raise ValueError(
-                f"top_k = {self.top_k} is more than num_experts = {self.num_experts}. "
-                f"Hint: top_k must lie between 1 and {self.num_experts}"
-            )
-        return self
-
-
-class RouterSettings(TrainSettings):
-    """Training of the routers alone: contrastive plus balance loss."""
-
-    balance_weight: NonNegativeFloat = Field(
-        0.01, description="Weight of the balance loss per layer."
-    )
-    z_weight: NonNegativeFloat = Field(0.001, description="Weight of the router z-loss.")
-
-
-# --- evaluation and report --------------------------------------------------------------------------------
-
-
-class ZeroShotSettings(Settings):
-    """Zero-shot classification of one label of a data set."""
-
-    label: str = Field("class", description="Name of the label; `.cls` of tars is `class`.")
-    templates: list[str] = Field(
-        default_factory=list, description="Prompts with {c}; empty: those of the built-in data set."
-    )
-
-
-class TaskSettings(Settings):
-    """One evaluation data set and what is measured on it."""
-
-    data: str = Field(description="A name under `download`.")
-    retrieval: bool = Field(
-        False, description="Image to text and text to image, recall at 1, 5, 10."
-    )
-    zero_shot: list[ZeroShotSettings] = Field(default_factory=list)
-
-    @model_validator(mode="after")
-    def _measures(self) -> TaskSettings:
-        if not self.retrieval and not self.zero_shot:
-            raise ValueError("nothing to measure: set `retrieval: true` or list `zero_shot` labels")
-        return self
-
-
-class EvaluateSettings(Settings):
-    """Every model on the way is measured on every task."""
-
-    tasks: dict[Name, TaskSettings]
-
-
-class ReportSettings(Settings):
-    """The page at the end."""
-
-    title: str = "clipgraft"
-    num_pictures: NonNegativeInt = Field(32, description="Pictures on a sample sheet.")
-
-
-class ResourceSettings(Settings):
-    """What a job of a stage wishes for. Never part of a version: results do not depend on it."""
-
-    gpu: NonNegativeInt = Field(0, description="Devices in all; fewer are used where fewer are.")
-    nodes: PositiveInt = 1
-    threads: PositiveInt = Field(1, description="CPU threads per node.")
-    mem_mb: PositiveInt = Field(4000, description="Memory per node.")
-    runtime: PositiveInt = Field(120, description="Minutes.")
-
-
-STAGES = (
-    "download",
-    "index",
-    "shard",
-    "pretrain",
-    "embed",
-    "cluster",
-    "finetune_expert",
-    "assemble",
-    "finetune_router",
-    "evaluate",
-    "report",
-)
-Stage = Literal[
-    "download",
-    "index",
-    "shard",
-    "pretrain",
-    "embed",
-    "cluster",
-    "finetune_expert",
-    "assemble",
-    "finetune_router",
-    "evaluate",
-    "report",
-]
-
-
-class RunSettings(Settings):
-    """All settings of one run: the shared ones with the run's overlay applied."""
-
-    seed: NonNegativeInt = 0
-    download: dict[Name, Source]
-    index: IndexSettings = IndexSettings()
-    shard: ShardSettings = ShardSettings()
-    model: ModelSettings
-    pretrain: Annotated[list[PhaseSettings], Field(min_length=1)]
-    embed: EmbedSettings = EmbedSettings()
-    cluster: ClusterSettings = ClusterSettings()
-    finetune_expert: ExpertSettings
-    moe: MoeSettings = MoeSettings()
-    finetune_router: RouterSettings
-    evaluate: EvaluateSettings
-    report: ReportSettings = ReportSettings()
-    resources: dict[Stage, ResourceSettings] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _crosscheck(self) -> RunSettings:
-        if "train" not in self.download:
-            raise ValueError(
-                f"download has no `train` (it has {', '.join(self.download)}). Hint: name the training set `train`"
-            )
-        names = [phase.name for phase in self.pretrain]
-        if len(set(names)) < len(names):
-            raise ValueError(f"pretrain: phase names must differ, got {names}")
-        for name, task in self.evaluate.tasks.items():
-            if task.data not in self.download:
-                raise ValueError(
-                    f"evaluate.tasks.{name}.data = {task.data!r} is not under download "
-                    f"({', '.join(self.download)}){_hint(task.data, self.download)}"
-                )
-        self._check_patches()
-        self._check_batches()
-        return self
-
-    def _check_patches(self) -> None:
-        vision: dict[str, Any] = (self.model.config or {}).get("vision_cfg") or {}
-        patch = vision.get("patch_size")
-        for phase in self.pretrain:
-            if not isinstance(patch, int):
-                return
-            if phase.image_size % patch:
-                lower = phase.image_size // patch * patch
-                raise ValueError(
-                    f"pretrain.{phase.name}.image_size = {phase.image_size} is not divisible by the patch size "
-                    f"{patch} of model.config.vision_cfg. Hint: {lower or patch} or {lower + patch}"
-                )
-
-    def _check_batches(self) -> None:
-        train = self.download["train"]
-        if not isinstance(train, ShapesSource):
-            return  # the number of samples is known after `index`; training checks it there
-        sections: dict[str, TrainSettings] = {
-            f"pretrain.{phase.name}": phase for phase in self.pretrain
-        }
-        sections |= {
-            "finetune_expert": self.finetune_expert,
-            "finetune_router": self.finetune_router,
-        }
-        for where, section in sections.items():
-            if section.batch_size > train.num_samples:
-                raise ValueError(
-                    f"{where}.batch_size = {section.batch_size} is larger than the data: download.train.num_samples "
-                    f"= {train.num_samples}. Hint: a smaller batch, or more samples"
-                )
-
-    def resources_of(self, stage: str) -> ResourceSettings:
-        """The wish of a stage, or the default."""
-        wishes = {str(name): wish for name, wish in self.resources.items()}
-        return wishes.get(stage, ResourceSettings())
-
-
-# --- what a job is handed: its section, and what it needs from others ---------------------------------------
-
-
-class DownloadJob(Settings):
-    """Settings of one `download` job."""
-
-    source: Source
-
-
-class IndexJob(IndexSettings):
-    """Settings of one `index` job."""
-
-    tokenize: bool = Field(description="Write token ids; only the training set needs them.")
-
-
-class ShardJob(ShardSettings):
-    """Settings of one `shard` job."""
-
-    image_size: PositiveInt = Field(description="Training size of the phase that reads the shards.")
-
-
-class PretrainJob(PhaseSettings):
-    """Settings of one `pretrain` job: a phase, and the architecture."""
-
-    model: ModelSettings
-    seed: NonNegativeInt
-
-
-class ClusterJob(ClusterSettings):
-    """Settings of one `cluster` job."""
-
-    seed: NonNegativeInt
-
-
-class ExpertJob(TrainSettings):
-    """Settings of one `finetune_expert` job, experts and controls alike."""
-
-    label_smoothing: Fraction
-    batches: Literal["homogeneous", "ordinary"]
-    seed: NonNegativeInt
-
-
-class AssembleJob(MoeSettings):
-    """Settings of one `assemble` job."""
-
-    seed: NonNegativeInt
-
-
-class RouterJob(RouterSettings):
-    """Settings of one `finetune_router` job."""
-
-    seed: NonNegativeInt
-
-
-class EvaluateJob(TaskSettings):
-    """Settings of one `evaluate` job."""
-
-
-class ReportJob(ReportSettings):
-    """Settings of one `report` job."""
-
-    run: str
-
-
-# --- reading ----------------------------------------------------------------------------------------------
 
 
 def load_config(raw: Mapping[str, Any]) -> dict[str, RunSettings]:
@@ -483,7 +35,7 @@ def load_config(raw: Mapping[str, Any]) -> dict[str, RunSettings]:
         )
     runs = {}
     for name, overlay in overlays.items():
-        if not str(name).replace("_", "").replace("-", "").isalnum():
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", str(name)):
             raise ConfigError(f"run name {name!r}: use letters, digits, - and _ only")
         if overlay is not None and not isinstance(overlay, Mapping):
             raise ConfigError(f"runs.{name} must be a mapping of settings, got {overlay!r}")
@@ -541,15 +93,14 @@ def schema() -> dict[str, Any]:
 
 
 def _explain(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
-    # Discriminators ("shapes") stand in pydantic's path but not in the file.
-    path = [part for part in problem["loc"] if part not in _KINDS]
+    path = _file_path(problem["loc"])
     where = ".".join(str(part) for part in path)
     value = problem.get("input")
     if problem["type"] == "extra_forbidden":
         parent = ".".join(str(part) for part in path[:-1])
         known = list(_known_keys(model, problem["loc"][:-1]))
         inside = f" in {parent}" if parent else ""
-        return f"unknown key `{path[-1]}`{inside}{_hint(str(path[-1]), known)}"
+        return f"unknown key `{path[-1]}`{inside}{hint(str(path[-1]), known)}"
     if problem["type"] == "missing":
         return f"missing key `{where}`"
     message = problem["msg"].removeprefix("Value error, ")
@@ -558,10 +109,13 @@ def _explain(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
     return f"{where} = {_short(value)}: {message[0].lower()}{message[1:]}"
 
 
-_KINDS = {
-    get_args(source.model_fields["kind"].annotation)[0]
-    for source in (ShapesSource, UrlSource, TarSource, FolderSource)
-}
+def _file_path(path: tuple[Any, ...]) -> list[Any]:
+    """Without the kinds of sources, which stand in pydantic's path but not in the file."""
+    return [
+        part
+        for before, part in zip((None, *path), path, strict=False)
+        if part not in SOURCE_KINDS or before == "download"
+    ]
 
 
 def _known_keys(model: type[BaseModel], path: tuple[Any, ...]) -> Iterator[str]:
@@ -570,7 +124,7 @@ def _known_keys(model: type[BaseModel], path: tuple[Any, ...]) -> Iterator[str]:
     node: Any = root
     for part in path:
         node = _deref(root, node)
-        if part in _KINDS and "discriminator" in node:
+        if part in SOURCE_KINDS and "discriminator" in node:
             node = {"$ref": node["discriminator"]["mapping"][part]}
         elif isinstance(part, int):
             node = node.get("items", {})
@@ -586,15 +140,6 @@ def _deref(root: Mapping[str, Any], node: Any) -> Any:
     while isinstance(node, Mapping) and "$ref" in node:
         node = root["$defs"][node["$ref"].rsplit("/", 1)[1]]
     return node if isinstance(node, Mapping) else {}
-
-
-def _hint(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return (
-        f"; did you mean `{close[0]}`?"
-        if close
-        else (f". Known: {', '.join(known)}" if known else "")
-    )
 
 
 def _short(value: Any) -> str:

@@ -57,7 +57,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, grad_GD: torch.Tensor) -> torch.Tensor:
-        grad_GD = grad_GD.contiguous()
+        grad_GD = grad_GD.clone()  # it is not ours to change
         torch_dist.all_reduce(grad_GD)
         rows = grad_GD.shape[0] // torch_dist.get_world_size()
         return grad_GD[torch_dist.get_rank() * rows :][:rows]

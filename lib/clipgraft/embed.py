@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from clipgraft import dist
 from clipgraft.checkpoint import load_model
-from clipgraft.config import EmbedSettings
 from clipgraft.data.images import decode, resize_center
 from clipgraft.models.build import normalize
+from clipgraft.settings import EmbedSettings
 from clipgraft.train import LOG_SECONDS, Data, device_name
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def embed(
         num, dim = len(data.shards), spec["config"]["embed_dim"]
         if world.is_first:
             for side in ("image", "text"):
-                np.lib.format.open_memmap(out / f"{side}.npy", "w+", np.float16, (num, dim))
+                _allocate(out / f"{side}.npy", (num, dim))
         dist.barrier()
         image_ND, text_ND = (
             np.load(out / f"{side}.npy", mmap_mode="r+") for side in ("image", "text")
@@ -68,12 +69,20 @@ def embed(
                 log.info(
                     "%s of %s samples  %s/s", f"{rows_B[-1] + 1:,}", f"{num:,}", f"{rate:,.0f}"
                 )
-        image_ND.flush(), text_ND.flush()
+        for array_ND in (image_ND, text_ND):
+            array_ND.flush()
         dist.barrier()
         if world.is_first:
             about = {"samples_id": data.shards.samples_id, "num_samples": num, "dim": dim}
             (out / "embed.json").write_text(json.dumps(about, indent=1) + "\n")
     return {"num_samples": num, "dim": dim}
+
+
+def _allocate(path: Path, shape: tuple[int, int]) -> None:
+    """An empty float16 array on disk, with its room reserved: a full disk must not kill by SIGBUS."""
+    array = np.lib.format.open_memmap(path, "w+", np.float16, shape)
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
 
 
 def _images(clip: CustomTextCLIP, spec: dict[str, Any], data: Data, rows_B: np.ndarray) -> Tensor:

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from clipgraft import dist
 from clipgraft.checkpoint import TrainingState, load_model, save_model
-from clipgraft.cluster import read_labels
-from clipgraft.config import ExpertJob
+from clipgraft.config import ConfigError
+from clipgraft.data.labels import read_labels
 from clipgraft.data.loader import Batch
 from clipgraft.data.sampler import HomogeneousBatches, UniformBatches
 from clipgraft.models.build import mlp_parameters
+from clipgraft.settings import ExpertJob
 from clipgraft.train import Data, Fit, Sampler, Step, encode, pair_loss
 
 log = logging.getLogger(__name__)
@@ -78,13 +79,16 @@ def finetune_expert(
         )
         facts = fit.run(out)
         if world.is_first:
+            spec = spec | {"samples_seen": spec["samples_seen"] + facts["samples_seen"]}
             save_model(out, model, spec, loaded.merges, only=list(trained), base=init)
         return facts
 
 
 def sampler_of(settings: ExpertJob, num_samples: int, labels_N: np.ndarray | None) -> Sampler:
     """Batches of one pseudo label each, or ordinary ones."""
-    if settings.batches == "ordinary" or labels_N is None:
+    if settings.batches == "homogeneous" and labels_N is None:
+        raise ConfigError("batches: homogeneous needs pseudo labels. Hint: --input labels=MANIFEST")
+    if labels_N is None:
         return UniformBatches(num_samples, settings.batch_size, settings.seed)
     sizes_C = np.bincount(labels_N)
     log.info(

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from clipgraft.checkpoint import load_model, save_model
-from clipgraft.config import AssembleJob, ConfigError
+from clipgraft.checkpoint import load_model, read_weights, save_model
+from clipgraft.config import ConfigError
 from clipgraft.models.moe import upcycle
+from clipgraft.settings import AssembleJob
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def assemble(settings: AssembleJob, experts: list[Path], out: Path) -> dict[str,
         )
     base = load_model(experts[0])
     model = base.model
-    states = [load_model(folder).model.state_dict() for folder in experts]
+    states = [model.state_dict(), *(read_weights(folder) for folder in experts[1:])]
     dense = sum(p.numel() for p in model.parameters())
     moe = upcycle(
         model,

@@ -79,11 +79,6 @@ class Job:
         except ConfigError as error:
             log.error("error: %s", error)
             sys.exit(1)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            log.error("error: %s", _disk_full(error, arguments.out))
-            sys.exit(1)
         except KeyboardInterrupt:
             sys.exit(128 + signal.SIGINT)
 
@@ -148,6 +143,10 @@ class Job:
             try:
                 yield writing
                 self._publish(writing)
+            except (OSError, RuntimeError) as error:
+                if _is_disk_full(error, writing):
+                    raise ConfigError(_disk_full(error, self.out)) from error
+                raise
             finally:
                 shutil.rmtree(writing, ignore_errors=True)
             shutil.rmtree(self.resume, ignore_errors=True)
@@ -158,10 +157,20 @@ class Job:
             _size(self.out),
         )
 
+    def _outputs_before(self) -> set[str]:
+        """Files of the run before, by other code maybe."""
+        try:
+            return set(provenance.read_manifest(self.out)["outputs"])
+        except ConfigError:
+            return set()
+
     def _publish(self, writing: Path) -> None:
         outputs = provenance.describe_outputs(writing)
+        for name in self._outputs_before() - outputs.keys():
+            (self.out / name).unlink(missing_ok=True)
         (self.out / provenance.MANIFEST).unlink(missing_ok=True)
         for name in outputs:
+            _sync(writing / name)
             target = self.out / name
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(writing / name, target)
@@ -175,7 +184,7 @@ class Job:
             "git": provenance.git_commit(Path(__file__).parent),
             "inputs": {
                 name: {
-                    "manifest": os.path.relpath(folder / provenance.MANIFEST, self.out),
+                    "manifest": os.path.relpath(folder / provenance.MANIFEST, self.out.resolve()),
                     "id": provenance.read_manifest(folder)["id"],
                 }
                 for name, folder in self.inputs.items()
@@ -200,6 +209,12 @@ def write_json(path: Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def peak_memory_mb() -> int:
@@ -237,7 +252,7 @@ def _parse(doc: str) -> argparse.Namespace:
 
 
 def _job(script: Path, arguments: argparse.Namespace) -> Job:
-    settings, inputs = arguments.settings, {}
+    settings, inputs, recorded = arguments.settings, {}, {}
     if arguments.manifest is not None:
         recorded = provenance.read_manifest(arguments.manifest)
         if recorded["stage"] != script.stem:
@@ -245,22 +260,22 @@ def _job(script: Path, arguments: argparse.Namespace) -> Job:
                 f"{arguments.manifest} is of stage {recorded['stage']}, not {script.stem}"
             )
         settings = recorded["settings"] | settings
-        inputs = {
-            name: arguments.manifest.parent / about["manifest"]
-            for name, about in recorded["inputs"].items()
-        }
+        here = arguments.manifest.resolve().parent
+        inputs = {name: here / about["manifest"] for name, about in recorded["inputs"].items()}
     for pair in arguments.input:
         name, _, path = pair.partition("=")
         inputs[name] = Path(path)
     folders = {}
     for name, path in inputs.items():
-        folders[name] = path.parent if path.name == provenance.MANIFEST else path
+        # Resolved, because runs/<run>/ holds links, and manifests record relative paths.
+        folders[name] = (path.parent if path.name == provenance.MANIFEST else path).resolve()
         provenance.check_outputs(folders[name], provenance.read_manifest(folders[name]))
     for pair in arguments.set:
         settings = _with(settings, *pair.partition("=")[::2])
     code = fingerprint(script)
-    name = arguments.name or script.stem
-    return Job(script.stem, name, settings, folders, arguments.out, arguments.threads, code)
+    name = arguments.name or recorded.get("name") or script.stem
+    threads = max(1, arguments.threads // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return Job(script.stem, name, settings, folders, arguments.out, threads, code)
 
 
 def _with(settings: Mapping[str, Any], key: str, value: str) -> dict[str, Any]:
@@ -315,16 +330,24 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _limit_threads(threads: int) -> None:
+    """`threads` is per node: processes on a node share them."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
 
 
-def _disk_full(error: OSError, out: Path) -> str:
-    where = error.filename or out
-    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free / 2**20
+def _is_disk_full(error: OSError | RuntimeError, out: Path) -> bool:
+    """Not all libraries pass the error number on; then a disk without room is taken for the cause."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    has_reason = isinstance(error, OSError) and error.errno is not None
+    return not has_reason and ("No space left" in str(error) or shutil.disk_usage(out).free < 2**20)
+
+
+def _disk_full(error: OSError | RuntimeError, out: Path) -> str:
+    where = getattr(error, "filename", None) or out
+    free = shutil.disk_usage(out).free / 2**20
     return (
-        f"{where}: {error.strerror} ({free:,.0f} MB free at {existing}). Nothing of this job was kept. "
+        f"{where}: no space left on device ({free:,.0f} MB free). Nothing of this job was kept. "
         "Hint: free some room (`make unused` lists versions that no run uses), then run snakemake again"
     )
 

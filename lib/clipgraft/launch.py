@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import getpass
 import os
 import re
 import socket
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import IO
 
 NODE_SCRIPT = (
-    'exec torchrun --nnodes="$SLURM_NNODES" --node-rank="$SLURM_NODEID" --nproc-per-node="$0" '
+    'exec "$PYTHON" -m torch.distributed.run --nnodes="$SLURM_NNODES" --node-rank="$SLURM_NODEID" --nproc-per-node="$0" '
     '--master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" "$@"'
 )
 SECONDS_TO_SAVE = 300  # torchrun kills workers this long after SIGTERM
@@ -38,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--gpu", type=int, default=0, help="devices wished for, over all nodes")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads per node")
+    parser.add_argument("--batch-size", type=int, default=0, help="global; devices must divide it")
     parser.add_argument("command", nargs="+", help="script and its arguments")
     given = parser.parse_args(arguments)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         command = srun_command(given.nodes, per_node, given.threads, given.command)
     else:
-        devices = lease_wish(given.gpu)
+        devices = lease_wish(given.gpu, given.batch_size)
         command = local_command(len(devices), given.command)
     os.execvp(command[0], command)
 
@@ -88,22 +88,35 @@ def local_command(num_devices: int, command: Sequence[str]) -> list[str]:
     return [*torchrun, "--standalone", f"--nproc-per-node={num_devices}", *command]
 
 
-def lease_wish(wish: int) -> list[str]:
-    """Lease `wish` devices, or all there are if fewer, and make only them visible.
+def lease_wish(wish: int, batch_size: int = 0) -> list[str]:
+    """Lease the devices wished for, or those there are if fewer, and make only them visible.
 
+    Args:
+        wish: number of devices.
+        batch_size: global batch, which must divide by their number; 0: anything goes.
     Returns:
         Device ids; empty where there are none, or none were wished for.
     """
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None and wish:
-        return [device for device in chosen.split(",") if device][:wish]
-    present = find_devices() if wish else []
-    if 0 < len(present) < wish:
-        print(f"launch: {wish} GPUs wished for, {len(present)} here", file=sys.stderr)
-    folder = Path(tempfile.gettempdir()) / f"clipgraft-devices-{getpass.getuser()}"
-    devices = lease(present, min(wish, len(present)), folder)
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    present = find_devices() if listed is None else [each for each in listed.split(",") if each]
+    count = min(wish, len(present))
+    while batch_size and count and batch_size % count:
+        count -= 1
+    if 0 < count < wish:
+        print(
+            f"launch: {wish} GPUs wished for, {len(present)} here: using {count}", file=sys.stderr
+        )
+    if listed is not None and "SLURM_JOB_ID" in os.environ:
+        devices = present[:count]  # chosen for this job alone
+    else:
+        devices = lease(present, count, lease_folder())
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     return devices
+
+
+def lease_folder() -> Path:
+    """Where all jobs of this user keep their lock files."""
+    return Path(tempfile.gettempdir()) / f"clipgraft-devices-{os.getuid()}"
 
 
 def find_devices() -> list[str]:

@@ -29,6 +29,7 @@ def set_up(name: str, file: Path | None = None) -> None:
     for noisy in ("matplotlib", "PIL", "faiss", "fsspec", "torch"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.captureWarnings(True)
+    logging.raiseExceptions = False  # a full disk under the log file must not bury the message
     sys.excepthook = lambda kind, error, trace: logging.getLogger("clipgraft").error(
         "%s", error, exc_info=(kind, error, trace)
     )

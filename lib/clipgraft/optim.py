@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from clipgraft.config import OptimSettings
+from clipgraft.settings import OptimSettings
 
 _UNDECAYED = ("bn", "ln", "bias", "logit_scale")  # open_clip's list
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,11 @@ from torch import nn
 
 from clipgraft import dist
 from clipgraft.checkpoint import TrainingState, load_model, save_model
-from clipgraft.config import ConfigError, PretrainJob
+from clipgraft.config import ConfigError
 from clipgraft.data.sampler import UniformBatches
 from clipgraft.models.build import build, describe, model_config, pretrained_state
+from clipgraft.settings import PretrainJob
 from clipgraft.train import Data, Fit, contrastive_step
-
-log = logging.getLogger(__name__)
 
 
 def pretrain(
@@ -62,6 +60,7 @@ def pretrain(
         )
         facts = fit.run(out)
         if world.is_first:
+            spec = spec | {"samples_seen": spec["samples_seen"] + facts["samples_seen"]}
             save_model(out, model, spec, data.tokens.merges)
         return facts
 

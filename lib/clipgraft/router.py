@@ -7,7 +7,7 @@ has its own.
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,13 @@ from torch import Tensor, nn
 
 from clipgraft import dist
 from clipgraft.checkpoint import TrainingState, load_model, save_model
-from clipgraft.config import ConfigError, RouterJob
+from clipgraft.config import ConfigError
 from clipgraft.data.loader import Batch
 from clipgraft.data.sampler import UniformBatches
 from clipgraft.losses.balance import balance_loss, z_loss
-from clipgraft.models.moe import Routing, router_parameters, routings
+from clipgraft.models.moe import Routing, insert_experts, router_parameters, routings
+from clipgraft.settings import RouterJob
 from clipgraft.train import Data, Fit, Step, encode, pair_loss
-
-log = logging.getLogger(__name__)
 
 
 def finetune_router(
@@ -54,7 +53,7 @@ def finetune_router(
     torch.manual_seed(settings.seed)
     with dist.world() as world:
         data = Data.open(index, shard)
-        loaded = load_model(init)
+        loaded = load_model(init, insert_experts=insert_experts)
         model, spec = loaded.model, loaded.spec
         trained = router_parameters(model)
         if not trained:
@@ -78,6 +77,7 @@ def finetune_router(
         )
         facts = fit.run(out)
         if world.is_first:
+            spec = spec | {"samples_seen": spec["samples_seen"] + facts["samples_seen"]}
             save_model(out, model, spec, loaded.merges)
         return facts
 
@@ -87,7 +87,7 @@ def router_step(world: dist.World, settings: RouterJob) -> Step:
 
     def step(model: nn.Module, images: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         features = encode(model, images, batch.text_BL.to(images.device, non_blocking=True))
-        by_layer = routings(model)
+        by_layer = routings(getattr(model, "module", model))  # DDP wraps the model
         balance, z = mean_over_towers(by_layer, balance_of), mean_over_towers(by_layer, z_of)
         pair = pair_loss(world, *features)
         loss = pair + settings.balance_weight * balance + settings.z_weight * z
@@ -113,7 +113,7 @@ def entropy_of(routing: Routing) -> Tensor:
     return -(routing.probs_TE * routing.probs_TE.clamp_min(1e-9).log()).sum(1).mean()
 
 
-def mean_over_towers(by_layer: dict[str, Routing], value_of) -> Tensor:
+def mean_over_towers(by_layer: dict[str, Routing], value_of: Callable[[Routing], Tensor]) -> Tensor:
     """Mean over the layers of a tower, then over towers."""
     towers: dict[str, list[Tensor]] = {}
     for layer, routing in by_layer.items():

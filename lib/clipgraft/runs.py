@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -25,7 +24,9 @@ def link_run(run: str, versions: Mapping[str, str], results: Path = RESULTS) -> 
         results: the store.
     """
     folder = results / "runs" / run
-    shutil.rmtree(folder, ignore_errors=True)  # holds links only
+    for path in sorted(folder.rglob("*"), reverse=True):  # old links; what else is there stays
+        if path.is_symlink():
+            path.unlink()
     for name, target in versions.items():
         link = folder / name
         link.parent.mkdir(parents=True, exist_ok=True)
@@ -44,8 +45,14 @@ def unused(results: Path = RESULTS) -> Iterator[Path]:
             yield folder
 
 
+def show(run: str, results: Path = RESULTS) -> str:
+    """The results of a run as a table, and where its report is."""
+    folder = results / "runs" / run / "report"
+    return f"\n{(folder / 'results.txt').read_text()}\nreport: {folder / 'report.html'}"
+
+
 def main() -> None:
-    """Command line: `python -m clipgraft.runs link RUN JSON` or `... unused`."""
+    """Command line: `python -m clipgraft.runs link RUN JSON`, `... show RUN` or `... unused`."""
     parser = argparse.ArgumentParser(description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     link = verbs.add_parser("link", help="link a run into the store and write its lock")
@@ -57,6 +64,9 @@ def main() -> None:
     given = parser.parse_args()
     if given.verb == "link":
         link_run(given.run, given.versions)
+        return
+    if given.verb == "show":
+        print(show(given.run))
         return
     total = 0
     for folder in unused():

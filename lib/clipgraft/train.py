@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipgraft import dist
 from clipgraft.checkpoint import TrainingState
-from clipgraft.config import ConfigError, TrainSettings
+from clipgraft.config import ConfigError
 from clipgraft.data.loader import Batch, Loader
 from clipgraft.data.sampler import HomogeneousBatches, UniformBatches
 from clipgraft.data.shards import Shards
@@ -35,6 +36,7 @@ from clipgraft.job import REQUEUE
 from clipgraft.losses.contrastive import contrastive_loss
 from clipgraft.models.build import normalize
 from clipgraft.optim import build_optimizer, cosine_lr
+from clipgraft.settings import TrainSettings
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +111,11 @@ class Fit:
         """Optimizer steps in all."""
         return math.ceil(self.settings.samples_seen / self.settings.batch_size)
 
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """What autocast computes in."""
+        return precision(self.world.device)
+
     def run(self, out: Path) -> dict[str, Any]:
         """Train, write `metrics.jsonl`, and return facts for the manifest.
 
@@ -136,7 +143,7 @@ class Fit:
             "samples_seen": seen,
             "num_steps": self.num_steps,
             "train_seconds": round(self.seconds, 2),
-            "precision": str(precision(self.world.device)).removeprefix("torch."),
+            "precision": str(self.dtype).removeprefix("torch."),
             "num_processes": self.world.size,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "trained_parameters": sum(p.numel() for p in trained.values()),
@@ -178,6 +185,7 @@ class Fit:
                     self._save(optimizer, done)
                     saved = time.monotonic()
                 if must_stop:
+                    dist.barrier()  # torchrun ends the others when one leaves
                     log.info("told to stop: saved at step %d/%d, leaving", done, self.num_steps)
                     sys.exit(REQUEUE)
         meter.flush(self.num_steps)
@@ -199,16 +207,15 @@ class Fit:
             group["lr"] = lr
         pixels = batch.images_BCHW.to(device, non_blocking=True)
         images = normalize(pixels, self.preprocess["mean"], self.preprocess["std"])
-        dtype = precision(device)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             loss, extras = self.step_fn(model, images, batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if optim.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(trained, optim.max_grad_norm)
         optimizer.step()
-        with torch.no_grad():
-            self.model.logit_scale.clamp_(0, math.log(100))  # type: ignore[operator,union-attr]
+        if self.model.logit_scale.requires_grad:
+            self.model.logit_scale.data.clamp_(0, math.log(100))  # type: ignore[operator,union-attr]
         meter.add(step + 1, loss.detach(), lr, extras)
 
     def _parallel(self) -> nn.Module:
@@ -255,7 +262,7 @@ class Fit:
             size // self.world.size,
             f"{self.num_steps:,}",
             passes,
-            str(precision(self.world.device)).removeprefix("torch."),
+            str(self.dtype).removeprefix("torch."),
             device_name(self.world.device),
         )
 

@@ -13,21 +13,21 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from clipgraft import config as cfg
+from clipgraft import settings as cfg
+from clipgraft.config import ConfigError
 
 LIBRARY = Path(__file__).resolve().parent
-SCRIPTS = LIBRARY.parent.parent / "scripts"
 
 # Floor 0 and the launcher move settings and bytes, never values: editing them re-runs nothing.
 PLUMBING = {
     "clipgraft",
     *(
         f"clipgraft.{name}"
-        for name in ("config", "versions", "job", "provenance", "log", "runs", "launch")
+        for name in ("settings", "config", "versions", "job", "provenance", "log", "runs", "launch")
     ),
 }
 
@@ -50,10 +50,11 @@ class PlannedJob:
     inputs: dict[str, PlannedJob]
     sources: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def version(self) -> str:
         """8 hex digits."""
-        return _version(self)
+        inputs = {name: of.version for name, of in self.inputs.items()}
+        return _short_hash(json.dumps([self.stage, self.settings, inputs], sort_keys=True))
 
     @property
     def folder(self) -> str:
@@ -61,18 +62,13 @@ class PlannedJob:
         return f"{self.stage}/{self.version}"
 
 
-@cache
-def _version_of(text: str) -> str:
+def _short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _version(job: PlannedJob) -> str:
-    known = job.__dict__.get("_known_version")
-    if known is None:
-        inputs = {name: of.version for name, of in job.inputs.items()}
-        known = _version_of(json.dumps([job.stage, job.settings, inputs], sort_keys=True))
-        job.__dict__["_known_version"] = known  # frozen, so it cannot go stale
-    return known
+def seed_for(seed: int, *words: object) -> int:
+    """A seed of its own for every stochastic job: the run's seed mixed with the job's name."""
+    return int(_short_hash(json.dumps([seed, *map(str, words)])), 16) % 2**31
 
 
 def plan_run(name: str, run: cfg.RunSettings) -> list[PlannedJob]:
@@ -89,7 +85,9 @@ def plan_run(name: str, run: cfg.RunSettings) -> list[PlannedJob]:
         given = {slot: job for slot, job in inputs.items() if job is not None}
         dumped, files = settings.model_dump(mode="json"), tuple(_sources(settings))
         job = PlannedJob(job_name.split("/")[0], job_name, dumped, given, files)
-        return jobs.setdefault(job_name, job)
+        known = jobs.setdefault(job_name, job)
+        assert known == job, f"two jobs are called {job_name}"
+        return known
 
     indexes = {}
     for data, source in run.download.items():
@@ -102,18 +100,20 @@ def plan_run(name: str, run: cfg.RunSettings) -> list[PlannedJob]:
     for phase in run.pretrain:
         settings = _extend(cfg.ShardJob, run.shard, image_size=phase.image_size)
         shard = add(f"shard/{phase.name}", settings, index=index)
-        settings = _extend(cfg.PretrainJob, phase, model=run.model, seed=run.seed)
+        seed = seed_for(run.seed, "pretrain", phase.name)
+        settings = _extend(cfg.PretrainJob, phase, model=run.model, seed=seed)
         init = phases[-1] if phases else None
         phases.append(add(f"pretrain/{phase.name}", settings, init=init, index=index, shard=shard))
     base = phases[-1]
 
     experts, labels, tune = [base], None, run.finetune_expert
+    tune_seed = seed_for(run.seed, "finetune_expert")  # the same for experts and controls
     for k in range(1, run.moe.num_experts):
         last = experts[-1]
         embed = add(f"embed/{k - 1}", run.embed, model=last, index=index, shard=shard)
-        settings = _extend(cfg.ClusterJob, run.cluster, seed=run.seed)
+        settings = _extend(cfg.ClusterJob, run.cluster, seed=seed_for(run.seed, "cluster", k))
         labels = add(f"cluster/{k}", settings, embed=embed, previous=labels)
-        settings = _extend(cfg.ExpertJob, tune, batches="homogeneous", seed=run.seed)
+        settings = _extend(cfg.ExpertJob, tune, batches="homogeneous", seed=tune_seed)
         init = last if tune.init == "previous" else base
         experts.append(
             add(
@@ -123,14 +123,15 @@ def plan_run(name: str, run: cfg.RunSettings) -> list[PlannedJob]:
     controls = {}
     for control, times in tune.controls.items():
         seen = {"samples_seen": tune.samples_seen * times}
-        settings = _extend(cfg.ExpertJob, tune, batches="ordinary", seed=run.seed, **seen)
+        settings = _extend(cfg.ExpertJob, tune, batches="ordinary", seed=tune_seed, **seen)
         controls[control] = add(
             f"finetune_expert/{control}", settings, init=base, index=index, shard=shard
         )
 
-    settings = _extend(cfg.AssembleJob, run.moe, seed=run.seed)
+    settings = _extend(cfg.AssembleJob, run.moe, seed=seed_for(run.seed, "assemble"))
     upcycled = add("assemble", settings, **{f"expert_{k}": job for k, job in enumerate(experts)})
-    settings = _extend(cfg.RouterJob, run.finetune_router, seed=run.seed)
+    seed = seed_for(run.seed, "finetune_router")
+    settings = _extend(cfg.RouterJob, run.finetune_router, seed=seed)
     moe = add("finetune_router", settings, init=upcycled, index=index, shard=shard)
 
     models = {phase.name.split("/")[1]: phase for phase in phases[:-1]}
@@ -138,7 +139,7 @@ def plan_run(name: str, run: cfg.RunSettings) -> list[PlannedJob]:
     models |= {**controls, "upcycled": upcycled, "moe": moe}
     for model_name, model in models.items():
         for task, measures in run.evaluate.tasks.items():
-            settings = _extend(cfg.EvaluateJob, measures)
+            settings = _extend(cfg.EvaluateJob, measures, task=task)
             add(
                 f"evaluate/{model_name}/{task}", settings, model=model, index=indexes[measures.data]
             )
@@ -153,23 +154,33 @@ def _extend(job: type[cfg.S], section: cfg.Settings, /, **more: Any) -> cfg.S:
 
 
 def _sources(settings: cfg.Settings) -> Iterator[str]:
-    """Names and sizes of the local files a source reads.
+    """What tells that the local files of a source have changed: their names and sizes.
 
-    A changed file re-runs its download, a touched one does not.
+    A changed file re-runs its download, a touched one does not; small files are hashed.
     """
     source = settings.source if isinstance(settings, cfg.DownloadJob) else None
     if isinstance(source, cfg.FolderSource):
         folder = Path(os.path.expanduser(os.path.expandvars(source.folder)))
+        if not folder.is_dir():
+            raise ConfigError(
+                f"folder {source.folder!r} does not exist. Hint: paths are relative to {Path().resolve()}"
+            )
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         listed = "\n".join(f"{path.relative_to(folder)}:{path.stat().st_size}" for path in files)
-        yield f"{len(files)} files, {_version_of(listed)}"
+        yield f"{len(files)} files, {_short_hash(listed)}"
     patterns: list[str | None] = []
     if isinstance(source, cfg.TarSource):
         patterns = [source.tars, source.classes]
     elif isinstance(source, cfg.UrlSource):
         patterns = [source.table]
     for pattern in filter(None, patterns):
-        yield from (f"{path.name}:{path.stat().st_size}" for path in local_files(pattern))
+        yield from map(_identity, local_files(pattern))
+
+
+def _identity(path: Path) -> str:
+    size = path.stat().st_size
+    content = hashlib.sha256(path.read_bytes()).hexdigest()[:8] if size < 2**20 else ""
+    return f"{path.name}:{size}:{content}"
 
 
 def local_files(pattern: str) -> list[Path]:
@@ -180,16 +191,14 @@ def local_files(pattern: str) -> list[Path]:
     """
     expanded = os.path.expanduser(os.path.expandvars(pattern))
     if "$" in expanded:
-        raise cfg.ConfigError(
-            f"{pattern}: an environment variable in it is not set. Hint: export it"
-        )
+        raise ConfigError(f"{pattern}: an environment variable in it is not set. Hint: export it")
     path = Path(expanded)
     root, tail = (
         (Path(path.anchor), path.relative_to(path.anchor)) if path.is_absolute() else (Path(), path)
     )
     files = sorted(found for found in root.glob(str(tail)) if found.is_file())
     if not files:
-        raise cfg.ConfigError(
+        raise ConfigError(
             f"no file matches {pattern!r} (looked in {path.parent.resolve()}). Hint: paths are relative to the "
             "folder in which snakemake runs"
         )

@@ -20,18 +20,12 @@ import pytest
 from pictures import encoded, jpeg, write_tar
 from PIL import Image
 
-from clipgraft.config import (
-    ConfigError,
-    FolderSource,
-    IndexJob,
-    ShapesSource,
-    TarSource,
-    UrlSource,
-)
+from clipgraft.config import ConfigError
 from clipgraft.data.download import download
 from clipgraft.data.index import build_index
 from clipgraft.data.samples import Samples
 from clipgraft.data.shapes import ATTRIBUTES, draw_sample
+from clipgraft.settings import FolderSource, IndexJob, ShapesSource, TarSource, UrlSource
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -264,7 +258,7 @@ def test_a_stopped_download_leaves_no_process_behind(out, tmp_path):
         table = write_table(tmp_path / "t.parquet", [(f"http://127.0.0.1:{port}/a.jpg", "a")] * 4)
         program = (
             "import signal, sys\nfrom pathlib import Path\n"
-            "from clipgraft.config import UrlSource\nfrom clipgraft.data.download import download\n"
+            "from clipgraft.settings import UrlSource\nfrom clipgraft.data.download import download\n"
             "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
             f"download(UrlSource(kind='urls', table={table!r}, timeout_seconds=60), Path({str(out)!r}), 1)\n"
         )

@@ -12,11 +12,12 @@ import pytest
 from pictures import encoded, jpeg, write_tar
 from PIL import Image
 
-from clipgraft.config import ConfigError, FolderSource, IndexJob, TarSource
+from clipgraft.config import ConfigError
 from clipgraft.data.download import download
 from clipgraft.data.index import build_index
 from clipgraft.data.samples import Samples
 from clipgraft.data.tokens import Tokens
+from clipgraft.settings import FolderSource, IndexJob, TarSource
 
 TRAIN = IndexJob(tokenize=True)
 TEST = IndexJob(tokenize=False)

@@ -10,10 +10,11 @@ import webdataset
 from pictures import encoded, jpeg, write_tar
 from PIL import Image
 
-from clipgraft.config import ConfigError, IndexJob, ShardJob, TarSource
+from clipgraft.config import ConfigError
 from clipgraft.data.download import download
 from clipgraft.data.index import build_index
 from clipgraft.data.shards import Shards, write_shards
+from clipgraft.settings import IndexJob, ShardJob, TarSource
 
 SETTINGS = ShardJob(image_size=16, oversize=1.25, samples_per_tar=2)
 

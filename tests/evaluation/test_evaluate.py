@@ -14,11 +14,12 @@ from open_clip import SimpleTokenizer
 from PIL import Image
 
 from clipgraft.checkpoint import load_model, save_model
-from clipgraft.config import ConfigError, IndexJob, TaskSettings
+from clipgraft.config import ConfigError
 from clipgraft.data.index import build_index
 from clipgraft.data.shapes import ATTRIBUTES, draw_sample, zero_shot_templates
 from clipgraft.evaluation.evaluate import evaluate
 from clipgraft.models.build import build, describe
+from clipgraft.settings import IndexJob, TaskSettings
 
 SIZE, LENGTH, NUM = 16, 12, 14
 TASK = {

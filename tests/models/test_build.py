@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from clipgraft.config import ConfigError, ModelSettings
+from clipgraft.config import ConfigError
 from clipgraft.models.build import (
     build,
     describe,
@@ -18,6 +18,7 @@ from clipgraft.models.build import (
     pretrained_state,
     resize_positions,
 )
+from clipgraft.settings import ModelSettings
 
 
 def inline(config: dict, **more) -> ModelSettings:

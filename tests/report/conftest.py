@@ -14,13 +14,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clipgraft.config import IndexJob, RunSettings
 from clipgraft.data.index import build_index
 from clipgraft.data.samples import Samples
 from clipgraft.data.shapes import ATTRIBUTES, draw_sample
 from clipgraft.evaluation.evaluate import retrieval_examples
 from clipgraft.evaluation.retrieval import Captions, evaluate_retrieval
 from clipgraft.evaluation.zero_shot import evaluate_zero_shot
+from clipgraft.settings import IndexJob, RunSettings
 from clipgraft.versions import PlannedJob, plan_run
 
 SECONDS = {

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from clipgraft.config import ConfigError, ReportJob
+from clipgraft.config import ConfigError
 from clipgraft.report.report import report
+from clipgraft.settings import ReportJob
 
 FULL = {
     "data_caption_lengths", "data_image_sizes", "data_rejects", "pretraining_curves",

@@ -20,12 +20,13 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from clipgraft.config import ConfigError, FolderSource, ShapesSource, Source, TarSource, UrlSource
+from clipgraft.config import ConfigError
 from clipgraft.data.fetch import Outcome, fetch, key_of
 from clipgraft.data.images import SUFFIXES
 from clipgraft.data.parallel import Progress, parallel_map
 from clipgraft.data.shapes import ATTRIBUTES, draw_sample
 from clipgraft.data.tars import list_tars
+from clipgraft.settings import FolderSource, ShapesSource, Source, TarSource, UrlSource
 from clipgraft.versions import local_files
 
 log = logging.getLogger(__name__)

@@ -17,13 +17,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipgraft.config import ConfigError, IndexJob
+from clipgraft.config import ConfigError
 from clipgraft.data.images import SUFFIXES, BadImage, open_image, to_rgb
 from clipgraft.data.parallel import Progress, parallel_map
 from clipgraft.data.samples import SCHEMA, samples_id_of
 from clipgraft.data.tars import Members, list_tars, read_range
 from clipgraft.data.tokens import write_tokens
 from clipgraft.job import WRITING
+from clipgraft.settings import IndexJob
 
 log = logging.getLogger(__name__)
 

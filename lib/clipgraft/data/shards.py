@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from clipgraft.config import ConfigError, ShardJob
+from clipgraft.config import ConfigError
 from clipgraft.data.images import shrink
 from clipgraft.data.parallel import Progress, parallel_map
 from clipgraft.data.samples import Samples
 from clipgraft.data.tars import add_member, read_range
+from clipgraft.settings import ShardJob
 
 log = logging.getLogger(__name__)
 

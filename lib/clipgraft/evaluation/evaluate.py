@@ -24,7 +24,7 @@ from open_clip import CustomTextCLIP
 from torch import Tensor
 
 from clipgraft.checkpoint import load_model
-from clipgraft.config import ConfigError, TaskSettings, ZeroShotSettings
+from clipgraft.config import ConfigError
 from clipgraft.data.images import decode, resize_center
 from clipgraft.data.samples import Samples
 from clipgraft.data.shapes import ATTRIBUTES, zero_shot_templates
@@ -32,6 +32,8 @@ from clipgraft.data.tokens import Tokenizer
 from clipgraft.evaluation.retrieval import Captions, best_candidates, evaluate_retrieval
 from clipgraft.evaluation.zero_shot import check_templates, evaluate_zero_shot, zero_shot_weights
 from clipgraft.models.build import normalize
+from clipgraft.models.moe import insert_experts
+from clipgraft.settings import TaskSettings, ZeroShotSettings
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +70,7 @@ def evaluate(
     jobs = [_check_label(samples, zero_shot, task_name) for zero_shot in task.zero_shot]
     captions = Captions.of(samples.all_captions()) if task.retrieval else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_model(model_folder)
+    loaded = load_model(model_folder, insert_experts=insert_experts)
     model = loaded.model
     model.to(device).eval()
     length = loaded.spec["config"]["text_cfg"]["context_length"]

@@ -181,7 +181,7 @@ def _hit_probability(
         drawn = place - above  # from the tied ones, before this place
         share = (wrong - drawn).clamp(min=0) / (right + wrong - drawn).clamp(min=1)
         miss = torch.where(drawn >= 0, miss * share, miss)
-        hits[place + 1] = 1 - miss
+        hits[place + 1] = torch.where(right > 0, 1 - miss, 0.0)
     return torch.stack([hits[k] for k in cutoffs], dim=1)
 
 

@@ -32,7 +32,8 @@ from open_clip.model import (
 )
 from torch import Tensor, nn
 
-from clipgraft.config import ConfigError, ModelSettings
+from clipgraft.config import ConfigError
+from clipgraft.settings import ModelSettings
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clipgraft.config import ReportJob
 from clipgraft.report.figures_results import noise_of
 from clipgraft.report.page import render
 from clipgraft.report.read import Model, Run
@@ -35,6 +34,7 @@ from clipgraft.report.tables import (
     results_text,
     to_csv,
 )
+from clipgraft.settings import ReportJob
 
 log = logging.getLogger(__name__)
 
