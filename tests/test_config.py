@@ -64,6 +64,21 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("model.name", "ViT-B-16", ["either `name` or `config`"]),
         ("pretrain.1.name", "short", ["phase names must differ"]),
         ("seed", -1, ["seed = -1"]),
+        ("model.config.vision_cfg.widht", 3, ["unknown key `widht`", "did you mean `width`"]),
+        ("model.config.embd_dim", 3, ["unknown key `embd_dim`", "did you mean `embed_dim`"]),
+        ("download.train.mention", {"color": 0.5}, ["download.train.mention.color", "colour"]),
+        ("moe.image_layers", [2], ["moe.image_layers = [2]", "has 2 layers", "0 to 1"]),
+        ("evaluate.tasks.renders.zero_shot", [{"label": "color"}], ["'color'", "`colour`"]),
+        (
+            "evaluate.tasks.renders.zero_shot",
+            [{"label": "colour", "templates": ["a thing"]}],
+            ["'a thing' has no {c}"],
+        ),
+        ("finetune_expert.controls", {"moe": 1}, ["moe: a phase or control", "another model"]),
+        ("finetune_expert.optim.beta2", 1.0, ["finetune_expert.optim.beta2 = 1.0", "less than 1"]),
+        ("finetune_expert.crop_scale", [1.0, 0.5], ["crop_scale = [1.0, 0.5]", "rising"]),
+        ("finetune_expert.optim.lr", float("inf"), ["finetune_expert.optim.lr", "finite"]),
+        ("resources.evaluate", {"gpu": 2}, ["resources.evaluate.gpu", "one device"]),
         ("finetune_expert.samples_seen", None, ["missing key `finetune_expert.samples_seen`"]),
     ],
 )
@@ -78,6 +93,30 @@ def test_a_mistake_is_named_with_its_place_value_and_a_hint(path, value, words):
 def test_a_mistake_in_an_overlay_names_the_run():
     with pytest.raises(ConfigError, match=r"run 'top9'.*top_k = 9"):
         load_config(changed("runs.top9", {"moe": {"top_k": 9}}))
+
+
+def test_the_keys_of_models_are_those_of_open_clip():
+    import dataclasses
+    import inspect
+
+    import open_clip
+
+    from clipgraft.settings import MODEL_KEYS, TEXT_KEYS, VISION_KEYS
+
+    arguments = set(inspect.signature(open_clip.CustomTextCLIP).parameters)
+    assert set(MODEL_KEYS) == arguments | {"custom_text"}
+    assert set(VISION_KEYS) == {f.name for f in dataclasses.fields(open_clip.CLIPVisionCfg)}
+    assert set(TEXT_KEYS) == {f.name for f in dataclasses.fields(open_clip.CLIPTextCfg)}
+
+
+def test_attributes_are_those_of_the_generator():
+    from typing import get_args
+
+    from clipgraft.data.shapes import ATTRIBUTES, DEFAULT_NOISE
+    from clipgraft.settings import Attribute, ShapesSource
+
+    assert get_args(Attribute) == tuple(ATTRIBUTES)
+    assert ShapesSource(kind="shapes").noise == DEFAULT_NOISE
 
 
 def test_an_overlay_changes_only_what_it_names():

@@ -50,7 +50,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
 
 
 def check_outputs(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Check that all files a manifest lists are there with the recorded size (hashes: `verify_outputs`).
+    """Check that all files a manifest lists are there with the recorded size.
 
     Raises:
         ConfigError: names the first file that is missing or has another size.

@@ -211,6 +211,9 @@ def test_an_index_finds_its_download_after_both_have_moved(tmp_path):
     index = indexed(tmp_path / "old", pictures)
     about = json.loads((index / "samples.json").read_text())
     assert about["download"] == os.path.join("..", "download")
+    (tmp_path / "old").rename(tmp_path / "new")
+    moved = Samples.open(tmp_path / "new" / index.relative_to(tmp_path / "old"))
+    assert len(moved) == 1 and moved.captions(0) == ["a"]
     assert (about["num_samples"], about["num_captions"], about["label_names"]) == (1, 1, {})
 
 

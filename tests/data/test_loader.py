@@ -1,5 +1,7 @@
 """Laws of the loader, on shards and tokens that are made up here."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -139,7 +141,9 @@ def test_leaving_early_ends_the_threads():
         )
     )
     next(loader)
+    assert any(thread.name.startswith("loader") for thread in threading.enumerate())
     loader.close()
+    assert not any(thread.name.startswith("loader") for thread in threading.enumerate())
     assert not list(loader)
 
 
