@@ -15,7 +15,7 @@ FLOORS = [
     {"settings", "config", "versions", "job", "provenance", "log", "runs"},
     {"dist", "launch"},
     {"data", "models", "losses"},
-    {"checkpoint", "optim"},
+    {"checkpoint", "optim", "meter"},
     {"train", "evaluation"},
     {"pretrain", "embed", "cluster", "experts", "graft", "router", "report"},
 ]

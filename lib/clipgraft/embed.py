@@ -18,9 +18,10 @@ from torch import Tensor
 from clipgraft import dist
 from clipgraft.checkpoint import load_model
 from clipgraft.data.images import decode, resize_center
+from clipgraft.meter import LOG_SECONDS
 from clipgraft.models.build import normalize
 from clipgraft.settings import EmbedSettings
-from clipgraft.train import LOG_SECONDS, Data, device_name
+from clipgraft.train import Data, device_name
 
 log = logging.getLogger(__name__)
 

@@ -34,15 +34,14 @@ from clipgraft.data.shards import Shards
 from clipgraft.data.tokens import Tokens
 from clipgraft.job import REQUEUE
 from clipgraft.losses.contrastive import contrastive_loss
+from clipgraft.meter import Meter
 from clipgraft.models.build import normalize
 from clipgraft.optim import build_optimizer, cosine_lr
 from clipgraft.settings import TrainSettings
 
 log = logging.getLogger(__name__)
 
-LOG_SECONDS = 10.0
 SAVE_SECONDS = float(os.environ.get("CLIPGRAFT_SAVE_SECONDS", "60"))
-NUM_ROWS = 100  # rows of metrics.jsonl, about
 
 Sampler = UniformBatches | HomogeneousBatches
 # What a stage computes from one batch: the loss with gradient, and numbers or lists worth logging without.
@@ -104,7 +103,6 @@ class Fit:
     threads: int = 1
     state: TrainingState | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
 
     @property
     def num_steps(self) -> int:
@@ -142,7 +140,7 @@ class Fit:
         return {
             "samples_seen": seen,
             "num_steps": self.num_steps,
-            "train_seconds": round(self.seconds, 2),
+            "train_seconds": self.rows[-1]["seconds"] if self.rows else 0.0,
             "precision": str(self.dtype).removeprefix("torch."),
             "num_processes": self.world.size,
             "parameters": sum(p.numel() for p in self.model.parameters()),
@@ -168,12 +166,14 @@ class Fit:
             start_step=first_step,
             num_steps=self.num_steps,
         )
-        meter = Meter(self, loader, first_step)
+        logit_scale = self.model.logit_scale
+        meter = Meter(self.num_steps, self.settings.batch_size, logit_scale, self.rows)
         model.train()
         saved = time.monotonic()
         with _stop_requests() as stop, attention(self.world.device):
             for step, batch in enumerate(loader, start=first_step):
-                self._step(model, optimizer, trained, batch, step, meter)
+                loss, lr, extras = self._step(model, optimizer, trained, batch, step)
+                meter.add(step + 1, loss, lr, loader.wait_seconds, extras)
                 done = step + 1
                 if done == self.num_steps:
                     break
@@ -197,8 +197,7 @@ class Fit:
         trained: list[nn.Parameter],
         batch: Batch,
         step: int,
-        meter: Meter,
-    ) -> None:
+    ) -> tuple[Tensor, float, dict[str, Tensor]]:
         optim, device = self.settings.optim, self.world.device
         lr = cosine_lr(
             step, self.num_steps, round(optim.warmup * self.num_steps), optim.lr, optim.lr_min
@@ -216,7 +215,7 @@ class Fit:
         optimizer.step()
         if self.model.logit_scale.requires_grad:
             self.model.logit_scale.data.clamp_(0, math.log(100))  # type: ignore[operator,union-attr]
-        meter.add(step + 1, loss.detach(), lr, extras)
+        return loss.detach(), lr, extras
 
     def _parallel(self) -> nn.Module:
         self.model.to(self.world.device)
@@ -229,9 +228,8 @@ class Fit:
             trained = {
                 name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad
             }
-            progress = {"rows": json.dumps(self.rows), "seconds": self.seconds}
             weights = {"trained": trained, "optimizer": optimizer.state_dict()}
-            self.state.save({"step": step, **weights, **progress})
+            self.state.save({"step": step, **weights, "rows": json.dumps(self.rows)})
 
     def _resume(self, optimizer: torch.optim.Optimizer) -> int:
         saved = self.state.load() if self.state is not None else None
@@ -243,7 +241,7 @@ class Fit:
                 parameters[name].copy_(value)
         self.model.to(self.world.device)
         optimizer.load_state_dict(saved["optimizer"])
-        self.rows, self.seconds = json.loads(saved["rows"]), saved["seconds"]
+        self.rows = json.loads(saved["rows"])
         log.info("resumed at step %d/%d", saved["step"], self.num_steps)
         return int(saved["step"])
 
@@ -303,80 +301,6 @@ def pair_loss(
         label_smoothing=label_smoothing,
         group_G=group_G,
     )
-
-
-class Meter:
-    """Averages between two log lines; keeps about `NUM_ROWS` rows and speaks every `LOG_SECONDS`."""
-
-    def __init__(self, fit: Fit, loader: Loader, first_step: int) -> None:
-        self.fit, self.loader = fit, loader
-        self.every = max(1, fit.num_steps // NUM_ROWS)
-        self.sums: dict[str, Tensor] = {}
-        self.count, self.row_step, self.lr = 0, first_step, 0.0
-        self.row_time = self.start = self.spoke = time.monotonic()
-        self.start_step, self.waited, self.seconds_before = first_step, 0.0, fit.seconds
-
-    def add(self, step: int, loss: Tensor, lr: float, extras: Mapping[str, Tensor]) -> None:
-        """Count one step; values stay on the device until a row is due."""
-        for name, value in {"loss": loss, **extras}.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.count, self.lr = self.count + 1, lr
-        if step % self.every == 0:
-            self.flush(step)
-
-    def flush(self, step: int) -> None:
-        """Close the current row, if it has steps."""
-        if not self.count:
-            return
-        values = {
-            name: (dist.mean(total.float() / self.count)).tolist()
-            for name, total in self.sums.items()
-        }
-        now = time.monotonic()
-        seconds, samples = (
-            now - self.row_time,
-            (step - self.row_step) * self.fit.settings.batch_size,
-        )
-        self.fit.seconds = self.seconds_before + now - self.start
-        row = {
-            "step": step,
-            "samples_seen": step * self.fit.settings.batch_size,
-            "seconds": round(self.fit.seconds, 3),
-            "lr": self.lr,
-            "tau": 1 / math.exp(self.fit.model.logit_scale.item()),  # type: ignore[operator,union-attr]
-            "samples_per_second": round(samples / max(seconds, 1e-9), 1),
-            "data_wait": round((self.loader.wait_seconds - self.waited) / max(seconds, 1e-9), 4),
-            **values,
-        }
-        if not math.isfinite(row["loss"]):
-            raise ConfigError(
-                f"the loss is {row['loss']} between steps {self.row_step} and {step} of {self.fit.num_steps} (tau "
-                f"{row['tau']:.4g}, lr {self.lr:.3g}). Hint: a lower optim.lr, a longer warmup, or max_grad_norm"
-            )
-        self.fit.rows.append(row)
-        self.sums, self.count = {}, 0
-        self.row_time, self.row_step, self.waited = now, step, self.loader.wait_seconds
-        if now - self.spoke > LOG_SECONDS or step == self.fit.num_steps:
-            self.speak(row, now)
-
-    def speak(self, row: Mapping[str, Any], now: float) -> None:
-        """One line for people."""
-        total, step = self.fit.num_steps, row["step"]
-        rate = (now - self.start) / max(step - self.start_step, 1)
-        eta = round(rate * (total - step))
-        log.info(
-            "step %5d/%d %5.1f%%  loss %.3f  tau %.4f  lr %.1e  %s img/s  data %.0f%%  eta %dm%02ds",
-            step,
-            total,
-            100 * step / total,
-            row["loss"],
-            row["tau"],
-            row["lr"],
-            f"{row['samples_per_second']:,.0f}",
-            100 * row["data_wait"],
-            *divmod(eta, 60),
-        )
-        self.spoke = now
 
 
 @dataclass

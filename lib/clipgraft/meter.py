@@ -1,0 +1,111 @@
+"""The meter of a training: averages of what its steps compute, as rows of `metrics.jsonl` and as log lines."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from clipgraft import dist
+from clipgraft.config import ConfigError
+
+log = logging.getLogger(__name__)
+
+LOG_SECONDS = 10.0
+NUM_ROWS = 100  # rows of a whole training, about
+
+
+class Meter:
+    """Averages between two log lines; keeps about `NUM_ROWS` rows and speaks every `LOG_SECONDS`."""
+
+    def __init__(
+        self, num_steps: int, batch_size: int, logit_scale: Tensor, rows: list[dict[str, Any]]
+    ) -> None:
+        """Begin, or go on after a resume.
+
+        Args:
+            num_steps: steps of the whole training.
+            batch_size: global batch size.
+            logit_scale: of the model, read when a row is due.
+            rows: those of the time before a resume; new ones are appended.
+        """
+        self.num_steps, self.batch_size = num_steps, batch_size
+        self.logit_scale, self.rows = logit_scale, rows
+        self.every = max(1, num_steps // NUM_ROWS)
+        self.sums: dict[str, Tensor] = {}
+        self.start_step = self.row_step = rows[-1]["step"] if rows else 0
+        self.seconds_before = rows[-1]["seconds"] if rows else 0.0
+        self.count, self.lr, self.waited, self.row_waited = 0, 0.0, 0.0, 0.0
+        self.row_time = self.start = self.spoke = time.monotonic()
+
+    def add(
+        self, step: int, loss: Tensor, lr: float, waited: float, extras: Mapping[str, Tensor]
+    ) -> None:
+        """Count one step; values stay on the device until a row is due.
+
+        Args:
+            step: steps done.
+            loss: of this step, without gradient.
+            lr: of this step.
+            waited: seconds that training has waited for data since its start.
+            extras: what else is to be averaged.
+        """
+        for name, value in {"loss": loss, **extras}.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.count, self.lr, self.waited = self.count + 1, lr, waited
+        if step % self.every == 0:
+            self.flush(step)
+
+    def flush(self, step: int) -> None:
+        """Close the current row, if it has steps."""
+        if not self.count:
+            return
+        values = {
+            name: (dist.mean(total.float() / self.count)).tolist()
+            for name, total in self.sums.items()
+        }
+        now = time.monotonic()
+        seconds, samples = now - self.row_time, (step - self.row_step) * self.batch_size
+        row = {
+            "step": step,
+            "samples_seen": step * self.batch_size,
+            "seconds": round(self.seconds_before + now - self.start, 3),
+            "lr": self.lr,
+            "tau": 1 / math.exp(self.logit_scale.item()),
+            "samples_per_second": round(samples / max(seconds, 1e-9), 1),
+            "data_wait": round((self.waited - self.row_waited) / max(seconds, 1e-9), 4),
+            **values,
+        }
+        if not math.isfinite(row["loss"]):
+            raise ConfigError(
+                f"the loss is {row['loss']} between steps {self.row_step} and {step} of {self.num_steps} (tau "
+                f"{row['tau']:.4g}, lr {self.lr:.3g}). Hint: a lower optim.lr, a longer warmup, or max_grad_norm"
+            )
+        self.rows.append(row)
+        self.sums, self.count = {}, 0
+        self.row_time, self.row_step, self.row_waited = now, step, self.waited
+        if now - self.spoke > LOG_SECONDS or step == self.num_steps:
+            self.speak(row, now)
+
+    def speak(self, row: Mapping[str, Any], now: float) -> None:
+        """One line for people."""
+        total, step = self.num_steps, row["step"]
+        rate = (now - self.start) / max(step - self.start_step, 1)
+        eta = round(rate * (total - step))
+        log.info(
+            "step %5d/%d %5.1f%%  loss %.3f  tau %.4f  lr %.1e  %s img/s  data %.0f%%  eta %dm%02ds",
+            step,
+            total,
+            100 * step / total,
+            row["loss"],
+            row["tau"],
+            row["lr"],
+            f"{row['samples_per_second']:,.0f}",
+            100 * row["data_wait"],
+            *divmod(eta, 60),
+        )
+        self.spoke = now
