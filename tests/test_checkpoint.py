@@ -24,7 +24,7 @@ from clipgraft.checkpoint import (
 from clipgraft.config import ConfigError
 from clipgraft.job import WRITING
 from clipgraft.models.build import build, describe, mlp_parameters
-from clipgraft.models.moe import router_parameters, upcycle
+from clipgraft.models.moe import insert_experts, router_parameters, upcycle
 
 TEXT = torch.tensor([[38, 5, 39, 0, 0, 0, 0, 0], [38, 9, 8, 7, 6, 39, 0, 0]])
 
@@ -89,7 +89,9 @@ def test_mixture_comes_back_as_it_was(dense, tmp_path, merges):
     folder = tmp_path / "moe"
     folder.mkdir()
     save_model(folder, base.model, {**base.spec, "moe": spec}, merges)
-    loaded = load_model(folder)
+    with pytest.raises(ConfigError, match="a dense model is needed here"):
+        load_model(folder)
+    loaded = load_model(folder, insert_experts=insert_experts)
     assert loaded.spec["kind"] == "moe"
     assert set(router_parameters(loaded.model)) == set(router_parameters(base.model))
     assert torch.equal(features(loaded.model), features(base.model))

@@ -65,6 +65,8 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("pretrain.1.name", "short", ["phase names must differ"]),
         ("seed", -1, ["seed = -1"]),
         ("model.config.vision_cfg.widht", 3, ["unknown key `widht`", "did you mean `width`"]),
+        ("model.config.embed_dim", None, ["config lacks embed_dim"]),
+        ("model.config.text_cfg", 3, ["config.text_cfg must be a mapping"]),
         ("model.config.embd_dim", 3, ["unknown key `embd_dim`", "did you mean `embed_dim`"]),
         ("download.train.mention", {"color": 0.5}, ["download.train.mention.color", "colour"]),
         ("moe.image_layers", [2], ["moe.image_layers = [2]", "has 2 layers", "0 to 1"]),

@@ -175,7 +175,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_behind(script, tmp_path):
     try:
         done = run(script, "--out", str(disk / "out"), *with_settings(megabytes=16))
         assert done.returncode == 1
-        assert "No space left on device" in done.stderr
+        assert "no space left on device" in done.stderr
         assert "Hint" in done.stderr
         assert "Traceback" not in done.stderr
         assert files(disk / "out") == set()

@@ -86,7 +86,7 @@ def test_training_learns_and_tells_what_it_did(data, tmp_path):
     settings = phase(samples_seen=960, optim={"lr": 3e-3})
     facts = pretrain(settings, *data, None, out)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert rows[0]["loss"] == pytest.approx(math.log(16), rel=0.2)
+    assert rows[0]["loss"] == pytest.approx(math.log(16), rel=0.3)
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
     assert facts["samples_seen"] == 960 == rows[-1]["samples_seen"]
     assert facts["num_steps"] == 60 == rows[-1]["step"]

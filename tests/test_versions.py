@@ -65,7 +65,7 @@ def test_a_router_setting_leaves_the_evaluation_of_other_models_alone():
 
 def test_the_same_settings_give_the_same_versions_in_another_process():
     code = (
-        "import json, yaml; from clipgraft.settings import load_config; from clipgraft.versions import plan_run;"
+        "import json, yaml; from clipgraft.config import load_config; from clipgraft.versions import plan_run;"
         f"raw = yaml.safe_load(open({str(ROOT / 'tests/config/small.yaml')!r}));"
         "print(json.dumps({j.name: j.version for j in plan_run('small', load_config(raw)['small'])}))"
     )

@@ -173,6 +173,11 @@ class ModelSettings(Settings):
         if (self.name is None) == (self.config is None):
             raise ValueError("give either `name` or `config`, not both and not neither")
         config = self.config or {}
+        missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
+        if self.config is not None and missing:
+            raise ValueError(
+                f"config lacks {', '.join(missing)}. Hint: it has the form of open_clip's model JSONs"
+            )
         known = {"": MODEL_KEYS, "vision_cfg": VISION_KEYS, "text_cfg": TEXT_KEYS}
         for section, keys in known.items():
             part = config.get(section, {}) if section else config

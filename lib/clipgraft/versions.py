@@ -236,25 +236,39 @@ def _tree(path: Path) -> ast.Module:
 
 @cache
 def _digest(path: Path) -> str:
-    return hashlib.sha256(repr(_canonical(_tree(path))).encode()).hexdigest()
+    words: list[str] = []
+    _write_words(_tree(path), words)
+    return hashlib.sha256("\0".join(words).encode()).hexdigest()
 
 
-def _canonical(node: Any) -> Any:
-    """The tree as nested tuples: empty fields, positions and docstrings left out (same on every Python)."""
+def _write_words(node: Any, words: list[str]) -> None:
+    """The tree as words: empty fields, positions and docstrings left out (same on every Python)."""
     if isinstance(node, list):
-        return [_canonical(item) for item in node]
-    if not isinstance(node, ast.AST):
-        return node
-    fields = {name: value for name, value in ast.iter_fields(node) if value not in (None, [])}
-    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-        first = node.body[0] if node.body else None
-        if (
-            isinstance(first, ast.Expr)
-            and isinstance(first.value, ast.Constant)
-            and isinstance(first.value.value, str)
-        ):
-            fields["body"] = node.body[1:]
-    return (type(node).__name__, *((name, _canonical(value)) for name, value in fields.items()))
+        words.append("[")
+        for item in node:
+            _write_words(item, words)
+        words.append("]")
+    elif isinstance(node, ast.AST):
+        words.append(type(node).__name__)
+        fields = node.__dict__
+        for name in node._fields:
+            value = fields.get(name)
+            if name == "body" and _has_docstring(node):
+                value = value[1:]
+            if value is not None and value != []:
+                words.append(name)
+                _write_words(value, words)
+        words.append(";")
+    else:
+        words.append(repr(node))
+
+
+def _has_docstring(node: ast.AST) -> bool:
+    if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        return False
+    first = node.body[0] if node.body else None
+    is_constant = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    return is_constant and isinstance(first.value.value, str)  # type: ignore[union-attr]
 
 
 @cache

@@ -56,7 +56,7 @@ def settings(
         {
             "seed": 3,
             "download": sources,
-            "model": {"config": {"embed_dim": 16}},
+            "model": {"config": {"embed_dim": 16, "vision_cfg": {}, "text_cfg": {}}},
             "pretrain": phase[2 - phases :],
             "finetune_expert": {"samples_seen": 6_000, **train},
             "moe": {"num_experts": num_experts},
