@@ -254,7 +254,7 @@ def _write_words(node: Any, words: list[str]) -> None:
         for name in node._fields:
             value = fields.get(name)
             if name == "body" and _has_docstring(node):
-                value = value[1:]
+                value = fields["body"][1:]
             if value is not None and value != []:
                 words.append(name)
                 _write_words(value, words)
