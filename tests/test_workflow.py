@@ -33,7 +33,12 @@ def test_the_whole_dag_runs_and_every_model_is_evaluated(finished):
     for name, folder in lock.items():
         assert (run / name).resolve() == (finished.root / "results" / folder).resolve()
     assert "<html" in (run / "report/report.html").read_text()
-    assert "moe" in (run / "report/results.txt").read_text()
+    command = [sys.executable, "-m", "clipgraft.runs", "show", "small"]
+    shown = subprocess.run(
+        command, cwd=finished.root, capture_output=True, text=True, check=True
+    ).stdout
+    assert (run / "report/results.txt").read_text() in shown
+    assert "\nmoe " in shown and "report.html" in shown
 
 
 def test_experts_change_their_mlps_and_nothing_else(finished):

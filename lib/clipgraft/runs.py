@@ -61,6 +61,7 @@ def main() -> None:
     verbs.add_parser(
         "unused", help="list folders that no run uses, with their size; nothing is deleted"
     )
+    verbs.add_parser("show", help="print the results of a run").add_argument("run")
     given = parser.parse_args()
     if given.verb == "link":
         link_run(given.run, given.versions)
