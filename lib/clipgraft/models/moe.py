@@ -13,6 +13,7 @@ the second one of gradient checkpointing: hooks on the tower tell its layers thr
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -181,6 +182,9 @@ def insert_experts(
     Raises:
         ConfigError: if a block does not exist, top_k is too large, or padding could be seen by real tokens.
     """
+    # Experts get another number of rows in each layer of each batch, and oneDNN keeps a kernel with its buffers for
+    # each of the last 1,024 shapes: gigabytes, and slower than making them anew. Read at a process's first product.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     if not 1 <= top_k <= num_experts:
         raise ConfigError(
             f"moe.top_k = {top_k} of {num_experts} experts. Hint: 1 to {num_experts}; num_experts counts expert 0"
