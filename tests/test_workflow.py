@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,35 @@ def test_a_recorded_job_is_replayed_by_hand_with_a_change(finished, tmp_path):
     recorded = tmp_path / "try" / replayed["inputs"]["embed"]["manifest"]
     assert recorded.samefile(finished.root / "results/runs/small/embed/0/manifest.json")
     assert finished.planned() == []
+
+
+def test_a_full_disk_is_said_by_every_stage_and_leaves_nothing_behind(finished, tmp_path):
+    run = finished.root / "results/runs/small"
+    names = ["download/train", "index/train", "shard/full", "pretrain/short", "embed/0"]
+    names += ["finetune_expert/1", "assemble", "finetune_router", "report"]
+
+    def on_a_small_disk(name: str) -> None:
+        manifest, disk = run / name / "manifest.json", tmp_path / name.replace("/", "_")
+        needed = sum(each["bytes"] for each in json.loads(manifest.read_text())["outputs"].values())
+        disk.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={max(needed // 2, 8192)}", "tmpfs", str(disk)]
+        mounted = subprocess.run(mount, capture_output=True, text=True)
+        if mounted.returncode:
+            pytest.skip(f"needs the right to mount a small disk: {mounted.stderr.strip()}")
+        try:
+            script = f"scripts/{name.split('/')[0]}.py"
+            command = [sys.executable, script, str(manifest), "--out", str(disk / "out")]
+            done = subprocess.run(command, cwd=finished.root, capture_output=True, text=True)
+            assert done.returncode == 1, (name, done.stderr)
+            assert "no space left on device" in done.stderr, (name, done.stderr)
+            assert "Traceback" not in done.stderr, (name, done.stderr)
+            left = {path.name for path in (disk / "out").rglob("*") if path.is_file()}
+            assert left <= {".lock"}, name
+        finally:
+            subprocess.run(["umount", disk], check=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(on_a_small_disk, names))
 
 
 def test_two_processes_train_the_routers_as_one_does(finished, tmp_path):
