@@ -57,6 +57,11 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ),
         ("pretrain.0.batch_size", 97, ["pretrain.short.batch_size = 97", "num_samples = 96"]),
         ("finetune_router.batch_size", 1000, ["finetune_router.batch_size = 1000", "96"]),
+        (
+            "pretrain.0.source_weights",
+            {"web": 2},
+            ["pretrain.short.source_weights: 'web'", "not of the kind `mixed`"],
+        ),
         ("evaluate.tasks.renders.data", "render", ["'render'", "did you mean `renders`"]),
         ("evaluate.tasks.renders", {"data": "renders"}, ["nothing to measure"]),
         ("download.train.kind", "tar", ["download.train", '"tar"', "tars"]),
@@ -115,7 +120,7 @@ def test_attributes_are_those_of_the_generator():
     from typing import get_args
 
     from clipgraft.data.shapes import ATTRIBUTES, DEFAULT_NOISE
-    from clipgraft.settings import Attribute, ShapesSource
+    from clipgraft.sources import Attribute, ShapesSource
 
     assert get_args(Attribute) == tuple(ATTRIBUTES)
     assert ShapesSource(kind="shapes").noise == DEFAULT_NOISE
@@ -155,3 +160,13 @@ def test_a_file_that_is_not_there_or_not_yaml_is_named(tmp_path: Path):
 def test_the_schema_for_editors_is_up_to_date():
     stored = json.loads((ROOT / "workflow/schemas/config.schema.json").read_text())
     assert stored == schema(), "run `make schema`"
+
+
+def test_weights_name_sources_of_the_training_set():
+    train = SMALL["download"]["train"]
+    raw = changed("download.train", {"kind": "mixed", "sources": {"web": train, "own": train}})
+    raw["finetune_expert"]["source_weights"] = {"web": 2.5, "own": 0}
+    load_config(raw)
+    raw["finetune_expert"]["source_weights"] = {"owns": 1}
+    with pytest.raises(ConfigError, match=r"finetune_expert\.source_weights: 'owns'.*mean `own`"):
+        load_config(raw)

@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from clipgraft.settings import SOURCE_KINDS, RunSettings, S, hint
+from clipgraft.settings import RunSettings, S, hint
+from clipgraft.sources import SOURCE_KINDS
 
 
 class ConfigError(ValueError):

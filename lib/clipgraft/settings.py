@@ -13,8 +13,6 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
-    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -23,88 +21,22 @@ from pydantic import (
     model_validator,
 )
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
+from clipgraft.sources import (
+    Attribute,
+    Fraction,
+    MixedSource,
+    Name,
+    OneSource,
+    Settings,
+    ShapesSource,
+    Source,
+    TarSource,
+)
+
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
+HueShift = Annotated[float, Field(ge=0, le=0.5)]
 Tau = Annotated[float, Field(ge=0.01, le=1)]
-Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 S = TypeVar("S", bound=BaseModel)
-
-
-class Settings(BaseModel):
-    """Base of every section: no unknown keys, no changes after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-# --- where images and captions come from ------------------------------------------------------------------
-
-
-Attribute = Literal["colour", "shape", "texture", "size", "position", "background"]
-
-
-class ShapesSource(Settings):
-    """The built-in generator: one object per picture, captions from templates (`data/shapes.py`)."""
-
-    kind: Literal["shapes"]
-    split: Literal["train", "renders", "combinations"] = Field(
-        "train",
-        description="renders: unseen pictures of the training combinations; combinations: held-out ones.",
-    )
-    num_samples: PositiveInt = 12_000
-    image_size: PositiveInt = Field(64, description="Side of the picture in pixels.")
-    noise: NonNegativeFloat = Field(
-        0.03, description="Standard deviation of the pixel noise, 0..1."
-    )
-    num_captions: PositiveInt = 1
-    mention: dict[Attribute, Fraction] = Field(
-        default_factory=dict,
-        description="How often a caption names an attribute, e.g. {texture: 0.7}; others keep their default.",
-    )
-
-
-class UrlSource(Settings):
-    """A table of image URLs and captions, downloaded by img2dataset."""
-
-    kind: Literal["urls"]
-    table: str = Field(description="Parquet, CSV or TSV file with a header.")
-    url_column: str = "url"
-    caption_column: str = "caption"
-    image_size: PositiveInt = Field(256, description="Longer images are shrunk to this short side.")
-    min_success: Fraction = Field(
-        0.5, description="Fail if a smaller share of the URLs could be had."
-    )
-    allow_local_files: bool = Field(False, description="Let `file://` URLs read local files.")
-    timeout_seconds: PositiveInt = 10
-    retries: NonNegativeInt = 1
-
-
-class TarSource(Settings):
-    """WebDataset tars on this machine: `KEY.jpg` with `.txt`, `.json` (captions) or `.cls` (class number)."""
-
-    kind: Literal["tars"]
-    tars: str = Field(
-        description="Glob of tar files, e.g. data/train-*.tar; environment variables allowed."
-    )
-    classes: str | None = Field(
-        None, description="Text file with one class name per line (line = .cls)."
-    )
-
-
-class FolderSource(Settings):
-    """A folder of images, each with a caption beside it: `x.jpg` and `x.txt`."""
-
-    kind: Literal["folder"]
-    folder: str
-
-
-SOURCE_KINDS = {
-    get_args(source.model_fields["kind"].annotation)[0]
-    for source in (ShapesSource, UrlSource, TarSource, FolderSource)
-}
-Source = Annotated[
-    ShapesSource | UrlSource | TarSource | FolderSource,
-    Discriminator("kind"),
-]
 
 
 class IndexSettings(Settings):
@@ -120,15 +52,36 @@ class IndexSettings(Settings):
         description="corpus: keep only the merges of CLIP's BPE that the training captions use, so small "
         "models need no 49,408 row token table; full: CLIP's own vocabulary (for public weights).",
     )
+    tagger: Literal["textblob", "nltk"] = Field(
+        "textblob",
+        description="Word classes of captions; textblob brings its model along, nltk needs NLTK_DATA.",
+    )
+    drop_duplicates: bool = Field(
+        True, description="Training set: reject images whose pixels are those of an earlier sample."
+    )
+    near_duplicates: Annotated[int, Field(ge=0, le=16)] | None = Field(
+        None,
+        description="Training set: reject images whose perceptual hash (pHash) differs in at most so many of 64 "
+        "bits from an earlier one's; 4 finds copies of another size or quality.",
+    )
+    not_in: list[Name] = Field(
+        default_factory=list,
+        description="Training set: reject images that are in these data sets (names under download).",
+    )
 
 
 class ShardSettings(Settings):
     """How images are stored for training."""
 
     oversize: Annotated[float, Field(ge=1)] = Field(
-        1.25, description="Short side of the stored image over the training size (room for crops)."
+        1.58,
+        description="Short side of the stored image over the training size; at 1.58 a crop of 40 % of the area is as "
+        "large as the training size.",
     )
     quality: Annotated[int, Field(ge=1, le=100)] = Field(95, description="JPEG quality.")
+    format: Literal["jpeg", "raw"] = Field(
+        "jpeg", description="raw: uint8 pixels, squares; up to 96 px it is no larger, and faster."
+    )
     samples_per_tar: PositiveInt = 10_000
 
 
@@ -211,6 +164,29 @@ class TrainSettings(Settings):
     optim: OptimSettings
     crop_scale: tuple[Fraction, Fraction] = Field(
         (0.9, 1.0), description="Random resized crop: range of the area kept. [1, 1] turns it off."
+    )
+    flip_prob: Fraction = Field(0.0, description="Mirror images left to right.")
+    color_jitter: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat, HueShift] = Field(
+        (0.0, 0.0, 0.0, 0.0), description="Range of brightness, contrast, saturation, hue."
+    )
+    color_jitter_prob: Fraction = Field(1.0, description="Share of images that are jittered.")
+    gray_scale_prob: Fraction = Field(0.0, description="Share of images that lose their colours.")
+    captions: dict[Name, NonNegativeFloat] = Field(
+        default_factory=dict,
+        description="How often a visit draws each kind of caption, e.g. {caption: 1, recaption: 4}; "
+        "empty: all captions of a sample alike.",
+    )
+    text_reduction: Literal["truncate", "random", "block", "syntax"] = Field(
+        "truncate", description="Which tokens of a caption that is too long are kept (CLIPA)."
+    )
+    source_weights: dict[Name, NonNegativeFloat] = Field(
+        default_factory=dict,
+        description="Visits per epoch of the samples of each source of a `mixed` data set; 1 unless given.",
+    )
+    shuffle_block: PositiveInt | None = Field(
+        None,
+        description="Shuffle blocks of so many neighbours, and within a few blocks, instead of all samples: "
+        "reads a slow disk in order.",
     )
 
     @model_validator(mode="after")
@@ -384,6 +360,12 @@ class RunSettings(Settings):
             raise ValueError(
                 f"download has no `train` (it has {', '.join(self.download)}). Hint: name the training set `train`"
             )
+        for name in self.index.not_in:
+            if name not in self.download or name == "train":
+                others = [other for other in self.download if other != "train"]
+                raise ValueError(
+                    f"index.not_in: {name!r} is no evaluation set under download{hint(name, others)}"
+                )
         names = [phase.name for phase in self.pretrain]
         if len(set(names)) < len(names):
             raise ValueError(f"pretrain: phase names must differ, got {names}")
@@ -400,6 +382,7 @@ class RunSettings(Settings):
         self._check_patches()
         self._check_layers()
         self._check_batches()
+        self._check_source_weights()
         return self
 
     def _check_names(self) -> None:
@@ -475,6 +458,20 @@ class RunSettings(Settings):
                     f"= {train.num_samples}. Hint: a smaller batch, or more samples"
                 )
 
+    def _check_source_weights(self) -> None:
+        train = self.download["train"]
+        names = list(train.sources) if isinstance(train, MixedSource) else []
+        sections = [(f"pretrain.{phase.name}", phase.source_weights) for phase in self.pretrain]
+        for name in ("finetune_expert", "finetune_router"):
+            sections.append((name, getattr(self, name).source_weights))
+        for where, weights in sections:
+            for name in weights:
+                if name not in names:
+                    raise ValueError(
+                        f"{where}.source_weights: {name!r} is no source of download.train"
+                        + (hint(name, names) if names else ", which is not of the kind `mixed`")
+                    )
+
     def resources_of(self, stage: str) -> ResourceSettings:
         """The wish of a stage, or the default."""
         wishes = {str(name): wish for name, wish in self.resources.items()}
@@ -487,7 +484,7 @@ class RunSettings(Settings):
 class DownloadJob(Settings):
     """Settings of one `download` job."""
 
-    source: Source
+    source: OneSource
 
 
 class IndexJob(IndexSettings):

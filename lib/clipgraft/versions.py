@@ -11,6 +11,7 @@ import ast
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -19,6 +20,7 @@ from typing import Any
 
 from clipgraft import settings as cfg
 from clipgraft.config import ConfigError
+from clipgraft.sources import MixedSource, Settings
 
 LIBRARY = Path(__file__).resolve().parent
 
@@ -27,7 +29,17 @@ PLUMBING = {
     "clipgraft",
     *(
         f"clipgraft.{name}"
-        for name in ("settings", "config", "versions", "job", "provenance", "log", "runs", "launch")
+        for name in (
+            "settings",
+            "sources",
+            "config",
+            "versions",
+            "job",
+            "provenance",
+            "log",
+            "runs",
+            "launch",
+        )
     ),
 }
 
@@ -79,9 +91,9 @@ def plan_run(name: str, run: cfg.RunSettings) -> list[PlannedJob]:
         run: validated settings.
     """
     jobs: dict[str, PlannedJob] = {}
-    settings: cfg.Settings
+    settings: Settings
 
-    def add(job_name: str, settings: cfg.Settings, **inputs: PlannedJob | None) -> PlannedJob:
+    def add(job_name: str, settings: Settings, **inputs: PlannedJob | None) -> PlannedJob:
         given = {slot: job for slot, job in inputs.items() if job is not None}
         dumped, files = settings.model_dump(mode="json"), tuple(_sources(settings))
         job = PlannedJob(job_name.split("/")[0], job_name, dumped, given, files)
@@ -89,11 +101,24 @@ def plan_run(name: str, run: cfg.RunSettings) -> list[PlannedJob]:
         assert known == job, f"two jobs are called {job_name}"
         return known
 
-    indexes = {}
-    for data, source in run.download.items():
-        download = add(f"download/{data}", cfg.DownloadJob(source=source))
-        settings = _extend(cfg.IndexJob, run.index, tokenize=data == "train")
-        indexes[data] = add(f"index/{data}", settings, download=download)
+    indexes: dict[str, PlannedJob] = {}
+    # The training set last: it may have to be held against the others.
+    for data in sorted(run.download, key=lambda data: data == "train"):
+        source, is_train = run.download[data], data == "train"
+        limits = {"min_side", "max_aspect_ratio", "max_megapixels"}  # the others are about training
+        section = (
+            run.index if is_train else cfg.IndexSettings(**run.index.model_dump(include=limits))
+        )
+        settings = _extend(cfg.IndexJob, section, tokenize=is_train)
+        others = {f"not_in_{name}": indexes[name] for name in run.index.not_in if is_train}
+        if isinstance(source, MixedSource):
+            downloads = {
+                f"download_{part}": add(f"download/{data}/{part}", cfg.DownloadJob(source=one))
+                for part, one in source.sources.items()
+            }
+        else:
+            downloads = {"download": add(f"download/{data}", cfg.DownloadJob(source=source))}
+        indexes[data] = add(f"index/{data}", settings, **downloads, **others)
     index = indexes["train"]
 
     phases: list[PlannedJob] = []
@@ -147,34 +172,38 @@ def plan_run(name: str, run: cfg.RunSettings) -> list[PlannedJob]:
     return list(jobs.values())
 
 
-def _extend(job: type[cfg.S], section: cfg.Settings, /, **more: Any) -> cfg.S:
+def _extend(job: type[cfg.S], section: Settings, /, **more: Any) -> cfg.S:
     """The settings of a job: those fields of its section that it has, and what it takes from elsewhere."""
     fields = {key: value for key, value in section if key in job.model_fields}
     return job(**{**fields, **more})
 
 
-def _sources(settings: cfg.Settings) -> Iterator[str]:
+def _sources(settings: Settings) -> Iterator[str]:
     """What tells that the local files of a source have changed: their names and sizes.
 
     A changed file re-runs its download, a touched one does not; small files are hashed.
     """
-    source = settings.source if isinstance(settings, cfg.DownloadJob) else None
-    if isinstance(source, cfg.FolderSource):
-        folder = Path(os.path.expanduser(os.path.expandvars(source.folder)))
-        if not folder.is_dir():
-            raise ConfigError(
-                f"folder {source.folder!r} does not exist. Hint: paths are relative to {Path().resolve()}"
-            )
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        listed = "\n".join(f"{path.relative_to(folder)}:{path.stat().st_size}" for path in files)
-        yield f"{len(files)} files, {_short_hash(listed)}"
-    patterns: list[str | None] = []
-    if isinstance(source, cfg.TarSource):
-        patterns = [source.tars, source.classes]
-    elif isinstance(source, cfg.UrlSource):
-        patterns = [source.table]
-    for pattern in filter(None, patterns):
-        yield from map(_identity, local_files(pattern))
+    if not isinstance(settings, cfg.DownloadJob):
+        return
+    for key in ("folder", "images"):
+        if (name := getattr(settings.source, key, None)) is not None:
+            yield _listing(name)
+    for key in ("tars", "table", "files", "classes", "annotations"):
+        given = getattr(settings.source, key, None)
+        for pattern in [given] if isinstance(given, str) else given or []:
+            if "://" not in pattern:  # what is remote is taken at its name
+                yield from map(_identity, local_files(pattern))
+
+
+def _listing(name: str) -> str:
+    folder = Path(os.path.expanduser(os.path.expandvars(name)))
+    if not folder.is_dir():
+        raise ConfigError(
+            f"folder {name!r} does not exist. Hint: paths are relative to {Path().resolve()}"
+        )
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    listed = "\n".join(f"{path.relative_to(folder)}:{path.stat().st_size}" for path in files)
+    return f"{len(files)} files, {_short_hash(listed)}"
 
 
 def _identity(path: Path) -> str:
@@ -183,26 +212,49 @@ def _identity(path: Path) -> str:
     return f"{path.name}:{size}:{content}"
 
 
-def local_files(pattern: str) -> list[Path]:
-    """Files that a glob matches, sorted; `$NAME` is read from the environment.
+def spelled_out(pattern: str) -> list[str]:
+    """The alternatives of each brace: `{a,b}`, and `{000..127}` with its zeros; `$NAME` from the environment.
 
     Raises:
-        ConfigError: if a variable is not set, or nothing matches.
+        ConfigError: if a variable is not set.
     """
     expanded = os.path.expanduser(os.path.expandvars(pattern))
     if "$" in expanded:
         raise ConfigError(f"{pattern}: an environment variable in it is not set. Hint: export it")
-    path = Path(expanded)
-    root, tail = (
-        (Path(path.anchor), path.relative_to(path.anchor)) if path.is_absolute() else (Path(), path)
-    )
-    files = sorted(found for found in root.glob(str(tail)) if found.is_file())
-    if not files:
-        raise ConfigError(
-            f"no file matches {pattern!r} (looked in {path.parent.resolve()}). Hint: paths are relative to the "
-            "folder in which snakemake runs"
+    brace = re.search(r"\{([^{}]*)\}", expanded)
+    if brace is None:
+        return [expanded]
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", brace[1])
+    if span:
+        first, last = int(span[1]), int(span[2])
+        words = [f"{number:0{len(span[1])}d}" for number in range(first, last + 1)]
+    else:
+        words = brace[1].split(",")
+    whole = [expanded[: brace.start()] + word + expanded[brace.end() :] for word in words]
+    return [each for one in whole for each in spelled_out(one)]
+
+
+def local_files(pattern: str) -> list[Path]:
+    """Files that a glob with braces matches, sorted; `$NAME` is read from the environment.
+
+    Raises:
+        ConfigError: if a variable is not set, or nothing matches.
+    """
+    files: set[Path] = set()
+    for path in map(Path, spelled_out(pattern)):
+        root, tail = (
+            (Path(path.anchor), path.relative_to(path.anchor))
+            if path.is_absolute()
+            else (Path(), path)
         )
-    return files
+        found = {each for each in root.glob(str(tail)) if each.is_file()}
+        if not found:
+            raise ConfigError(
+                f"no file matches {str(path)!r} (looked in {path.parent.resolve()}). Hint: paths are relative "
+                "to the folder in which snakemake runs"
+            )
+        files |= found
+    return sorted(files)
 
 
 # --- code ---------------------------------------------------------------------------------------------------
