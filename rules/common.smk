@@ -85,6 +85,15 @@ def sources(stage):
     return lambda wildcards: list(planned(stage, wildcards).sources)
 
 
+def url_downloads():
+    """Manifests of the downloads that have something to fetch again."""
+    return [
+        f"results/{job.folder}/manifest.json"
+        for job in JOBS.values()
+        if job.stage == "download" and job.settings["source"]["kind"] == "urls"
+    ]
+
+
 def wish(stage, key):
     """One of the resources that the config gives a stage."""
     return lambda wildcards: getattr(WISHES[stage, wildcards.version], key)

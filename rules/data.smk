@@ -2,6 +2,7 @@
 #
 # REQUIRED INPUTS: what `download:` in config.yaml names (nothing for the built-in data set)
 # OUTPUTS: results/{download,index,shard}/{version}/
+# `snakemake retry` fetches again what failed
 
 
 rule download:
@@ -26,6 +27,20 @@ rule download:
     shell:
         "{PYTHON} {SCRIPTS}/download.py --name {resources.job} --settings {params.settings:q} "
         "--out results/download/{wildcards.version} --threads {threads} --log {log}"
+
+
+rule retry:
+    """Fetch again what failed in the downloads by URL, and only that; what stands on them is then out of date."""
+    input:
+        url_downloads(),
+    log:
+        "logs/retry.log",
+    benchmark:
+        "logs/retry.tsv"
+    threads: 8
+    shell:
+        "for manifest in {input:q}; do out=$(dirname $manifest); {PYTHON} -m clipgraft.data.retry $out && "
+        "{PYTHON} {SCRIPTS}/download.py $manifest --out $out --threads {threads} --log {log} || exit 1; done"
 
 
 rule index:

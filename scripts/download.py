@@ -10,7 +10,7 @@ def main(job: Job) -> None:
 
     source = job.settings(DownloadJob).source
     with job.outputs() as out:
-        job.record(**download(source, out, threads=job.threads))
+        job.record(**download(source, out, threads=job.threads, work=job.resume))
 
 
 if __name__ == "__main__":

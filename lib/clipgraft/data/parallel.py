@@ -58,17 +58,21 @@ def parallel_map(function: Callable[[T], R], tasks: Iterable[T], num_workers: in
 
 
 class Progress:
-    """A line every ten seconds: how many of how many, and how fast."""
+    """A line every ten seconds: how many of how many, how fast, and the time left."""
 
-    def __init__(self, verb: str, total: int, interval_seconds: float = 10.0) -> None:
+    def __init__(
+        self, verb: str, total: int, interval_seconds: float = 10.0, unit: str = "images"
+    ) -> None:
         """Start the clock.
 
         Args:
             verb: what is done to images, e.g. `decoded`.
-            total: how many there are.
+            total: how many there are; 0 if that is not known.
             interval_seconds: time between lines.
+            unit: what is counted.
         """
         self.verb, self.total, self.interval = verb, total, interval_seconds
+        self.unit = unit
         self.count, self.started = 0, time.monotonic()
         self.last = self.started
 
@@ -85,9 +89,16 @@ class Progress:
         log.info("%s%s", self._line(time.monotonic()), note)
 
     def _line(self, now: float) -> str:
-        share = self.count / max(1, self.total)
         rate = self.count / max(1e-9, now - self.started)
-        return f"{self.verb} {self.count:,}/{self.total:,} images  {share:.0%}  {rate:,.0f} img/s"
+        unit = {"images": "img"}.get(self.unit, self.unit)
+        line = f"{self.verb} {self.count:,}/{self.total:,} {self.unit}"
+        if self.total:
+            line += f"  {self.count / self.total:.0%}"
+        line += f"  {rate:,.0f} {unit}/s"
+        if 0 < self.count < self.total:
+            minutes, seconds = divmod(round((self.total - self.count) / max(rate, 1e-9)), 60)
+            line += f"  {minutes}m{seconds:02d}s left"
+        return line
 
 
 def _start_worker() -> None:

@@ -28,7 +28,7 @@ def list_members(path: Path) -> list[tuple[str, int, int]]:
     """
     members: list[tuple[str, int, int]] = []
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:", errors="backslashreplace") as tar:
             for member in tar:
                 if member.isfile():
                     members.append((member.name, member.offset_data, member.size))
@@ -42,7 +42,7 @@ def list_members(path: Path) -> list[tuple[str, int, int]]:
         if file.read(_BLOCK) != bytes(_BLOCK):
             raise ConfigError(_cut(path, members))
     if not members:
-        raise ConfigError(f"tar {path} holds no files")
+        raise ConfigError(f"tar {path} holds no files. Hint: leave it out, or write it again")
     return members
 
 
@@ -94,7 +94,8 @@ def _explain(path: Path, members: list[tuple[str, int, int]], error: tarfile.Rea
         magic = file.read(6)
     if magic[:2] == b"\x1f\x8b" or magic == b"\xfd7zXZ\0" or magic[:4] == b"\x28\xb5\x2f\xfd":
         return f"tar {path} is compressed. Hint: decompress it; images are read from it by their offset"
-    return _cut(path, members) if members else f"{path} is not a tar: {error}"
+    hint = "Hint: leave it out, or download it again"
+    return _cut(path, members) if members else f"{path} is not a tar: {error}. {hint}"
 
 
 def _cut(path: Path, members: list[tuple[str, int, int]]) -> str:

@@ -1,0 +1,96 @@
+"""Outcomes: what became of each image that a source was asked for, one row each in `outcomes.parquet`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from clipgraft.data.utf8 import clean
+
+OUTCOMES = "outcomes.parquet"
+SCHEMA = pa.schema(
+    {
+        "key": pa.string(),
+        "file": pa.string(),
+        "status": pa.string(),
+        "message": pa.string(),
+        "uid": pa.string(),
+        "captions": pa.list_(pa.string()),
+        "caption_kinds": pa.list_(pa.string()),
+        "labels": pa.string(),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one requested image.
+
+    Attributes:
+        key: names the sample in its file.
+        file: tar or image; relative names are inside the download folder.
+        status: ok or failed.
+        message: why it failed.
+        uid: names the sample in the index; None means by its key.
+        captions: its captions; None means that they stand beside the image, in the tar or as files.
+        caption_kinds: of each caption; None goes with captions None.
+        labels: JSON of label name -> class name; None means beside the image.
+    """
+
+    key: str
+    file: str
+    status: str
+    message: str = ""
+    uid: str | None = None
+    captions: list[str] | None = None
+    caption_kinds: list[str] | None = None
+    labels: str | None = None
+
+
+def write_outcomes(outcomes: Sequence[Outcome], path: Path, requested: str = "") -> None:
+    """Write the table.
+
+    Args:
+        outcomes: one per requested image.
+        path: the file.
+        requested: hash of what was asked for, kept in the file's metadata.
+    """
+    columns = {name: [getattr(each, name) for each in outcomes] for name in SCHEMA.names}
+    pq.write_table(pa.table(columns, schema=SCHEMA.with_metadata({"requested": requested})), path)
+
+
+def read_outcomes(path: Path) -> list[Outcome]:
+    """Read what `write_outcomes` wrote."""
+    return [Outcome(**row) for row in pq.read_table(path).to_pylist()]
+
+
+def failures(outcomes: Iterable[Outcome]) -> Counter[str]:
+    """How many failed, by message."""
+    return Counter(each.message for each in outcomes if each.status != "ok")
+
+
+def collect_captions(
+    row: Mapping[str, Any], columns: Mapping[str, str]
+) -> tuple[list[str], list[str]]:
+    """Captions of a row and the kind of each, without empty ones.
+
+    Args:
+        row: column -> cell: text, a list of texts, or nothing.
+        columns: caption kind -> column.
+    """
+    captions, kinds = [], []
+    for kind, column in columns.items():
+        cell = row.get(column)
+        for text in cell if isinstance(cell, list) else [cell]:
+            if isinstance(text, bytes):
+                text = text.decode("utf-8", "replace")
+            if text is not None and str(text).strip():
+                captions.append(clean(str(text)))
+                kinds.append(kind)
+    return captions, kinds

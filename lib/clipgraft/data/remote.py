@@ -1,0 +1,260 @@
+"""Files by name or address: local paths, and what fsspec reads (`s3://`, `https://`, `hf://`, `memory://`).
+
+Copies of large remote files are made once: a finished one has a marker, an unfinished one goes on where it was.
+S3 is read with pyarrow, which takes keys, region and endpoint from the usual `AWS_` variables.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import fsspec
+from fsspec.implementations.arrow import ArrowFSWrapper
+from pyarrow import fs as arrow_fs
+
+from clipgraft.config import ConfigError
+from clipgraft.data.parallel import Progress
+from clipgraft.sources import Patterns
+from clipgraft.versions import local_files, spelled_out
+
+log = logging.getLogger(__name__)
+
+_CHUNK = 4 * 2**20
+_COPIES_AT_ONCE = 8
+_TRIES = 3
+
+
+def is_remote(name: str) -> bool:
+    """Whether a name is an address, not a path."""
+    return "://" in name
+
+
+def expand(patterns: Patterns) -> list[str]:
+    """All files that paths, addresses, globs and braces name: absolute paths and addresses, in order.
+
+    Raises:
+        ConfigError: if one of them matches nothing.
+    """
+    found: dict[str, None] = {}
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if not is_remote(pattern):
+            found |= dict.fromkeys(str(path.absolute()) for path in local_files(pattern))
+            continue
+        for url in spelled_out(pattern):
+            found |= dict.fromkeys(_glob(url) if "*" in url else [url])
+    return list(found)
+
+
+def open_file(name: str, compression: str | None = "infer") -> Any:
+    """Open a path or an address for reading bytes; gz and others are unpacked.
+
+    Raises:
+        ConfigError: if it is not there or cannot be read.
+    """
+    return _told_plainly(name, lambda: _open(name, compression))
+
+
+def copy_all(
+    urls: Sequence[str], folder: Path, check: Callable[[Path], object], threads: int = 8
+) -> list[Path]:
+    """Copy addresses into a folder, several at once.
+
+    Args:
+        urls: what to copy.
+        folder: made if need be; finished copies in it are kept.
+        check: called with each fresh copy; raises ConfigError if it is not whole.
+        threads: copies at once.
+
+    Returns:
+        Paths, in the order of `urls`.
+
+    Raises:
+        ConfigError: if one cannot be had.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    names = _names(urls)
+    progress = _Megabytes(len(urls))
+    with ThreadPoolExecutor(max(1, min(threads, _COPIES_AT_ONCE))) as pool:
+        futures = [
+            pool.submit(_copy, url, folder / name, check, progress)
+            for url, name in zip(urls, names, strict=True)
+        ]
+        try:
+            paths = [future.result() for future in futures]
+        except BaseException:
+            progress.stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    progress.done()
+    return paths
+
+
+class _Megabytes:
+    """Progress of several copies; lines from any thread."""
+
+    def __init__(self, num_files: int) -> None:
+        self.lock, self.stopped = threading.Lock(), threading.Event()
+        self.progress = Progress("copied", 0, unit="MB")
+        self.num_files, self.bytes, self.finished, self.kept = num_files, 0, 0, 0
+
+    def expect(self, size: int) -> None:
+        with self.lock:
+            self.progress.total += size // 1_000_000
+
+    def add(self, size: int) -> None:
+        with self.lock:
+            self.bytes += size
+            more = self.bytes // 1_000_000 - self.progress.count
+            self.progress.add(more, f"   {self.finished} of {self.num_files} files")
+
+    def file_done(self, kept: bool) -> None:
+        with self.lock:
+            self.finished += 1
+            self.kept += kept
+
+    def done(self) -> None:
+        self.progress.done(f"   {self.finished} files, {self.kept} of them copied before")
+
+
+def _copy(url: str, target: Path, check: Callable[[Path], object], progress: _Megabytes) -> Path:
+    marker = target.with_name(f"{target.name}.done")
+    if marker.is_file() and target.is_file() and target.stat().st_size == int(marker.read_text()):
+        progress.file_done(kept=True)
+        return target
+    part = _told_plainly(url, lambda: _copy_part(url, target, progress))
+    try:
+        check(part)
+    except ConfigError as error:
+        part.unlink()
+        raise ConfigError(f"{url}: {str(error).replace(str(part), target.name)}") from None
+    size = part.stat().st_size
+    os.replace(part, target)
+    marker.write_text(str(size))
+    progress.file_done(kept=False)
+    return target
+
+
+def _copy_part(url: str, target: Path, progress: _Megabytes) -> Path:
+    """Copy, or go on copying, to a name that tells which version of the remote file it is of."""
+    system, path = _system(url)
+    about = system.info(path)
+    size = about.get("size")
+    identity = repr(
+        [about.get(key) for key in ("size", "ETag", "etag", "mtime", "LastModified", "blob_id")]
+    )
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
+    part = target.with_name(f"{target.name}.{digest}.part")
+    for other in target.parent.glob(f"{target.name}.*.part"):
+        if other != part:
+            other.unlink()  # of a version that is no longer there
+    if size:
+        progress.expect(size)
+        progress.add(part.stat().st_size if part.is_file() else 0)
+    for attempt in range(1, _TRIES + 1):
+        try:
+            _append(system, path, part, progress)
+            break
+        except (FileNotFoundError, PermissionError):
+            raise
+        except Exception as error:  # each file system raises its own
+            if attempt == _TRIES or progress.stopped.is_set():
+                raise
+            log.warning("%s: %s; trying again", url, str(error)[:200])
+            time.sleep(attempt)
+    if size is not None and part.stat().st_size != size:
+        raise OSError(f"it has {size:,} bytes, and {part.stat().st_size:,} came")
+    return part
+
+
+def _append(system: Any, path: str, part: Path, progress: _Megabytes) -> None:
+    with system.open(path, "rb", block_size=_CHUNK) as source, part.open("ab") as file:
+        start = file.tell()
+        if start:
+            try:
+                source.seek(start)
+            except ValueError:  # a server that sends whole files only
+                file.truncate(0)
+        while data := source.read(_CHUNK):
+            if progress.stopped.is_set():
+                raise InterruptedError("another copy failed")
+            file.write(data)
+            progress.add(len(data))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _names(urls: Sequence[str]) -> list[str]:
+    """A file name for each address: its last part, or the whole path where that is taken twice."""
+    paths = [urlsplit(url).netloc + urlsplit(url).path for url in urls]
+    times = Counter(path.rsplit("/", 1)[-1] for path in paths)
+    short = [path.rsplit("/", 1)[-1] for path in paths]
+    return [
+        name if times[name] == 1 else path.replace("/", "-")
+        for name, path in zip(short, paths, strict=True)
+    ]
+
+
+def _glob(url: str) -> list[str]:
+    system, path = _system(url)
+    protocol = url.split("://")[0]
+    found = _told_plainly(url, lambda: sorted(map(str, system.glob(path))))
+    if not found:
+        raise ConfigError(f"nothing matches {url}. Hint: look at the address and the pattern")
+    return [each if is_remote(each) else f"{protocol}://{each.lstrip('/')}" for each in found]
+
+
+def _open(name: str, compression: str | None) -> Any:
+    if not is_remote(name):
+        return fsspec.open(name, "rb", compression=compression).open()
+    system, path = _system(name)
+    return system.open(path, "rb", compression=compression)
+
+
+def _system(url: str) -> tuple[Any, str]:
+    """The file system of an address, and the path in it."""
+    protocol, _, rest = url.partition("://")
+    if protocol in ("s3", "s3a"):
+        return _s3(rest.split("/")[0]), rest
+    system, path = _told_plainly(url, lambda: fsspec.core.url_to_fs(url))
+    return system, path
+
+
+def _s3(bucket: str) -> Any:
+    environment = os.environ
+    endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")
+    region = environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION")
+    options: dict[str, Any] = {}
+    if endpoint:
+        parts = urlsplit(endpoint)
+        options = {"endpoint_override": parts.netloc, "scheme": parts.scheme}
+    elif not region:
+        region = _told_plainly(f"s3://{bucket}", lambda: arrow_fs.resolve_s3_region(bucket))
+    if environment.get("AWS_NO_SIGN_REQUEST", "").lower() in ("1", "true", "yes"):
+        options["anonymous"] = True
+    return ArrowFSWrapper(arrow_fs.S3FileSystem(region=region or "us-east-1", **options))
+
+
+def _told_plainly(url: str, action: Callable[[], Any]) -> Any:
+    try:
+        return action()
+    except ConfigError:
+        raise
+    except FileNotFoundError:
+        raise ConfigError(f"{url} does not exist. Hint: look at the address") from None
+    except ImportError as error:
+        raise ConfigError(f"{url} needs another package: {error}") from None
+    except Exception as error:  # each file system raises its own
+        raise ConfigError(
+            f"{url} cannot be read: {type(error).__name__}: {str(error)[:300]}. Hint: look at the "
+            "address, and whether this machine may read it"
+        ) from None

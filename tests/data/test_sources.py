@@ -1,0 +1,575 @@
+"""Each form of data, from the form in which people have it to the captions and labels of the index."""
+
+import gzip
+import io
+import json
+import os
+import re
+import tarfile
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from pictures import encoded, jpeg, write_tar
+from PIL import Image
+from pydantic import TypeAdapter
+from server import Site
+
+from clipgraft.config import ConfigError
+from clipgraft.data.download import download
+from clipgraft.data.index import build_index
+from clipgraft.data.outcomes import read_outcomes
+from clipgraft.data.samples import Samples
+from clipgraft.data.sources.annotations import first_sentence
+from clipgraft.settings import IndexJob
+from clipgraft.sources import SOURCE_KINDS, OneSource, Source, UrlSource
+
+
+@pytest.fixture
+def site(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    site = Site()
+    for number in range(6):
+        site.files[f"/{number}.jpg"] = jpeg(seed=number)
+    yield site
+    site.close()
+
+
+def downloaded(base: Path, source: dict, name="download") -> Path:
+    out = base / name
+    out.mkdir()
+    download(TypeAdapter(OneSource).validate_python(source), out, 1)
+    return out
+
+
+def indexed(base: Path, source: dict, tokenize=True) -> Samples:
+    out, index = downloaded(base, source), base / "index"
+    index.mkdir()
+    build_index(IndexJob(tokenize=tokenize, drop_duplicates=False), out, index, 1)
+    return Samples.open(index)
+
+
+def captions_of(samples: Samples) -> dict:
+    """uid -> pairs of kind and caption."""
+    rows = zip(samples.uids(), samples.all_caption_kinds(), samples.all_captions(), strict=True)
+    return {uid: list(zip(kinds, texts, strict=True)) for uid, kinds, texts in rows}
+
+
+def classes_of(samples: Samples) -> dict:
+    names = [*samples.label_names["class"], None]
+    rows = zip(samples.uids(), samples.labels("class"), strict=True)
+    return {uid: names[number] for uid, number in rows}
+
+
+def urls(table: Path, **settings) -> dict:
+    settings = {"min_success": 0, "retries": 0, "allow_private_addresses": True, **settings}
+    return {"kind": "urls", "table": str(table), **settings}
+
+
+def messages(folder: Path) -> dict:
+    return {each.key: each.message for each in read_outcomes(folder / "outcomes.parquet")}
+
+
+# --- tables of URLs -------------------------------------------------------------------------------
+
+
+def test_several_caption_columns_are_kinds_and_other_columns_stay_in_the_json(site, tmp_path):
+    # The columns of Recap-DataComp.
+    table = {
+        "url": [f"{site.address}/0.jpg", f"{site.address}/1.jpg", f"{site.address}/2.jpg"],
+        "org_caption": ["alt text", "", None],
+        "re_caption": ["a longer text", "only this", " "],
+        "key": ["000", "001", "002"],
+        "sha256": ["ab", "cd", "ef"],
+        "re_clip_score": [0.5, 0.25, None],
+        "caption": ["no caption", "of this", "set"],
+    }
+    pq.write_table(pa.table(table), tmp_path / "t.parquet")
+    source = urls(tmp_path / "t.parquet", preset="recap_datacomp")
+    assert captions_of(indexed(tmp_path, source)) == {
+        "000000000": [("caption", "alt text"), ("recaption", "a longer text")],
+        "000000001": [("recaption", "only this")],
+    }
+    rejects = pq.read_table(tmp_path / "index/rejects.parquet").to_pylist()
+    assert [(row["uid"], row["reason"]) for row in rejects] == [("000000002", "empty caption")]
+    with tarfile.open(tmp_path / "download/00000.tar") as tar:
+        about = json.load(tar.extractfile("000000001.json"))
+    assert about == {name: column[1] for name, column in table.items()}
+
+
+def test_a_uid_column_names_the_samples(site, tmp_path):
+    rows = {"uid": ["b" * 32, "a" * 32, None], "text": ["b", "a", "c"]}
+    rows["url"] = [f"{site.address}/{number}.jpg" for number in range(3)]
+    pq.write_table(pa.table(rows), tmp_path / "t.parquet")
+    samples = indexed(tmp_path, urls(tmp_path / "t.parquet", preset="datacomp"))
+    assert captions_of(samples) == {
+        "000000002": [("caption", "c")],
+        "a" * 32: [("caption", "a")],
+        "b" * 32: [("caption", "b")],
+    }
+    assert samples.image_bytes(1) == jpeg(seed=1)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_conceptual_captions_have_no_header_and_quotes_that_open_nothing(site, packed, tmp_path):
+    lines = f'"quoted at first\t{site.address}/0.jpg\n1e5\t{site.address}/1.jpg\nNA\t{site.address}/2.jpg\n'
+    lines += f"a caption\twith a tab\t{site.address}/3.jpg\n"
+    table = tmp_path / ("cc.tsv.gz" if packed else "cc.tsv")
+    table.write_bytes(gzip.compress(lines.encode()) if packed else lines.encode())
+    samples = indexed(tmp_path, urls(table, preset="cc3m"))
+    texts = [captions for captions in samples.all_captions()]
+    assert texts == [['"quoted at first'], ["1e5"], ["NA"]]
+    assert "3 columns, not 2" in messages(tmp_path / "download")["000000003"]
+
+
+def test_a_header_that_there_is_after_all_is_no_row(site, tmp_path):
+    (tmp_path / "t.tsv").write_text(f"url\tcaption\n{site.address}/0.jpg\tone\n")
+    assert captions_of(indexed(tmp_path, urls(tmp_path / "t.tsv", preset="cc12m"))) == {
+        "000000000": [("caption", "one")]
+    }
+
+
+def test_csv_cells_are_text_with_quotes_commas_and_newlines(site, tmp_path):
+    (tmp_path / "t.csv").write_text(
+        f'URL,TEXT,similarity\n{site.address}/0.jpg,"one, ""two""\nthree",0.3\n{site.address}/1.jpg,007,\n'
+    )
+    samples = indexed(tmp_path, urls(tmp_path / "t.csv", preset="laion"))
+    assert samples.all_captions() == [['one, "two" three'], ["007"]]
+
+
+def test_json_lines_may_hold_lists_and_broken_lines_are_told(site, tmp_path):
+    rows = [
+        {"url": f"{site.address}/0.jpg", "syn": ["one", "two"]},
+        {"url": f"{site.address}/1.jpg", "syn": ["three"], "more": 1},
+    ]
+    lines = [json.dumps(rows[0]), "{broken", json.dumps(rows[1]), "[1]"]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    source = urls(tmp_path / "t.jsonl", captions={"synthetic": "syn"})
+    assert captions_of(indexed(tmp_path, source)) == {
+        "000000000": [("synthetic", "one"), ("synthetic", "two")],
+        "000000001": [("synthetic", "three")],
+    }
+    told = messages(tmp_path / "download")
+    assert "line 2 is no JSON" in told["000000002"] and "line 4" in told["000000003"]
+
+
+def test_tables_are_several_files_with_different_columns_and_remote_ones_too(site, tmp_path):
+    (tmp_path / "a.csv").write_text(f"url,caption\n{site.address}/0.jpg,one\n")
+    remote = fsspec.filesystem("memory")
+    with remote.open("/tables/b.csv.gz", "wb", compression="gzip") as file:
+        file.write(f"caption,url,more\ntwo,{site.address}/1.jpg,x\n".encode())
+    source = {**urls(""), "table": [str(tmp_path / "a.csv"), "memory://tables/*.csv.gz"]}
+    try:
+        assert indexed(tmp_path, source).all_captions() == [["one"], ["two"]]
+    finally:
+        remote.rm("/tables", recursive=True)
+
+
+def test_a_missing_header_is_recognised(tmp_path):
+    (tmp_path / "t.csv").write_text("a cat,http://a/b.jpg\na dog,http://a/c.jpg\n")
+    with pytest.raises(ConfigError, match=r"no header: name its columns with `columns"):
+        downloaded(tmp_path, urls(tmp_path / "t.csv"))
+
+
+def test_a_preset_is_the_default_of_its_columns_and_no_more():
+    source = UrlSource(kind="urls", table="x", preset="laion", captions={"caption": "alt"})
+    assert (source.url_column, source.captions) == ("URL", {"caption": "alt"})
+
+
+def test_the_version_of_a_download_depends_on_columns_not_on_the_name_of_a_preset():
+    by_name = UrlSource(kind="urls", table="x", preset="laion")
+    spelled = UrlSource(kind="urls", table="x", url_column="URL", captions={"caption": "TEXT"})
+    assert by_name.model_dump() == spelled.model_dump()
+    assert UrlSource(**by_name.model_dump()).captions == {"caption": "TEXT"}
+
+
+def test_every_example_of_the_users_guide_is_valid():
+    guide = (Path(__file__).resolve().parents[2] / "workflow/docs/data.md").read_text()
+    blocks = re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)
+    sources = [
+        TypeAdapter(Source).validate_python(source)
+        for block in blocks
+        for source in yaml.safe_load(block)["download"].values()
+    ]
+    assert {source.kind for source in sources} == SOURCE_KINDS - {"shapes"}
+
+
+# --- folders --------------------------------------------------------------------------------------
+
+
+def test_the_files_layout_of_img2dataset_is_a_folder(tmp_path):
+    shard = tmp_path / "data" / "00000"
+    shard.mkdir(parents=True)
+    for key in ("000000000", "000000001", "000000002"):
+        (shard / f"{key}.jpg").write_bytes(jpeg())
+    (shard / "000000000.txt").write_text("of the text")
+    (shard / "000000000.json").write_text(json.dumps({"caption": "of the JSON"}))
+    (shard / "000000001.json").write_text(json.dumps({"caption": "of the JSON"}))
+    (tmp_path / "data" / "00000_stats.json").write_text("{}")
+    (tmp_path / "data" / "00000.parquet").write_bytes(b"")
+    assert captions_of(indexed(tmp_path, {"kind": "folder", "folder": str(tmp_path / "data")})) == {
+        "00000/000000000": [("caption", "of the text")],
+        "00000/000000001": [("caption", "of the JSON")],
+    }
+    assert "no caption" in messages(tmp_path / "download")["00000/000000002"]
+
+
+def class_folder(base: Path) -> dict:
+    for name in ("n02084071/1.jpg", "n02084071/1.png", "tabby_cat/deep/er/2.JPG", "stray.jpg"):
+        path = base / "classes" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg() if name.lower().endswith("jpg") else encoded(_grey(), "PNG"))
+    return {"kind": "class_folder", "folder": str(base / "classes")}
+
+
+def _grey() -> Image.Image:
+    return Image.open(io.BytesIO(jpeg())).convert("L")
+
+
+def test_a_folder_per_class_gives_labels_and_captions(tmp_path):
+    source = class_folder(tmp_path)
+    source["class_names"] = {"n02084071": "dog"}
+    source["templates"] = ["a photo of a {c}", "one {c} and another {c}"]
+    samples = indexed(tmp_path, source)
+    assert classes_of(samples) == {
+        "n02084071/1.jpg": "dog",
+        "n02084071/1.png": "dog",
+        "tabby_cat/deep/er/2.JPG": "tabby cat",
+    }
+    assert samples.captions(0) == ["a photo of a dog", "one dog and another dog"]
+    assert samples.captions(2) == ["a photo of a tabby cat", "one tabby cat and another tabby cat"]
+    assert "in no folder" in messages(tmp_path / "download")["stray.jpg"]
+
+
+def test_class_names_and_templates_that_cannot_be_meant_are_refused(tmp_path):
+    source = class_folder(tmp_path)
+    with pytest.raises(ConfigError, match=r"no folder 'n02084072'.*did you mean"):
+        downloaded(tmp_path, {**source, "class_names": {"n02084072": "dog"}})
+    with pytest.raises(ValueError, match="templates"):
+        TypeAdapter(OneSource).validate_python({**source, "templates": ["a photo"]})
+
+
+# --- annotations ----------------------------------------------------------------------------------
+
+
+def pictures(base: Path, *names: str) -> Path:
+    for name in names:
+        path = base / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg())
+    return base / "images"
+
+
+def annotated(base: Path, kind: str, content, **settings) -> dict:
+    (base / "a.json").write_text(json.dumps(content))
+    files = {"annotations": str(base / "a.json"), "images": str(base / "images")}
+    return {"kind": kind, **files, **settings}
+
+
+def test_coco_captions_belong_to_their_images(tmp_path):
+    pictures(tmp_path, "9.jpg", "7.jpg")
+    content = {
+        "images": [{"id": id, "file_name": f"{id}.jpg"} for id in (9, 7, 8)],
+        "annotations": [
+            {"image_id": image, "id": number, "caption": f"caption {number} of {image}"}
+            for number, image in enumerate([9, 7, 9, 9, 7, 9, 9, 8, 5])
+        ],
+    }
+    assert captions_of(indexed(tmp_path, annotated(tmp_path, "coco", content))) == {
+        "7.jpg": [("caption", f"caption {number} of 7") for number in (1, 4)],
+        "9.jpg": [("caption", f"caption {number} of 9") for number in (0, 2, 3, 5, 6)],
+    }
+    assert "no such file" in messages(tmp_path / "download")["8.jpg"]
+
+
+def karpathy() -> dict:
+    images = [
+        {"filename": "1.jpg", "filepath": "train2014", "split": "train"},
+        {"filename": "2.jpg", "filepath": "val2014", "split": "restval"},
+        {"filename": "3.jpg", "filepath": "val2014", "split": "test"},
+        {"filename": "4.jpg", "split": "train"},
+    ]
+    for image in images:
+        image["sentences"] = [{"raw": f"{image['filename']} {n}", "tokens": []} for n in range(5)]
+    return {"images": images, "dataset": "coco"}
+
+
+def test_karpathys_splits_are_chosen_by_name(tmp_path):
+    pictures(tmp_path, "train2014/1.jpg", "val2014/2.jpg", "val2014/3.jpg", "4.jpg")
+    source = annotated(tmp_path, "coco", karpathy(), split=["train", "restval"])
+    assert {uid: len(texts) for uid, texts in captions_of(indexed(tmp_path, source)).items()} == {
+        "train2014/1.jpg": 5,
+        "val2014/2.jpg": 5,
+        "4.jpg": 5,
+    }
+    with pytest.raises(ConfigError, match=r"no split 'vall'.*train \(2\), restval \(1\)"):
+        downloaded(tmp_path, annotated(tmp_path, "coco", karpathy(), split=["vall"]), "again")
+
+
+def test_what_is_no_caption_file_is_told(tmp_path):
+    pictures(tmp_path, "1.jpg")
+    instances = {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 1}]}
+    for content, words, settings in (
+        (instances, "captions_", {}),
+        ({"images": []}, "no list `images`", {}),
+        ({**instances, "annotations": []}, "has no splits", {"split": ["train"]}),
+        ({"images": [{"filename": "../a.json", "sentences": []}]}, "leads out of the folder", {}),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            downloaded(tmp_path, annotated(tmp_path, "coco", content, **settings), words[:3])
+
+
+def test_sharegpt4v_has_a_long_and_a_short_caption(tmp_path):
+    pictures(tmp_path, "coco/1.jpg", "coco/2.jpg")
+    answer = 'The sign at the U.S. border says "Stop." A man, 1.80 m tall, waits. It rains.'
+    content = [
+        {
+            "id": "1",
+            "image": "coco/1.jpg",
+            "conversations": [
+                {"from": "human", "value": "What is this?\n<image>"},
+                {"from": "gpt", "value": answer},
+                {"from": "human", "value": "Really?"},
+                {"from": "gpt", "value": "Yes."},
+            ],
+        },
+        {"id": "2", "image": "coco/2.jpg", "conversations": [{"from": "gpt", "value": "One"}]},
+        {"id": "3", "conversations": [{"from": "gpt", "value": "no picture"}]},
+        {"id": "4", "image": "coco/4.jpg", "conversations": [{"from": "gpt", "value": "lost"}]},
+    ]
+    assert captions_of(indexed(tmp_path, annotated(tmp_path, "sharegpt4v", content))) == {
+        "coco/1.jpg": [("long", answer), ("short", 'The sign at the U.S. border says "Stop."')],
+        "coco/2.jpg": [("long", "One"), ("short", "One")],
+    }
+    told = messages(tmp_path / "download")
+    assert told["entry 2"] == "the entry names no image" and "no such file" in told["coco/4.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("One. Two.", "One."),
+        ("It is 3.5 m long. Two", "It is 3.5 m long."),
+        ("Is it? Yes", "Is it?"),
+        ("No end", "No end"),
+        ("Line\none.\n\nLine two.", "Line\none."),
+    ],
+)
+def test_the_first_sentence_ends_where_another_begins(text, first):
+    assert first_sentence(text) == first
+
+
+# --- parquet with image bytes ---------------------------------------------------------------------
+
+
+def hugging_face_table(path: Path, rows: dict, features: dict) -> Path:
+    image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    types = {"image": image, "label": pa.int64(), "captions": pa.list_(pa.string())}
+    arrays = {name: pa.array(values, types.get(name)) for name, values in rows.items()}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    pq.write_table(pa.table(arrays).replace_schema_metadata(metadata), path)
+    return path
+
+
+def image(data: bytes | None) -> dict:
+    return {"bytes": data, "path": "x.png"}
+
+
+def test_class_names_of_a_hugging_face_data_set_come_from_its_metadata(tmp_path, monkeypatch):
+    monkeypatch.setattr("clipgraft.data.sources.parquet.SHARD", 2)  # several tars
+    rows = {
+        "image": [image(jpeg(seed=0)), image(encoded(_grey(), "PNG")), image(None), image(jpeg())],
+        "label": [1, 0, 0, -1],
+        "captions": [["one", "two", ""], ["three"], ["lost"], ["unlabelled"]],
+    }
+    features = {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
+    hugging_face_table(tmp_path / "t.parquet", rows, features)
+    source = {"kind": "parquet", "files": str(tmp_path / "*.parquet"), "label_column": "label"}
+    samples = indexed(tmp_path, {**source, "captions": {"human": "captions"}})
+    first, second, third = "00000-00000000", "00000-00000001", "00000-00000003"
+    assert classes_of(samples) == {first: "dog", second: "cat", third: None}
+    assert captions_of(samples)[first] == [("human", "one"), ("human", "two")]
+    assert samples.image_bytes(0) == jpeg(seed=0)
+    assert "no image bytes" in messages(tmp_path / "download")["00000-00000002"]
+
+
+def test_parquet_with_plain_bytes_and_names_as_labels_read_from_an_address(tmp_path):
+    rows = {"jpg": [jpeg(), jpeg(seed=1)], "kind": ["dog", "cat"], "id": ["x", "y"]}
+    remote = fsspec.filesystem("memory")
+    with remote.open("/set/0.parquet", "wb") as file:
+        pq.write_table(pa.table(rows), file)
+    source = {"kind": "parquet", "files": "memory://set/0.parquet", "image_column": "jpg"}
+    try:
+        samples = indexed(
+            tmp_path, {**source, "label_column": "kind", "uid_column": "id"}, tokenize=False
+        )
+    finally:
+        remote.rm("/set", recursive=True)
+    assert classes_of(samples) == {"x": "dog", "y": "cat"}
+    assert samples.label_names == {"class": ["cat", "dog"]}
+
+
+def test_numbers_without_names_and_missing_columns_are_told(tmp_path):
+    hugging_face_table(tmp_path / "t.parquet", {"image": [image(jpeg())], "label": [5]}, {})
+    source = {"kind": "parquet", "files": str(tmp_path / "t.parquet"), "label_column": "label"}
+    with pytest.raises(ConfigError, match=r"class numbers, and the metadata no names.*`classes`"):
+        downloaded(tmp_path, source)
+    with pytest.raises(ConfigError, match=r"no column 'labels'.*image, label"):
+        downloaded(tmp_path, {**source, "label_column": "labels"}, "2")
+    with pytest.raises(ValueError, match="neither captions nor label_column"):
+        TypeAdapter(OneSource).validate_python({"kind": "parquet", "files": "x"})
+    (tmp_path / "names.txt").write_text("cat\ndog")
+    downloaded(tmp_path, {**source, "classes": str(tmp_path / "names.txt")}, "3")
+    assert "label 5: there are 2 classes" in messages(tmp_path / "3")["00000-00000000"]
+
+
+# --- tars -----------------------------------------------------------------------------------------
+
+
+def test_captions_of_tars_are_taken_by_kind_and_names_from_the_json(tmp_path):
+    files = {
+        "a.jpg": jpeg(), "a.txt": "alt", "a.json": {"key": 7, "re": "recaption", "long": ["l1", "l2"]},
+        "b.jpg": jpeg(), "b.json": {"key": "000000012", "re": ""}, "b.txt": "alone",
+        "c.jpg": jpeg(), "c.txt": "no JSON",
+        "d.jpg": jpeg(), "d.json": "{broken", "d.txt": "x",
+    }  # fmt: skip
+    tar = write_tar(tmp_path / "x.tar", files)
+    source = {"kind": "tars", "tars": [str(tar)], "uid_key": "key"}
+    source["captions"] = {"caption": "txt", "recaption": "re", "long": "long"}
+    assert captions_of(indexed(tmp_path, source)) == {
+        "000000012": [("caption", "alone")],
+        "7": [("caption", "alt"), ("recaption", "recaption"), ("long", "l1"), ("long", "l2")],
+    }
+    told = messages(tmp_path / "download")
+    assert "uid_key" in told["c"] and "cannot be read" in told["d"]
+
+
+def test_names_that_the_json_gives_are_never_changed(tmp_path):
+    for number in range(2):
+        files = {}
+        for key, uid in (("a", "same"), ("b", f"other {number}")):
+            files |= {f"{key}.jpg": jpeg(), f"{key}.txt": key, f"{key}.json": {"key": uid}}
+        write_tar(tmp_path / f"{number}.tar", files)
+    source = {"kind": "tars", "tars": str(tmp_path / "*.tar"), "uid_key": "key"}
+    assert indexed(tmp_path, source).uids() == ["other 0", "other 1", "same"]
+    rejects = pq.read_table(tmp_path / "index/rejects.parquet").to_pylist()
+    assert [(row["uid"], row["reason"]) for row in rejects] == [("same", "repeated key")]
+
+
+def test_tars_are_chosen_by_globs_braces_and_lists(tmp_path):
+    for number in range(4):
+        files = {f"{number}.jpg": jpeg(seed=number), f"{number}.txt": f"number {number}"}
+        write_tar(tmp_path / f"x-{number:03d}.tar", files)
+    tars = [str(tmp_path / "x-{000..001}.tar"), str(tmp_path / "x-*3.tar")]
+    samples = indexed(tmp_path, {"kind": "tars", "tars": tars})
+    assert samples.uids() == ["0", "1", "3"]
+
+
+# --- several sources as one -----------------------------------------------------------------------
+
+
+def test_a_mixed_data_set_remembers_sources_and_joins_classes(tmp_path):
+    tar = write_tar(
+        tmp_path / "x.tar",
+        {"1.jpg": jpeg(seed=1), "1.cls": "1", "1.txt": "a wolf", "2.jpg": jpeg(), "2.cls": "0"},
+    )
+    (tmp_path / "classes.txt").write_text("dog\nwolf")
+    (tmp_path / "results").mkdir()
+    rows = {"image": [jpeg(seed=5)], "caption": ["packed"], "id": ["p"]}
+    pq.write_table(pa.table(rows), tmp_path / "t.parquet")
+    sources = {
+        "packed": {
+            "kind": "parquet",
+            "files": str(tmp_path / "t.parquet"),
+            "captions": {"alt": "caption"},
+            "uid_column": "id",
+        },
+        "tars": {"kind": "tars", "tars": str(tar), "classes": str(tmp_path / "classes.txt")},
+        "folders": class_folder(tmp_path),
+    }
+    folders = {
+        name: downloaded(tmp_path / "results", source, name) for name, source in sources.items()
+    }
+    index = tmp_path / "index"
+    index.mkdir()
+    build_index(IndexJob(tokenize=True, drop_duplicates=False), folders, index, 1)
+    samples = Samples.open(index)
+    assert samples.label_names == {"class": ["dog", "wolf", "n02084071", "tabby cat"]}
+    assert classes_of(samples)["tars/1"] == "wolf"
+    assert classes_of(samples)["folders/tabby_cat/deep/er/2.JPG"] == "tabby cat"
+    assert dict(zip(samples.uids(), samples.sources(), strict=True)) == {
+        "folders/n02084071/1.jpg": "folders",
+        "folders/n02084071/1.png": "folders",
+        "folders/tabby_cat/deep/er/2.JPG": "folders",
+        "packed/p": "packed",
+        "tars/1": "tars",
+    }
+    assert captions_of(samples)["packed/p"] == [("alt", "packed")]
+    assert samples.image_bytes(samples.uids().index("packed/p")) == jpeg(seed=5)
+    assert samples.image_bytes(samples.uids().index("tars/1")) == jpeg(seed=1)
+
+
+# --- text that is no text -------------------------------------------------------------------------
+
+
+def test_broken_text_in_tables_becomes_replacement_characters_and_its_neighbours_stay(
+    site, tmp_path
+):
+    first, second = (f"{site.address}/{number}.jpg" for number in range(2))
+    broken = pa.array([b"x\xe9 one", b"two"], pa.binary())
+    table = pa.table({"url": [first, second], "caption": _unchecked(broken)})
+    pq.write_table(table, tmp_path / "t.parquet")
+    (tmp_path / "t.csv").write_bytes(f"url,caption\n{first},x".encode() + b"\xe9 three\n")
+    lone = json.dumps({"url": second, "caption": "four \ud800"})
+    (tmp_path / "t.jsonl").write_text(lone)
+    tables = [str(tmp_path / f"t.{kind}") for kind in ("parquet", "csv", "jsonl")]
+    samples = indexed(tmp_path, {**urls(""), "table": tables})
+    assert samples.all_captions() == [["x\ufffd one"], ["two"], ["x\ufffd three"], ["four ?"]]
+
+
+def _unchecked(array: pa.Array) -> pa.Array:
+    """As strings, whatever the bytes are."""
+    return pa.StringArray.from_buffers(len(array), array.buffers()[1], array.buffers()[2])
+
+
+def test_files_whose_names_are_no_utf8_are_failures_and_lone_surrogates_are_replaced(tmp_path):
+    pictures(tmp_path, "good/1.jpg")
+    bad = os.fsencode(tmp_path / "images/good/") + b"/x\xe9.jpg"
+    with open(bad, "wb") as file:
+        file.write(jpeg())
+    outcomes = read_outcomes(
+        downloaded(tmp_path, {"kind": "class_folder", "folder": str(tmp_path / "images")})
+        / "outcomes.parquet"
+    )
+    assert sorted((each.status, each.key) for each in outcomes) == [
+        ("failed", "good/x?.jpg"),
+        ("ok", "good/1.jpg"),
+    ]
+    files = {
+        "a\udce9.jpg": jpeg(),
+        "a\udce9.txt": "x",
+        "b.jpg": jpeg(),
+        "b.json": '{"re": "y \\ud800"}',
+    }
+    tar = write_tar(tmp_path / "x.tar", files)
+    source = {"kind": "tars", "tars": str(tar), "captions": {"caption": "re"}}
+    told = read_outcomes(downloaded(tmp_path, source, "tars") / "outcomes.parquet")
+    assert [(each.key, each.status, each.captions) for each in told] == [
+        (r"a\xe9", "ok", []),
+        ("b", "ok", ["y ?"]),
+    ]
+
+
+def test_entries_of_annotations_that_are_nonsense_do_not_hurt_the_others(tmp_path):
+    pictures(tmp_path, "1.jpg")
+    good = {"image": "1.jpg", "conversations": [{"from": "gpt", "value": "Good \ud800."}]}
+    bad = [5, {"image": 7}, {"image": "x" * 300, "conversations": "no"}, {"conversations": [1]}]
+    samples = indexed(tmp_path, annotated(tmp_path, "sharegpt4v", [*bad, good]))
+    assert samples.all_captions() == [["Good ?.", "Good ?."]]
+    assert len(messages(tmp_path / "download")) == 5
+    nameless = {"images": [{"file_name": "1.jpg"}], "annotations": [{"caption": "x"}]}
+    with pytest.raises(ConfigError, match="not as COCO's"):
+        downloaded(tmp_path, annotated(tmp_path, "coco", nameless), "again")
