@@ -10,23 +10,12 @@ from PIL import Image
 from clipgraft.data.images import (
     BadImage,
     decode,
+    decode_whole,
     open_image,
-    random_resized_crop,
     resize_center,
     shrink,
     to_rgb,
 )
-
-
-class Draws:
-    """A generator whose next numbers are known."""
-
-    def __init__(self, *numbers):
-        self.numbers = numbers
-
-    def random(self, count):
-        assert count == len(self.numbers)
-        return np.array(self.numbers)
 
 
 def test_decode_agrees_with_pillow():
@@ -100,42 +89,107 @@ def test_huge_images_are_refused_by_their_header():
     assert open_image(png, max_megapixels=2.0).size == (2000, 1000)
 
 
-@pytest.mark.parametrize("data", [b"", b"<html>404</html>", jpeg()[:-200]])
-def test_what_is_no_whole_image_is_a_bad_image(data):
+@pytest.mark.parametrize(
+    "data", [b"", b"<html>404</html>", b"<svg xmlns='http://www.w3.org/2000/svg'/>"]
+)
+def test_what_is_no_image_is_undecodable(data):
     with pytest.raises(BadImage) as caught:
-        to_rgb(open_image(data))
+        decode_whole(data)
     assert caught.value.reason == "undecodable"
 
 
-def test_a_jpeg_without_its_end_marker_is_still_read():
-    assert decode(jpeg()[:-2]).shape == (30, 40, 3)
+def photo(seed=0) -> Image.Image:
+    """Smooth noise with grain, so that every byte of its file tells of some pixels."""
+    smooth = np.asarray(Image.open(io.BytesIO(jpeg(80, 60, seed))), int)
+    grain = np.random.default_rng(seed).integers(-20, 21, smooth.shape)
+    return Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8))
+
+
+WHOLE = {
+    "jpeg": encoded(photo(), "JPEG", quality=90),
+    "progressive": encoded(photo(), "JPEG", quality=90, progressive=True),
+    "cmyk": encoded(photo().convert("CMYK"), "JPEG", quality=90),
+    "png": encoded(photo(), "PNG"),
+    "palette": encoded(photo().quantize(64), "PNG"),
+    "gif": encoded(photo().quantize(64), "GIF"),
+    "webp": encoded(photo(), "WEBP"),
+    "lossless webp": encoded(photo(), "WEBP", lossless=True),
+    "bmp": encoded(photo(), "BMP"),
+    "tiff": encoded(photo(), "TIFF"),
+}
+# Bytes at the end that hold no pixels: end markers, and PNG's checksum and end chunk.
+SPARE = {"jpeg": 2, "cmyk": 2, "png": 21, "palette": 21, "gif": 2}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("kind", WHOLE)
+def test_an_image_that_ends_early_is_never_taken_for_whole(kind):
+    data = WHOLE[kind]
+    pixels = decode_whole(data)
+    for length in [*range(16, len(data), 41), *range(len(data) - 30, len(data))]:
+        if len(data) - length <= SPARE.get(kind, 0):
+            np.testing.assert_array_equal(decode_whole(data[:length]), pixels)
+            np.testing.assert_array_equal(decode(data[:length]), decode(data))
+        else:
+            with pytest.raises(BadImage) as caught:
+                decode_whole(data[:length])
+            is_told = kind != "tiff" or length > 200  # its header does not say how long it is
+            assert caught.value.reason == "truncated" or not is_told, length
+
+
+def test_a_later_frame_may_be_missing():
+    frames = [photo(seed).quantize(64) for seed in range(2)]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    np.testing.assert_array_equal(decode_whole(data[: len(data) * 3 // 4]), decode_whole(data))
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_bytes_missing_inside_a_jpeg_are_mostly_seen(progressive):
+    rng, num_seen = np.random.default_rng(0), 0
+    for seed in range(40):
+        data = encoded(photo(seed), "JPEG", quality=90, progressive=progressive)
+        first = rng.integers(len(data) // 3, len(data) // 2)
+        try:
+            decode_whole(data[:first] + bytes(300) + data[first + 300 :])
+        except BadImage:
+            num_seen += 1
+    assert num_seen >= 30
+
+
+def test_harmless_bytes_beside_the_pixels_lose_no_jpeg():
+    data = WHOLE["jpeg"]
+    tables = data.index(b"\xff\xdb")
+    for other in (
+        data + bytes(99),
+        data + b"junk",
+        data[:tables] + b"\0\0\0" + data[tables:],
+        data[:-2] + bytes(500) + data[-2:],
+        data[:-2] + b"abc" + data[-2:],
+    ):
+        np.testing.assert_array_equal(decode_whole(other), decode_whole(data))
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_all_ways_in_give_the_same_pixels(kind):
+    theirs = np.asarray(Image.open(io.BytesIO(WHOLE[kind])).convert("RGB"), int)
+    limit = 1 if kind == "cmyk" else 0
+    for pixels in (decode_whole(WHOLE[kind]), decode(WHOLE[kind])):
+        assert np.abs(pixels.astype(int) - theirs).max() <= limit
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_numbers_without_a_range_are_refused(mode):
+    tiff = encoded(Image.new(mode, (20, 20), 1), "TIFF")
+    with pytest.raises(BadImage, match=f"undecodable.*mode {mode}"):
+        decode_whole(tiff)
+
+
+def test_formats_that_are_programs_are_not_opened():
+    with pytest.raises(BadImage, match="undecodable"):
+        open_image(encoded(Image.new("RGB", (20, 20)), "EPS"))
 
 
 def test_center_crop_takes_the_middle_square():
     pixels = np.zeros((10, 30, 3), np.uint8)
     pixels[:, 10:20] = 200
     assert (resize_center(pixels, 5) == 200).all()
-
-
-def test_a_crop_keeps_the_share_of_the_area_that_was_drawn():
-    columns = np.arange(100, dtype=np.uint8)
-    pixels = np.broadcast_to(columns[None, :, None], (100, 100, 3))
-    # Middle of the range of shapes is a square; of area 0.25 + 0.5 * 0.5 = 0.5, its side is 71 of 100.
-    crop = random_resized_crop(pixels, 71, (0.25, 0.75), Draws(0.5, 0.5, 0.0, 0.0))
-    np.testing.assert_array_equal(crop[0, :, 0], columns[:71])
-    crop = random_resized_crop(pixels, 71, (0.25, 0.75), Draws(0.5, 0.5, 0.999, 0.0))
-    np.testing.assert_array_equal(crop[0, :, 0], columns[29:])
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (7, 90), (90, 7), (33, 32)])
-def test_any_picture_can_be_cropped(shape):
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
-    for _ in range(50):
-        assert random_resized_crop(pixels, 16, (0.1, 1.0), rng).shape == (16, 16, 3)
-
-
-def test_a_scale_of_one_turns_random_crops_off():
-    pixels = decode(jpeg())
-    crop = random_resized_crop(pixels, 16, (1.0, 1.0), np.random.default_rng(0))
-    np.testing.assert_array_equal(crop, resize_center(pixels, 16))

@@ -4,6 +4,8 @@ import hashlib
 import io
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +18,19 @@ from clipgraft.config import ConfigError
 from clipgraft.data.download import download
 from clipgraft.data.index import build_index
 from clipgraft.data.samples import Samples
+from clipgraft.data.tars import read_range
 from clipgraft.data.tokens import Tokens
-from clipgraft.settings import FolderSource, IndexJob, TarSource
+from clipgraft.settings import IndexJob
+from clipgraft.sources import FolderSource, TarSource
 
+ROOT = Path(__file__).resolve().parents[2]
 TRAIN = IndexJob(tokenize=True)
 TEST = IndexJob(tokenize=False)
 
 BAD = {
     "empty": (b"", "undecodable"),
     "html": (b"<html>not found</html>", "undecodable"),
-    "cut": (jpeg()[:-300], "undecodable"),
+    "cut": (jpeg()[:-300], "truncated"),
     "tiny": (jpeg(8, 40), "too small"),
     "banner": (jpeg(200, 20), "aspect ratio"),
     "huge": (encoded(Image.new("1", (1200, 1200)), "PNG"), "too many pixels"),
@@ -57,8 +62,8 @@ def rejects(index: Path) -> dict[str, str]:
 
 def test_every_bad_image_has_its_reason_and_its_neighbours_are_kept(tmp_path):
     files = {}
-    for name, (image, _) in BAD.items():
-        files |= {f"{name}-before.jpg": jpeg(), f"{name}-before.txt": "good"}
+    for seed, (name, (image, _)) in enumerate(BAD.items()):
+        files |= {f"{name}-before.jpg": jpeg(seed=seed), f"{name}-before.txt": "good"}
         files |= {f"{name}.jpg": image, f"{name}.txt": "bad"}
     files |= {"alone.txt": "no picture"}
     index = indexed(tmp_path, files, IndexJob(tokenize=True, max_megapixels=1))
@@ -70,13 +75,13 @@ def test_every_bad_image_has_its_reason_and_its_neighbours_are_kept(tmp_path):
 
 def test_captions_come_from_the_best_place_and_are_never_empty(tmp_path):
     files = {
-        "a.jpg": jpeg(), "a.txt": "text", "a.json": {"captions": ["one", " ", "two\n lines"], "caption": "no"},
-        "b.jpg": jpeg(), "b.txt": "text", "b.json": {"caption": "json"},
-        "c.jpg": jpeg(), "c.json": {"caption": "json"},
-        "d.jpg": jpeg(), "d.json": "{broken", "d.txt": "text",
-        "e.jpg": jpeg(), "e.txt": " \n",
+        "a.jpg": jpeg(seed=0), "a.txt": "text", "a.json": {"captions": ["one", " ", "two\n lines"], "caption": "no"},
+        "b.jpg": jpeg(seed=1), "b.txt": "text", "b.json": {"caption": "json"},
+        "c.jpg": jpeg(seed=2), "c.json": {"caption": "json"},
+        "d.jpg": jpeg(seed=3), "d.json": "{broken", "d.txt": "text",
+        "e.jpg": jpeg(seed=4), "e.txt": " \n",
         "f.jpg": jpeg(),
-        "g.jpg": jpeg(), "g.json": {"captions": ["", None]},
+        "g.jpg": jpeg(seed=6), "g.json": {"captions": ["", None]},
     }  # fmt: skip
     index = indexed(tmp_path, files)
     samples = Samples.open(index)
@@ -87,6 +92,108 @@ def test_captions_come_from_the_best_place_and_are_never_empty(tmp_path):
         "d": ["text"],
     }
     assert rejects(index) == {"e": "empty caption", "f": "no caption", "g": "no caption"}
+
+
+def copies() -> dict:
+    """Three pictures, and copies of the first: the very file, another format, another size."""
+    first = jpeg(80, 60, seed=1)
+    picture = Image.open(io.BytesIO(first))
+    images = {
+        "a": jpeg(80, 60, seed=2),
+        "b": first,
+        "c": encoded(picture, "PNG"),
+        "d": encoded(picture.resize((60, 45)), "PNG"),
+        "e": jpeg(80, 60, seed=3),
+        "f": first,
+    }
+    files = {}
+    for uid, image in images.items():
+        files |= {f"{uid}.jpg": image, f"{uid}.txt": f"caption of {uid}"}
+    return files
+
+
+def told(index: Path) -> dict[str, tuple[str, str]]:
+    rows = pq.read_table(index / "rejects.parquet").to_pylist()
+    return {row["uid"]: (row["reason"], row["detail"]) for row in rows}
+
+
+def test_copies_in_a_training_set_name_the_first_one(tmp_path):
+    index = indexed(tmp_path, copies())
+    assert Samples.open(index).uids() == ["a", "b", "d", "e"]
+    assert told(index) == {uid: ("duplicate", "the pixels of b") for uid in "cf"}
+
+
+def test_near_copies_go_only_if_that_is_asked_for(tmp_path):
+    index = indexed(tmp_path, copies(), IndexJob(tokenize=True, near_duplicates=8))
+    assert Samples.open(index).uids() == ["a", "b", "e"]
+    reason, detail = told(index)["d"]
+    assert reason == "near duplicate" and detail.endswith(" of 64 bits differ from b")
+    assert rejects(index) == {"c": "duplicate", "d": "near duplicate", "f": "duplicate"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [IndexJob(tokenize=False, near_duplicates=8), IndexJob(tokenize=True, drop_duplicates=False)],
+)
+def test_copies_stay_in_evaluation_sets_and_where_they_are_wanted(tmp_path, settings):
+    index = indexed(tmp_path, copies(), settings)
+    assert Samples.open(index).uids() == list("abcdef")
+    hashes = pq.read_table(index / "samples.parquet")["pixel_hash"].to_pylist()
+    assert hashes[1] == hashes[2] == hashes[5] and len(set(hashes)) == 4
+
+
+def test_images_of_an_evaluation_set_are_kept_out_of_training(tmp_path):
+    first = jpeg(80, 60, seed=1)
+    (tmp_path / "eval").mkdir()
+    evaluation = indexed(tmp_path / "eval", {"x.jpg": first, "x.txt": "shown"}, TEST)
+    indexed(tmp_path, copies())
+    for bits, expected in ((None, ["a", "d", "e"]), (8, ["a", "e"])):
+        out = tmp_path / f"index-{bits}"
+        out.mkdir()
+        settings = IndexJob(tokenize=True, near_duplicates=bits, not_in=["flickr"])
+        build_index(settings, tmp_path / "download", out, 1, {"flickr": evaluation})
+        assert Samples.open(out).uids() == expected
+        assert {told(out)[uid] for uid in "bcf"} == {("in flickr", "the pixels of x")}
+    assert told(out)["d"][0] == "near one in flickr" and told(out)["d"][1].endswith("from x")
+
+
+def test_the_script_hands_evaluation_sets_over(tmp_path):
+    def run(stage: str, name: str, settings: dict, **inputs: str) -> Path:
+        command = [sys.executable, ROOT / f"scripts/{stage}.py", "--threads", "1"]
+        command += ["--settings", json.dumps(settings), "--out", tmp_path / name]
+        for slot, folder in inputs.items():
+            command += ["--input", f"{slot}={tmp_path / folder / 'manifest.json'}"]
+        subprocess.run(command, check=True, capture_output=True)
+        return tmp_path / name
+
+    write_tar(tmp_path / "eval.tar", {"x.jpg": jpeg(80, 60, seed=1), "x.txt": "shown"})
+    write_tar(tmp_path / "train.tar", copies())
+    for name in ("eval", "train"):
+        source = {"kind": "tars", "tars": str(tmp_path / f"{name}.tar")}
+        run("download", f"download_{name}", {"source": source})
+    run("index", "index_eval", {"tokenize": False}, download="download_eval")
+    settings = {"tokenize": True, "not_in": ["eval"]}
+    index = run("index", "index", settings, download="download_train", not_in_eval="index_eval")
+    assert rejects(index) == dict.fromkeys("bcf", "in eval")
+
+
+def test_an_evaluation_set_without_hashes_is_refused(tmp_path):
+    indexed(tmp_path, {"a.jpg": jpeg(), "a.txt": "a"})
+    pq.write_table(
+        pq.read_table(tmp_path / "index/samples.parquet").drop(["pixel_hash"]),
+        tmp_path / "index/samples.parquet",
+    )
+    with pytest.raises(ConfigError, match=r"not_in: .*no index with hashes.*Hint"):
+        build_index(TRAIN, tmp_path / "download", tmp_path, 1, {"old": tmp_path / "index"})
+
+
+def test_rejects_lead_back_to_their_images(tmp_path):
+    image = jpeg(8, 40)
+    files = {"a.jpg": jpeg(), "a.txt": "a", "b.txt": "small", "b.jpg": image, "c.txt": "no picture"}
+    index = indexed(tmp_path, files)
+    small, lost = pq.read_table(index / "rejects.parquet").to_pylist()
+    assert read_range(Path(small["tar"]), small["image_offset"], small["image_bytes"]) == image
+    assert (lost["tar"], lost["image_offset"], lost["image_bytes"]) == (None, None, None)
 
 
 def test_rows_lead_back_to_the_very_bytes(tmp_path):
@@ -102,7 +209,7 @@ def test_rows_lead_back_to_the_very_bytes(tmp_path):
 
 def test_samples_id_is_the_hash_of_the_uids(tmp_path):
     samples = Samples.open(
-        indexed(tmp_path, {"b.jpg": jpeg(), "b.txt": "b", "a.jpg": jpeg(), "a.txt": "a"})
+        indexed(tmp_path, {"b.jpg": jpeg(seed=1), "b.txt": "b", "a.jpg": jpeg(), "a.txt": "a"})
     )
     assert samples.samples_id == hashlib.sha256(b"a\nb").hexdigest()[:16]
     assert Tokens.open(tmp_path / "index").samples_id == samples.samples_id
@@ -180,14 +287,16 @@ def test_workers_change_nothing(tmp_path):
         }
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    alone = indexed(tmp_path / "one", files, threads=1)
-    together = indexed(tmp_path / "two", files, threads=2)
-    for name in ("rejects.parquet", "tokens/ids.npy", "tokens/merges.txt.gz", "tokens/tokens.json"):
+    settings = IndexJob(tokenize=True, drop_duplicates=False)
+    alone = indexed(tmp_path / "one", files, settings, threads=1)
+    together = indexed(tmp_path / "two", files, settings, threads=2)
+    for name in ("tokens/ids.npy", "tokens/merges.txt.gz", "tokens/tokens.json"):
         assert (alone / name).read_bytes() == (together / name).read_bytes()
-    ours, theirs = (
-        pq.read_table(index / "samples.parquet").drop(["tar"]) for index in (alone, together)
-    )
-    assert ours.equals(theirs) and len(ours) == 990
+    for table, num_rows in (("samples", 990), ("rejects", 110)):
+        ours, theirs = (
+            pq.read_table(index / f"{table}.parquet").drop(["tar"]) for index in (alone, together)
+        )
+        assert ours.equals(theirs) and len(ours) == num_rows
 
 
 def test_folders_are_indexed_in_place(tmp_path):

@@ -1,12 +1,15 @@
 """Laws of batches: who is in which, from the specification alone."""
 
+import tracemalloc
 from collections import Counter
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from clipgraft.config import ConfigError
-from clipgraft.data.sampler import HomogeneousBatches, UniformBatches
+from clipgraft.data.sampler import HomogeneousBatches, UniformBatches, Visits
 
 LABELS = np.array([5] * 11 + [0] * 6 + [9] * 2 + [7] * 1)[np.random.default_rng(1).permutation(20)]
 
@@ -16,16 +19,17 @@ def epoch_of(sampler, epoch):
     return [sampler.batch(step) for step in steps]
 
 
-@pytest.fixture(params=["uniform", "homogeneous"])
+@pytest.fixture(params=["uniform", "blocks", "homogeneous", "homogeneous blocks"])
 def make(request):
-    if request.param == "uniform":
-        return lambda seed: UniformBatches(len(LABELS), 3, seed)
-    return lambda seed: HomogeneousBatches(LABELS, 3, seed)
+    block = 2 if "blocks" in request.param else None
+    if "homogeneous" in request.param:
+        return lambda seed: HomogeneousBatches(LABELS, 3, seed, shuffle_block=block)
+    return lambda seed: UniformBatches(len(LABELS), 3, seed, shuffle_block=block)
 
 
 def test_an_epoch_shows_each_row_at_most_once_and_loses_less_than_a_batch(make):
     for epoch in range(3):
-        rows = np.concatenate([rows for rows, _ in epoch_of(make(4), epoch)])
+        rows = np.concatenate([batch.rows_B for batch in epoch_of(make(4), epoch)])
         assert len(rows) == len(set(rows)) == 18
         assert set(rows) <= set(range(20))
 
@@ -34,43 +38,51 @@ def test_a_batch_is_a_function_of_seed_and_step_alone(make):
     forwards, backwards = make(4), make(4)
     ours = [forwards.batch(step) for step in range(15)]
     theirs = [backwards.batch(step) for step in reversed(range(15))][::-1]
-    for (rows, mixed), (other_rows, other_mixed) in zip(ours, theirs, strict=True):
-        np.testing.assert_array_equal(rows, other_rows)
-        assert mixed == other_mixed
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(one.rows_B, other.rows_B)
+        np.testing.assert_array_equal(one.visit_B, other.visit_B)
+        assert one.is_mixed == other.is_mixed
 
 
 def test_epochs_and_seeds_have_different_orders(make):
-    order = [tuple(rows) for rows, _ in epoch_of(make(4), 0)]
-    assert order != [tuple(rows) for rows, _ in epoch_of(make(4), 1)]
-    assert order != [tuple(rows) for rows, _ in epoch_of(make(5), 0)]
+    order = [tuple(batch.rows_B) for batch in epoch_of(make(4), 0)]
+    assert order != [tuple(batch.rows_B) for batch in epoch_of(make(4), 1)]
+    assert order != [tuple(batch.rows_B) for batch in epoch_of(make(5), 0)]
 
 
 def test_every_row_is_seen_in_the_long_run(make):
-    seen = {int(row) for epoch in range(40) for rows, _ in epoch_of(make(0), epoch) for row in rows}
+    seen = {
+        int(row)
+        for epoch in range(40)
+        for batch in epoch_of(make(0), epoch)
+        for row in batch.rows_B
+    }
     assert seen == set(range(20))
 
 
 def test_batches_have_one_label_unless_they_say_so():
-    for rows, is_mixed in epoch_of(HomogeneousBatches(LABELS, 3, 0), 2):
-        assert (len(set(LABELS[rows])) > 1) == is_mixed
+    for batch in epoch_of(HomogeneousBatches(LABELS, 3, 0), 2):
+        assert (len(set(LABELS[batch.rows_B])) > 1) == batch.is_mixed
 
 
 def test_each_label_has_as_many_batches_of_its_own_as_fit():
     sampler = HomogeneousBatches(LABELS, 3, 0)
-    own = Counter(LABELS[rows][0] for rows, is_mixed in epoch_of(sampler, 0) if not is_mixed)
+    own = Counter(LABELS[batch.rows_B][0] for batch in epoch_of(sampler, 0) if not batch.is_mixed)
     assert own == {5: 3, 0: 2}
-    assert (sampler.num_batches, sampler.num_homogeneous) == (6, 5)
+    assert sampler.num_batches == 6
 
 
 def test_mixed_batches_are_not_always_last():
     sampler = HomogeneousBatches(LABELS, 3, 0)
-    places = {[mixed for _, mixed in epoch_of(sampler, epoch)].index(True) for epoch in range(30)}
+    places = {
+        [batch.is_mixed for batch in epoch_of(sampler, epoch)].index(True) for epoch in range(30)
+    }
     assert len(places) > 2
 
 
 def test_one_label_makes_ordinary_batches():
     sampler = HomogeneousBatches(np.zeros(7, int), 3, 0)
-    assert [is_mixed for _, is_mixed in epoch_of(sampler, 0)] == [False, False]
+    assert [batch.is_mixed for batch in epoch_of(sampler, 0)] == [False, False]
 
 
 @pytest.mark.parametrize(
@@ -80,3 +92,92 @@ def test_one_label_makes_ordinary_batches():
 def test_data_too_small_for_a_batch_is_the_users_mistake(build):
     with pytest.raises(ConfigError, match=r"batch_size = 512 .*400 samples.*Hint"):
         build()
+
+
+def test_blocks_are_read_in_long_stretches_and_in_another_order_each_epoch():
+    sampler = UniformBatches(64_000, 64, 0, shuffle_block=100)
+    orders = [np.concatenate([b.rows_B for b in epoch_of(sampler, epoch)]) for epoch in (0, 1)]
+    for order in orders:
+        assert sorted(order) == list(range(64_000))
+        # While 8 blocks of 100 are shuffled together, nothing outside of them is read.
+        for first in range(0, 64_000, 800):
+            part = order[first : first + 800]
+            assert len(set(part // 100)) == 8
+            assert (np.abs(np.diff(part)) > 1).mean() > 0.9
+    assert (orders[0] == orders[1]).mean() < 0.01
+    blocks = orders[0][::800] // 100
+    assert np.abs(np.diff(blocks)).mean() > 100  # of 640
+
+
+def test_a_block_larger_than_the_data_shuffles_all_of_it():
+    rows = UniformBatches(20, 20, 0, shuffle_block=1000).batch(0).rows_B
+    assert sorted(rows) == list(range(20)) != list(rows)
+
+
+def weighed(weights, num=1000, seed=3):
+    """Sources 0, 1, 2 with 50, 30 and 20 % of the samples."""
+    source_N = np.repeat([0, 1, 2], [num * 5 // 10, num * 3 // 10, num * 2 // 10])
+    source_N = np.random.default_rng(0).permutation(source_N)
+    return source_N, Visits(num, seed, source_N, np.array(weights, float))
+
+
+@pytest.mark.parametrize("kind", ["uniform", "homogeneous"])
+def test_a_source_is_shown_as_often_as_it_weighs(kind):
+    source_N, visits = weighed([0.5, 2.25, 0.0])
+    assert visits.num == 250 + 675
+    if kind == "uniform":
+        sampler = UniformBatches(1000, 5, 0, visits=visits)
+    else:
+        sampler = HomogeneousBatches(np.arange(1000) % 7, 5, 0, visits=visits)
+    assert sampler.num_batches == 185
+    chosen = []
+    for epoch in range(2):
+        count_N = np.bincount(
+            np.concatenate([b.rows_B for b in epoch_of(sampler, epoch)]), minlength=1000
+        )
+        assert Counter(count_N[source_N == 0]) == {0: 250, 1: 250}
+        assert Counter(count_N[source_N == 1]) == {2: 225, 3: 75}
+        assert Counter(count_N[source_N == 2]) == {0: 200}
+        chosen.append(count_N)
+    assert 80 < (chosen[0] != chosen[1])[source_N == 0].sum() < 420  # half of 500 is drawn anew
+
+
+def test_no_two_visits_of_a_row_have_the_same_number():
+    _, visits = weighed([0.5, 2.25, 1.0])
+    sampler = UniformBatches(1000, 5, 0, visits=visits)
+    seen = [
+        pair
+        for epoch in range(4)
+        for b in epoch_of(sampler, epoch)
+        for pair in zip(b.rows_B.tolist(), b.visit_B.tolist(), strict=True)
+    ]
+    assert len(seen) == len(set(seen)) == 4 * visits.num
+    plain = UniformBatches(20, 5, 0)
+    assert {int(v) for b in epoch_of(plain, 7) for v in b.visit_B} == {7}
+
+
+def test_sources_are_those_of_the_index(tmp_path):
+    names = ["coco", "web", "web", "coco", "coco", "flickr"]
+    pq.write_table(pa.table({"uid": list("abcdef"), "source": names}), tmp_path / "samples.parquet")
+    visits = Visits.of_index(tmp_path, 6, {"coco": 2, "web": 0}, seed=0)
+    assert Counter(visits.of_epoch(0)[0].tolist()) == {0: 2, 3: 2, 4: 2, 5: 1}
+    assert Visits.of_index(tmp_path, 6, {}, seed=0).num == 6
+    with pytest.raises(ConfigError, match=r"no source cocoa; it has coco, flickr, web.*Hint"):
+        Visits.of_index(tmp_path, 6, {"cocoa": 2}, seed=0)
+    pq.write_table(pa.table({"uid": list("abcdef")}), tmp_path / "samples.parquet")
+    with pytest.raises(ConfigError, match="no source coco; it has one source without a name"):
+        Visits.of_index(tmp_path, 6, {"coco": 2}, seed=0)
+
+
+def test_ten_million_rows_need_a_few_arrays():
+    num = 10_000_000
+    tracemalloc.start()
+    try:
+        for block in (None, 1000):
+            sampler = UniformBatches(num, 4096, 0, shuffle_block=block)
+            assert len(sampler.batch(5).rows_B) == 4096
+            del sampler
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 5 * 8 * num

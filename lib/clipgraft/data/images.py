@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import math
+import re
+from contextlib import suppress
 
 import cv2
 import numpy as np
@@ -21,8 +23,13 @@ Image.MAX_IMAGE_PIXELS = None
 
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 
+# Pillow knows more, among them formats that are programs (EPS) or have had holes.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 _ORIENTATION = 0x0112  # EXIF tag
-_ASPECT = (3 / 4, 4 / 3)  # of a random crop, width over height
+_START, _END = b"\xff\xd8", b"\xff\xd9"  # of a JPEG
+# libjpeg's warnings of wrong bytes among the pixels; of bytes too many in the header it warns as well.
+_DAMAGE = re.compile(r"Huffman|before marker 0x(?:da|c4|d[0-7])")
+_EXTRA = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
 
 
 class BadImage(ValueError):
@@ -38,12 +45,12 @@ def open_image(data: bytes, max_megapixels: float = math.inf) -> Image.Image:
     """Read an image's header; its pixels are decoded later.
 
     Raises:
-        BadImage: if it is no image, or larger than `max_megapixels`.
+        BadImage: if it is no image, its header ends early, or it is larger than `max_megapixels`.
     """
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except Exception as error:
-        raise BadImage("undecodable", "the file is empty" if not data else _short(error)) from None
+        raise _bad(_short(error) if data else "the file is empty", data) from None
     width, height = image.size
     if width * height > max_megapixels * 1e6:
         raise BadImage(
@@ -56,24 +63,49 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Decode: upright, 8 bits, RGB, transparency on white, first frame.
 
     Raises:
-        BadImage: if the pixels are damaged or missing.
+        BadImage: if the pixels are damaged or missing, or of a kind whose white is not known.
     """
+    if image.mode in ("I", "F"):
+        raise BadImage("undecodable", f"its pixels are numbers without a range (mode {image.mode})")
     try:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16-bit grey: Pillow would clip it to white
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+            image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:  # Pillow raises whatever its decoders raise
-        raise BadImage("undecodable", _short(error)) from None
+        raise _bad(_short(error)) from None
+
+
+def decode_whole(data: bytes, max_megapixels: float = math.inf) -> np.ndarray:
+    """Pixels of an image of which nothing is missing: uint8 HWC RGB, upright; the same as `decode` gives.
+
+    A JPEG must hold all its pixels; that it lacks its end marker alone is forgiven, unless it is progressive,
+    since later passes may be missing then. Of other formats the first picture must be whole. Wrong bytes in the
+    middle show where the format has a checksum (PNG) or where libjpeg loses its way, which is mostly, not always.
+
+    Raises:
+        BadImage: `undecodable`, `truncated` or `too many pixels`.
+    """
+    image = open_image(data, max_megapixels)
+    if image.format in ("JPEG", "MPO"):
+        pixels, data = _whole_jpeg(data, bool(image.info.get("progressive")))
+        if pixels is not None and image.mode in ("RGB", "L") and _is_upright(image):
+            return pixels
+        image = open_image(data)
+    try:
+        return np.asarray(to_rgb(image))
+    except BadImage as error:
+        raise _bad(error.detail, data) from None
 
 
 def shrink(data: bytes, short_side: int, quality: int, max_megapixels: float = math.inf) -> bytes:
     """JPEG bytes whose short side is at most `short_side`; never enlarges.
 
-    A JPEG that is small enough, upright and of an ordinary colour space stays as it is, byte for byte.
+    A JPEG that is small enough, upright and of an ordinary colour space stays as it is, byte for byte; if it lacks
+    its end marker it is given one, which other programs insist on.
 
     Raises:
         BadImage: if it cannot be decoded.
@@ -81,14 +113,18 @@ def shrink(data: bytes, short_side: int, quality: int, max_megapixels: float = m
     image = open_image(data, max_megapixels)
     is_small = min(image.size) <= short_side
     if is_small and image.format == "JPEG" and image.mode in ("RGB", "L") and _is_upright(image):
-        return data
-    pixels = np.asarray(to_rgb(image))
+        is_open = _END not in data[-64:] and not image.info.get("progressive")
+        return data + _END if is_open else data
+    pixels = decode_whole(data, max_megapixels)
     if not is_small:
         height, width = pixels.shape[:2]
         scale = short_side / min(height, width)
         pixels = _resize(pixels, max(1, round(width * scale)), max(1, round(height * scale)))
     return bytes(
-        simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=quality, colorspace="RGB")
+        # Half the colour resolution, as cameras store it: decoding takes a quarter less time.
+        simplejpeg.encode_jpeg(
+            np.ascontiguousarray(pixels), quality=quality, colorspace="RGB", colorsubsampling="420"
+        )
     )
 
 
@@ -96,52 +132,17 @@ def decode(data: bytes) -> np.ndarray:
     """Pixels of an image that `index` has accepted: uint8 HWC RGB, upright.
 
     JPEGs take the fast way (the GIL is released), unless they say how they are to be turned.
-    Recoverable damage, such as a missing end marker, is not an error.
+    A missing end marker is not an error.
 
     Raises:
         BadImage: if it cannot be decoded.
     """
-    if data[:2] != b"\xff\xd8" or b"Exif\0" in data[:65536]:
+    if data[:2] != _START:
         return np.asarray(to_rgb(open_image(data)))
-    try:
-        return np.asarray(simplejpeg.decode_jpeg(data, colorspace="RGB", strict=False))
-    except ValueError:  # CMYK, or damage of which Pillow gives a better account
-        return np.asarray(to_rgb(open_image(data)))
-
-
-def random_resized_crop(
-    pixels: np.ndarray, size: int, scale: tuple[float, float], rng: np.random.Generator
-) -> np.ndarray:
-    """A random part of the picture as a square of `size` pixels.
-
-    The share of the area is uniform in `scale`; width over height is log-uniform in 3/4..4/3 as far as the
-    picture has room for it. Unlike torchvision's, no draw is thrown away, so an item takes four numbers always.
-
-    Args:
-        pixels: uint8 HWC.
-        size: side of the square.
-        scale: range of the share of the area; (1, 1) is the middle square.
-        rng: four numbers are drawn.
-    """
-    if scale[0] >= 1:
-        return resize_center(pixels, size)
-    height, width = pixels.shape[:2]
-    share, shape, across, down = rng.random(4)
-    area = width * height * (scale[0] + share * (scale[1] - scale[0]))
-    # With this area, width <= W and height <= H hold for these aspects.
-    low, high = max(area / height**2, _ASPECT[0]), min(width**2 / area, _ASPECT[1])
-    if low <= high:
-        aspect = low * (high / low) ** shape
-        crop_width, crop_height = math.sqrt(area * aspect), math.sqrt(area / aspect)
-    else:  # a banner: the largest part of a bearable aspect
-        aspect = min(max(width / height, _ASPECT[0]), _ASPECT[1])
-        crop_width, crop_height = min(width, height * aspect), min(height, width / aspect)
-    crop_width, crop_height = (
-        min(width, max(1, round(crop_width))),
-        min(height, max(1, round(crop_height))),
-    )
-    left, top = int(across * (width - crop_width + 1)), int(down * (height - crop_height + 1))
-    return _resize(pixels[top : top + crop_height, left : left + crop_width], size, size)
+    if b"Exif\0" not in data[:65536]:
+        with suppress(ValueError):  # Pillow gives a better account of damage
+            return np.asarray(simplejpeg.decode_jpeg(data, colorspace="RGB", strict=False))
+    return np.asarray(to_rgb(open_image(data + _END)))
 
 
 def resize_center(pixels: np.ndarray, size: int) -> np.ndarray:
@@ -162,11 +163,60 @@ def _resize(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
     )
 
 
+def _whole_jpeg(data: bytes, is_progressive: bool) -> tuple[np.ndarray | None, bytes]:
+    """Pixels of a JPEG as they are stored, if libjpeg has nothing to say, and its bytes with an end marker."""
+    complaint = ""
+    for candidate in (data,) if is_progressive else (data, data + _END):
+        try:
+            pixels = simplejpeg.decode_jpeg(candidate, colorspace="RGB", strict=True)
+            return np.asarray(pixels), candidate
+        except ValueError as error:
+            complaint = str(error)
+        if "Premature end" not in complaint:
+            break
+    if "remature end" in complaint:  # of the file, or of the pixels before the end marker
+        raise BadImage("truncated", f"libjpeg: {complaint}")
+    if _DAMAGE.search(complaint) or _is_left_over(data, _EXTRA.search(complaint)):
+        raise _bad(f"libjpeg: {complaint}", data)
+    return None, data  # Pillow decides
+
+
 def _is_upright(image: Image.Image) -> bool:
     try:
         return image.getexif().get(_ORIENTATION, 1) == 1
     except Exception:  # broken metadata: decoding decides
         return False
+
+
+def _is_left_over(data: bytes, extra: re.Match[str] | None) -> bool:
+    """Whether the bytes between the last pixel and the end are pixels for which there was no place left.
+
+    Cameras leave a few bytes there, or fill up with one value; wrong bytes in the middle that decode to more
+    pixels than the right ones leave what they have displaced.
+    """
+    num = int(extra[1]) if extra else 0
+    return num > 32 and len(set(data[: data.rfind(_END)][-num:])) > 1
+
+
+def _bad(detail: str, data: bytes = b"") -> BadImage:
+    """What a complaint of Pillow about these bytes means."""
+    is_truncated = "truncated" in detail.lower() or _ends_early(data)
+    return BadImage("truncated" if is_truncated else "undecodable", detail)
+
+
+def _ends_early(data: bytes) -> bool:
+    """Whether a file that could not be decoded lacks its end, by what its format says of it (TIFF says nothing)."""
+    if data[:3] == _START + b"\xff":
+        return _END not in data[-64:]
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return b"IEND" not in data[-64:]
+    if data[:4] == b"GIF8":
+        return not data.rstrip(b"\0").endswith(b";")
+    if data[:4] == b"RIFF":
+        return len(data) < 8 + int.from_bytes(data[4:8], "little")
+    if data[:2] == b"BM":
+        return len(data) < int.from_bytes(data[2:6], "little")
+    return False
 
 
 def _short(error: Exception) -> str:

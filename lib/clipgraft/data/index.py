@@ -2,6 +2,7 @@
 
 Row i of `samples.parquet` is sample i from here on, so N never changes later; everything else is told in
 `rejects.parquet`, with a reason. Rows are sorted by uid: neither the order of tars nor the number of workers shows.
+Copies are left out of a training set only: an evaluation set is what its authors published, repeats and all.
 """
 
 from __future__ import annotations
@@ -10,44 +11,46 @@ import json
 import logging
 import os
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipgraft.config import ConfigError
-from clipgraft.data.images import SUFFIXES, BadImage, open_image, to_rgb
+from clipgraft.data.corpus import write_tokens
+from clipgraft.data.duplicates import (
+    find_near,
+    first_equal,
+    first_near,
+    perceptual_hash_of,
+    pixel_hash_of,
+)
+from clipgraft.data.found import (
+    ClassNames,
+    Found,
+    find,
+    join_class_names,
+    read_captions,
+    read_class_names,
+    read_labels,
+    read_text,
+    root_of,
+)
+from clipgraft.data.images import SUFFIXES, BadImage, decode_whole, open_image
 from clipgraft.data.parallel import Progress, parallel_map
 from clipgraft.data.samples import SCHEMA, samples_id_of
-from clipgraft.data.tars import Members, list_tars, read_range
-from clipgraft.data.tokens import write_tokens
+from clipgraft.data.tars import read_range
+from clipgraft.data.words import load_tagger
 from clipgraft.job import WRITING
 from clipgraft.settings import IndexJob
 
 log = logging.getLogger(__name__)
 
 _CHUNK = 128  # samples per task
-
-ClassNames = dict[str, list[str]]
-
-
-@dataclass(frozen=True)
-class Found:
-    """A sample as the download left it.
-
-    Attributes:
-        uid: its name, unique in the index.
-        file: tar or image file, as `outcomes.parquet` has it.
-        path: the same, to open.
-        members: where its files' bytes are; of an image file, only the image.
-    """
-
-    uid: str
-    file: str
-    path: Path
-    members: Members
 
 
 @dataclass(frozen=True)
@@ -56,41 +59,69 @@ class Accepted:
 
     uid: str
     captions: list[str]
+    caption_kinds: list[str]
+    source: str
     tar: str
     image_offset: int
     image_bytes: int
     width: int
     height: int
     labels: str
+    pixel_hash: str
+    perceptual_hash: int
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """A row of `rejects.parquet`."""
+    """A row of `rejects.parquet`; where its image is, if it has one."""
 
     uid: str
     reason: str
     detail: str
+    tar: str | None = None
+    image_offset: int | None = None
+    image_bytes: int | None = None
 
 
-def build_index(settings: IndexJob, download: Path, out: Path, threads: int) -> dict[str, Any]:
+_REJECTS = pa.schema(
+    {
+        "uid": pa.string(),
+        "reason": pa.string(),
+        "detail": pa.string(),
+        "tar": pa.string(),
+        "image_offset": pa.int64(),
+        "image_bytes": pa.int64(),
+    }
+)
+
+
+def build_index(
+    settings: IndexJob,
+    download: Path | Mapping[str, Path],
+    out: Path,
+    threads: int,
+    not_in: Mapping[str, Path] | None = None,
+) -> dict[str, Any]:
     """Decode and check all images of a download; write samples, rejects and, for training, tokens.
 
     Args:
         settings: what is accepted, and whether to tokenize.
-        download: folder of the stage before.
+        download: folder of the stage before; of a mixed data set, source name to folder.
         out: existing folder to write into.
         threads: worker processes.
+        not_in: name to index folder of the evaluation sets whose images are left out.
 
     Returns:
         Facts for the manifest.
 
     Raises:
-        ConfigError: if nothing is left, two samples cannot be told apart, or a tar is damaged.
+        ConfigError: if nothing is left, two samples cannot be told apart, a tar is damaged, or the tagger has no model.
     """
-    classes_file = download / "classes.json"
-    class_names: ClassNames = json.loads(classes_file.read_text()) if classes_file.is_file() else {}
-    found, rejected = _without_repeats(_find(download, threads))
+    if settings.tokenize:
+        load_tagger(settings.tagger)  # what it lacks is said before hours of decoding
+    downloads = {"": download} if isinstance(download, Path) else dict(download)
+    class_names = read_class_names(downloads)
+    found, rejected = _without_repeats(find(downloads, threads))
     log.info("%s samples to look at", f"{len(found):,}")
     accepted: list[Accepted] = []
     progress = Progress("decoded", len(found))
@@ -100,45 +131,27 @@ def build_index(settings: IndexJob, download: Path, out: Path, threads: int) -> 
         rejected += [each for each in results if isinstance(each, Rejected)]
         progress.add(len(results), f"   {len(rejected):,} rejected")
     progress.done()
+    accepted, copies = _without_copies(settings, accepted, not_in or {})
+    rejected = sorted(rejected + copies, key=lambda each: each.uid)
     reasons = Counter(each.reason for each in rejected)
     for reason, count in reasons.most_common():
         example = next(each for each in rejected if each.reason == reason)
         log.info("rejected %6s  %s, e.g. %s: %s", f"{count:,}", reason, example.uid, example.detail)
     if not accepted:
-        raise ConfigError(_nothing_left(download, rejected, reasons))
-    facts = _write_samples(accepted, class_names, download, out)
-    _write_table(
-        rejected,
-        pa.schema([(name, pa.string()) for name in ("uid", "reason", "detail")]),
-        out / "rejects.parquet",
-    )
+        raise ConfigError(_nothing_left(root_of(downloads), rejected, reasons))
+    facts = _write_samples(accepted, join_class_names(class_names), root_of(downloads), out)
+    _write_table(rejected, _REJECTS, out / "rejects.parquet")
     if settings.tokenize:
-        captions = [each.captions for each in accepted]
-        facts |= write_tokens(captions, settings.vocabulary, facts["samples_id"], out / "tokens")
+        facts |= write_tokens(
+            [each.captions for each in accepted],
+            [each.caption_kinds for each in accepted],
+            settings.vocabulary,
+            settings.tagger,
+            facts["samples_id"],
+            out / "tokens",
+            threads,
+        )
     return {**facts, "rejected": dict(reasons.most_common())}
-
-
-# --- what there is ------------------------------------------------------------------------------------------
-
-
-def _find(download: Path, threads: int) -> list[Found]:
-    """All samples that were downloaded, sorted by uid."""
-    keys_of: dict[str, set[str]] = {}
-    for row in pq.read_table(download / "outcomes.parquet").to_pylist():
-        if row["status"] == "ok":
-            keys_of.setdefault(row["file"], set()).add(row["key"])
-    tars = [file for file in keys_of if file.endswith(".tar")]
-    paths = [download / file for file in tars]  # absolute names stay themselves
-    found = []
-    for file, path, samples in zip(tars, paths, list_tars(paths, threads), strict=True):
-        found += [
-            Found(key, file, path, members) for key, members in samples if key in keys_of[file]
-        ]
-    for file in keys_of.keys() - set(tars):
-        path = download / file
-        members = {path.suffix[1:].lower(): (0, path.stat().st_size)}
-        found += [Found(key, file, path, members) for key in keys_of[file]]
-    return sorted(_with_unique_uids(found), key=lambda each: each.uid)
 
 
 def _without_repeats(found: list[Found]) -> tuple[list[Found], list[Rejected]]:
@@ -146,63 +159,56 @@ def _without_repeats(found: list[Found]) -> tuple[list[Found], list[Rejected]]:
     first: dict[str, Found] = {}
     repeats = [each for each in found if first.setdefault(each.uid, each) is not each]
     return list(first.values()), [
-        Rejected(each.uid, "repeated key", f"again in {each.file}") for each in repeats
-    ]
-
-
-def _with_unique_uids(found: list[Found]) -> list[Found]:
-    """Keys are the uids, unless two tars use the same; then the tar's name goes before them."""
-    clash = _clash(found)
-    if clash is None:
-        return found
-    log.info("keys repeat, e.g. in %s and %s: uids are tar/key", *clash)
-    named = [
-        Found(f"{each.path.stem}/{each.uid}", each.file, each.path, each.members) for each in found
-    ]
-    clash = _clash(named)
-    if clash is not None:
-        raise ConfigError(
-            f"samples of {clash[0]} and {clash[1]} have the same keys, and the tars the same name. "
-            "Hint: rename one of the tars"
+        Rejected(
+            each.uid,
+            "repeated key",
+            f"again in {each.file}, where the files of a sample must be neighbours",
+            *_place(each),
         )
-    return named
-
-
-def _clash(found: list[Found]) -> tuple[str, str] | None:
-    """Two files that use the same uid."""
-    file_of: dict[str, str] = {}
-    for each in found:
-        if file_of.setdefault(each.uid, each.file) != each.file:
-            return file_of[each.uid], each.file
-    return None
+        for each in repeats
+    ]
 
 
 # --- looking at one sample (in a worker) --------------------------------------------------------------------
 
 
-def _check_chunk(task: tuple[IndexJob, ClassNames, list[Found]]) -> list[Accepted | Rejected]:
+def _check_chunk(
+    task: tuple[IndexJob, dict[str, ClassNames], list[Found]],
+) -> list[Accepted | Rejected]:
     settings, class_names, found = task
     results: list[Accepted | Rejected] = []
     for each in found:
         try:
-            results.append(_check(settings, class_names, each))
+            result = _check(settings, class_names[each.source], each)
         except BadImage as error:
-            results.append(Rejected(each.uid, error.reason, error.detail))
+            result = Rejected(each.uid, error.reason, error.detail)
+        if isinstance(result, Rejected):
+            tar, offset, size = _place(each)
+            result = replace(result, tar=tar, image_offset=offset, image_bytes=size)
+        results.append(result)
     return results
 
 
+def _place(found: Found) -> tuple[str, int, int] | tuple[None, None, None]:
+    """File, offset and length of the image; of several, the first of the types in `SUFFIXES`."""
+    for suffix in SUFFIXES:
+        if suffix in found.members:
+            return found.file, *found.members[suffix]
+    return None, None, None
+
+
 def _check(settings: IndexJob, class_names: ClassNames, found: Found) -> Accepted | Rejected:
-    image_type = next((suffix for suffix in SUFFIXES if suffix in found.members), None)
-    if image_type is None:
+    file, offset, size = _place(found)
+    if file is None or offset is None or size is None:
         files = ", ".join(sorted(found.members))
         return Rejected(found.uid, "no image", f"its files: {files}")
-    labels = _read_labels(class_names, found)
-    captions = _read_captions(found)
+    labels = read_labels(class_names, found)
+    captions, kinds = read_captions(found)
     needs_caption = settings.tokenize or not labels
     if not captions and needs_caption:
         return Rejected(found.uid, *_why_no_caption(class_names, found))
-    offset, size = found.members[image_type]
-    image = open_image(read_range(found.path, offset, size), settings.max_megapixels)
+    data = read_range(found.path, offset, size)
+    image = open_image(data, settings.max_megapixels)
     short, long = sorted(image.size)
     if short < settings.min_side:
         return Rejected(
@@ -211,53 +217,34 @@ def _check(settings: IndexJob, class_names: ClassNames, found: Found) -> Accepte
     if long / short > settings.max_aspect_ratio:
         detail = f"{image.width}x{image.height}, more than {settings.max_aspect_ratio:g} to 1"
         return Rejected(found.uid, "aspect ratio", detail)
-    width, height = to_rgb(image).size
+    pixels = decode_whole(data)
     return Accepted(
         found.uid,
         captions,
-        found.file,
+        kinds,
+        found.source,
+        file,
         offset,
         size,
-        width,
-        height,
+        pixels.shape[1],
+        pixels.shape[0],
         json.dumps(labels, sort_keys=True),
+        pixel_hash_of(pixels),
+        perceptual_hash_of(pixels),
     )
-
-
-def _read_captions(found: Found) -> list[str]:
-    """Captions of a sample without the empty ones: the list in its JSON, else its text, else JSON's one."""
-    about = _read_json(found)
-    several = about.get("captions")
-    if isinstance(several, list) and several:
-        captions = [text for text in several if isinstance(text, str)]
-    elif (text := _read_text(found, "txt")) is not None:
-        captions = [text]
-    else:
-        captions = [about["caption"]] if isinstance(about.get("caption"), str) else []
-    return [" ".join(text.split()) for text in captions if text.strip()]
-
-
-def _read_labels(class_names: ClassNames, found: Found) -> dict[str, str]:
-    about = _read_json(found) if class_names else {}
-    labels = {
-        label: about[label] for label, names in class_names.items() if about.get(label) in names
-    }
-    number = (_read_text(found, "cls") or "").strip()
-    names = class_names.get("class", [])
-    if number.isdecimal() and int(number) < len(names):
-        labels["class"] = names[int(number)]
-    return labels
 
 
 def _why_no_caption(class_names: ClassNames, found: Found) -> tuple[str, str]:
     if "cls" in found.members and "class" not in class_names:
         return "no caption", "it has a class number, but `classes` was not given"
-    if "cls" in found.members and not _read_labels(class_names, found):
+    if "cls" in found.members and not read_labels(class_names, found):
         return (
             "unknown class",
-            f"{_read_text(found, 'cls')!r}: the data has {len(class_names['class'])} classes",
+            f"{read_text(found, 'cls')!r}: the data has {len(class_names['class'])} classes",
         )
-    text = _read_text(found, "txt")
+    if found.captions is not None:
+        return "empty caption", "none of its captions has a letter"
+    text = read_text(found, "txt")
     return (
         ("no caption", "no .txt and no caption in .json")
         if text is None
@@ -265,27 +252,60 @@ def _why_no_caption(class_names: ClassNames, found: Found) -> tuple[str, str]:
     )
 
 
-def _read_json(found: Found) -> dict[str, Any]:
-    text = _read_text(found, "json")
-    if text is None:
-        return {}
-    try:
-        about = json.loads(text)
-    except ValueError:  # a caption may still stand in .txt
-        return {}
-    return about if isinstance(about, dict) else {}
+# --- copies -------------------------------------------------------------------------------------------------
 
 
-def _read_text(found: Found, extension: str) -> str | None:
-    if found.path.suffix != ".tar":
-        beside = found.path.with_suffix(f".{extension}")
-        return (
-            beside.read_text("utf-8", "replace")
-            if extension == "txt" and beside.is_file()
-            else None
+def _without_copies(
+    settings: IndexJob, accepted: list[Accepted], not_in: Mapping[str, Path]
+) -> tuple[list[Accepted], list[Rejected]]:
+    """A training set without images of evaluation sets, and without the later ones of several that are alike."""
+    pixel_N = np.array([each.pixel_hash for each in accepted], "U16")
+    hash_N = np.array([each.perceptual_hash for each in accepted], np.uint64)
+    max_bits = settings.near_duplicates
+    copies: dict[int, Rejected] = {}
+
+    def reject(row: int, reason: str, of: str, other_hash: np.uint64 | None = None) -> None:
+        detail = f"the pixels of {of}"
+        if other_hash is not None:
+            detail = f"{(hash_N[row] ^ other_hash).bit_count()} of 64 bits differ from {of}"
+        each = accepted[row]
+        place = each.tar, each.image_offset, each.image_bytes
+        copies[row] = Rejected(each.uid, reason, detail, *place)
+
+    def left() -> np.ndarray:
+        return np.array([row for row in range(len(accepted)) if row not in copies], np.int64)
+
+    for name, folder in not_in.items():
+        others = _read_hashes(folder)
+        uid_of = dict(zip(reversed(others["pixel_hash"]), reversed(others["uid"]), strict=True))
+        for row in left():
+            if pixel_N[row] in uid_of:
+                reject(row, f"in {name}", uid_of[pixel_N[row]])
+        if max_bits is not None:
+            rows, theirs = left(), np.array(others["perceptual_hash"], np.uint64)
+            for row, other in zip(rows, find_near(hash_N[rows], theirs, max_bits), strict=True):
+                if other >= 0:
+                    reject(row, f"near one in {name}", others["uid"][other], theirs[other])
+    if settings.tokenize and settings.drop_duplicates:
+        rows = left()
+        for row, first in zip(rows, rows[first_equal(pixel_N[rows])], strict=True):
+            if first != row:
+                reject(row, "duplicate", accepted[first].uid)
+    if settings.tokenize and max_bits is not None:
+        rows = left()
+        for row, first in zip(rows, rows[first_near(hash_N[rows], max_bits)], strict=True):
+            if first != row:
+                reject(row, "near duplicate", accepted[first].uid, hash_N[first])
+    return [accepted[row] for row in left()], [copies[row] for row in sorted(copies)]
+
+
+def _read_hashes(index: Path) -> dict[str, list[Any]]:
+    path, columns = index / "samples.parquet", ["uid", "pixel_hash", "perceptual_hash"]
+    if not path.is_file() or not set(columns) <= set(pq.read_schema(path).names):
+        raise ConfigError(
+            f"not_in: {index} is no index with hashes of its images. Hint: run its stage `index` again"
         )
-    place = found.members.get(extension)
-    return None if place is None else read_range(found.path, *place).decode("utf-8", "replace")
+    return dict(pq.read_table(path, columns=columns).to_pydict())
 
 
 # --- writing ------------------------------------------------------------------------------------------------

@@ -13,19 +13,23 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from clipgraft.config import ConfigError
-from clipgraft.data.images import open_image, to_rgb
+from clipgraft.data.images import decode
 from clipgraft.data.tars import read_range
 
 SCHEMA = pa.schema(
     {
         "uid": pa.string(),
         "captions": pa.list_(pa.string()),
+        "caption_kinds": pa.list_(pa.string()),
+        "source": pa.string(),
         "tar": pa.string(),
         "image_offset": pa.int64(),
         "image_bytes": pa.int64(),
         "width": pa.int32(),
         "height": pa.int32(),
         "labels": pa.string(),
+        "pixel_hash": pa.string(),
+        "perceptual_hash": pa.uint64(),
     }
 )
 
@@ -85,6 +89,14 @@ class Samples:
         """Captions of all samples."""
         return list(self._captions.to_pylist())
 
+    def all_caption_kinds(self) -> list[list[str]]:
+        """The kind of each caption of all samples."""
+        return list(self._table["caption_kinds"].to_pylist())
+
+    def sources(self) -> list[str]:
+        """Which part of a mixed data set each sample is from; empty names if there is one source."""
+        return list(self._table["source"].to_pylist())
+
     def labels(self, name: str) -> np.ndarray:
         """Class numbers of one label [N], in the order of `label_names`; -1 where a sample has none.
 
@@ -104,7 +116,7 @@ class Samples:
 
     def image(self, row: int) -> Image.Image:
         """The picture: upright, RGB."""
-        return to_rgb(open_image(self.image_bytes(row)))
+        return Image.fromarray(decode(self.image_bytes(row)))
 
     def place(self, row: int) -> tuple[Path, int, int]:
         """File, offset and length of a sample's image."""

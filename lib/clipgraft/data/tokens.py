@@ -1,42 +1,47 @@
-"""Tokens: captions as numbers, made once by `index`, cut to length per batch without a Python loop.
+"""Tokens: captions as numbers, made once by `index` (`data/corpus.py`); a batch is drawn and cut to length without a Python loop.
 
-CLIP's byte pair encoding is open_clip's; a vocabulary here is a merges file that open_clip's SimpleTokenizer reads.
-`corpus` keeps only those merges that the training captions use: their pieces stay the same, letter by letter, and
-a small model does not carry a table of 49,408 rows. Encoding is done by our own `Encoder`, because importing
-open_clip costs `index` eight seconds; a test holds the two together.
+The folder `tokens/` holds flat arrays, which are memory-mapped, so that an index of any size opens at once:
+
+    ids.npy              [T]      token ids, captions end to end, without start and end
+    words.npy            [T]      uint8: class of the token's word (bits 0-1), whether it begins the word (bit 2)
+    frequency.npy        [T]      uint32: how often the token's word occurs in all captions
+    caption_offsets.npy  [C + 1]  where each caption begins in the arrays above
+    caption_kinds.npy    [C]      kind of each caption: its place in `caption_kinds` of tokens.json
+    sample_offsets.npy   [N + 1]  where the captions of each sample begin
 """
 
 from __future__ import annotations
 
-import gzip
-import html
-import importlib.util
-import io
 import json
-import logging
 import warnings
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import ftfy
 import numpy as np
-import regex
 
 from clipgraft.config import ConfigError
+from clipgraft.data.reduce import (
+    block_start,
+    count_kept,
+    frame,
+    keep_random,
+    keep_syntax,
+    spread,
+)
 
-log = logging.getLogger(__name__)
-
-Merge = tuple[str, str]
-
-_NUM_BYTES = 256
-_NUM_MERGES = 49152 - _NUM_BYTES - 2  # of CLIP's file, which has more lines than CLIP uses
-_WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+CLASS, BEGINS = 3, 4  # bits of words.npy
 
 
 class Tokens:
-    """Token ids of all captions of a training set, memory-mapped."""
+    """Token ids of all captions of a training set.
+
+    Attributes:
+        samples_id: of the index.
+        kinds: names of the kinds of captions.
+        vocab_size, start_id, end_id: of the vocabulary.
+        merges: its file.
+        frequency: how often the word of each token occurs, as `frequency.npy`.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Open `tokens/` of an index."""
@@ -45,10 +50,14 @@ class Tokens:
         self.start_id: int = about["start_id"]
         self.end_id: int = about["end_id"]
         self.samples_id: str = about["samples_id"]
+        self.kinds: list[str] = about["caption_kinds"]
         self.merges = folder / "merges.txt.gz"
-        self._ids = np.load(folder / "ids.npy", mmap_mode="r")
-        self._captions = np.load(folder / "caption_offsets.npy")
-        self._samples = np.load(folder / "sample_offsets.npy")
+        self.frequency = _mapped(folder / "frequency.npy")
+        self._ids = _mapped(folder / "ids.npy")
+        self._words = _mapped(folder / "words.npy")
+        self._captions = _mapped(folder / "caption_offsets.npy")
+        self._kinds = _mapped(folder / "caption_kinds.npy")
+        self._samples = _mapped(folder / "sample_offsets.npy")
 
     @classmethod
     def open(cls, index_folder: Path) -> Tokens:
@@ -64,26 +73,125 @@ class Tokens:
             )
         return cls(folder)
 
-    def num_captions(self, rows: np.ndarray) -> np.ndarray:
-        """How many captions each of some samples has."""
-        return np.asarray(self._samples[rows + 1] - self._samples[rows])
+    def captions_of(self, rows_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Number of the first caption of each sample [B], and how many it has [B]; the others follow the first."""
+        first_B = self._samples[rows_B]
+        return first_B, self._samples[rows_B + 1] - first_B
 
-    def batch(self, rows: np.ndarray, text_length: int, choice: np.ndarray) -> np.ndarray:
-        """Captions of some samples, truncated, with start and end, padded with zeros.
+    def check_weights(self, weights: Mapping[str, float]) -> None:
+        """Look through all samples, so that training does not find out in the middle.
+
+        Raises:
+            ConfigError: if the data lack a kind, or a sample has no caption of a kind that is drawn.
+        """
+        if weights:
+            is_drawn_C = (self._weight_of_kinds(weights) > 0)[self._kinds]
+            self._must_have(weights, np.logical_or.reduceat(is_drawn_C, self._samples[:-1]))
+
+    def choose(
+        self, rows_B: np.ndarray, uniform_B: np.ndarray, weights: Mapping[str, float]
+    ) -> np.ndarray:
+        """Draw a caption of each sample.
 
         Args:
-            rows: samples [B].
+            rows_B: samples.
+            uniform_B: a random number in [0, 1) for each.
+            weights: how often each kind is drawn, and then one of its captions, all alike. Kinds that a sample lacks
+                leave their share to its other kinds; kinds that are not named are not drawn. Empty: all captions of a
+                sample alike.
+
+        Returns:
+            Numbers of captions, int64 [B].
+
+        Raises:
+            ConfigError: as `check_weights`.
+        """
+        first_B, count_B = self.captions_of(rows_B)
+        if not weights:
+            return first_B + (uniform_B * count_B).astype(np.int64)
+        weight_K = self._weight_of_kinds(weights)
+        column_M = np.arange(count_B.max(initial=1))  # of the sample with most captions
+        is_there_BM = column_M < count_B[:, None]
+        kind_BM = self._kinds[first_B[:, None] + np.where(is_there_BM, column_M, 0)]
+        weight_BM = np.zeros(kind_BM.shape)
+        for kind in np.flatnonzero(weight_K):
+            is_kind_BM = is_there_BM & (kind_BM == kind)
+            share_B = weight_K[kind] / np.maximum(is_kind_BM.sum(axis=1), 1)
+            weight_BM += is_kind_BM * share_B[:, None]
+        sum_BM = weight_BM.cumsum(axis=1)
+        self._must_have(weights, sum_BM[:, -1] > 0, rows_B)
+        return first_B + (sum_BM <= (uniform_B * sum_BM[:, -1])[:, None]).sum(axis=1)
+
+    def encode(
+        self,
+        caption_B: np.ndarray,
+        text_length: int,
+        reduction: str = "truncate",
+        bits_B: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Captions with start and end, padded with zeros; those that are too long are reduced.
+
+        Args:
+            caption_B: numbers of captions.
             text_length: tokens per caption, with start and end.
-            choice: which caption of each sample [B]; counted round.
+            reduction: `truncate`, `random`, `block` or `syntax` (see `data/reduce.py`).
+            bits_B: a random word for each, uint64; only random and block look at it.
 
         Returns:
             int64 [B, text_length].
         """
-        first, num_captions = self._samples[rows], self._samples[rows + 1] - self._samples[rows]
-        caption = first + choice % num_captions
-        begin = self._captions[caption]
-        lengths = self._captions[caption + 1] - begin
-        return _frame(self._ids, begin, lengths, text_length, self.start_id, self.end_id)
+        room = text_length - 2
+        begin_B = self._captions[caption_B]
+        length_B = self._captions[caption_B + 1] - begin_B
+        if reduction == "block":
+            assert bits_B is not None
+            begin_B = begin_B + block_start(length_B, room, bits_B)
+        if reduction in ("truncate", "block"):
+            length_B = np.minimum(length_B, room)
+            place_T = spread(begin_B, length_B)
+        else:
+            place_T = spread(begin_B, length_B)
+            kept_T = self._keep(reduction, place_T, length_B, room, bits_B)
+            place_T, length_B = place_T[kept_T], count_kept(length_B, kept_T)
+        return frame(self._ids[place_T], length_B, text_length, self.start_id, self.end_id)
+
+    def _keep(
+        self,
+        reduction: str,
+        place_T: np.ndarray,
+        length_B: np.ndarray,
+        room: int,
+        bits_B: np.ndarray | None,
+    ) -> np.ndarray:
+        if reduction == "random":
+            assert bits_B is not None
+            return keep_random(length_B, room, bits_B)
+        assert reduction == "syntax", reduction
+        words_T = self._words[place_T]
+        return keep_syntax(length_B, words_T & CLASS, words_T & BEGINS, room)
+
+    def _weight_of_kinds(self, weights: Mapping[str, float]) -> np.ndarray:
+        for kind in weights:
+            if kind not in self.kinds:
+                raise ConfigError(
+                    f"captions = {dict(weights)}: the data have no captions of kind `{kind}`, "
+                    f"only {', '.join(self.kinds)}. Hint: kinds get their names under `download`"
+                )
+        return np.array([weights.get(kind, 0.0) for kind in self.kinds])
+
+    def _must_have(
+        self, weights: Mapping[str, float], has_B: np.ndarray, rows_B: np.ndarray | None = None
+    ) -> None:
+        if has_B.all():
+            return
+        lacking = np.flatnonzero(~has_B)
+        row = int(lacking[0] if rows_B is None else rows_B[lacking[0]])
+        codes = np.unique(self._kinds[self._samples[row] : self._samples[row + 1]])
+        kinds = ", ".join(self.kinds[code] for code in codes)
+        raise ConfigError(
+            f"captions = {dict(weights)}: {len(lacking):,} of {len(has_B):,} samples have no caption of a kind that is "
+            f"drawn, e.g. sample {row}, which has {kinds}. Hint: give {kinds} a weight; a tiny one makes it the last resort"
+        )
 
 
 class Tokenizer:
@@ -103,193 +211,11 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], text_length: int) -> np.ndarray:
         """Token ids int64 [B, text_length], truncated, with start and end, padded with zeros."""
-        ids = [self._tokenizer.encode(text) for text in texts]
-        return truncate(ids, text_length, self.start_id, self.end_id)
+        ids = [self._tokenizer.encode(text)[: text_length - 2] for text in texts]
+        flat = [number for each in ids for number in each]
+        length_B = np.array([len(each) for each in ids], np.int64)
+        return frame(np.array(flat), length_B, text_length, self.start_id, self.end_id)
 
 
-def truncate(ids: Sequence[Sequence[int]], text_length: int, start: int, end: int) -> np.ndarray:
-    """Cut id lists to `text_length` tokens with start and end; shorter ones are padded with zeros.
-
-    Returns:
-        int64 [len(ids), text_length].
-    """
-    lengths = np.array([len(each) for each in ids], np.int64)
-    flat = (
-        np.concatenate([np.asarray(each, np.int64) for each in ids])
-        if len(ids)
-        else np.zeros(0, np.int64)
-    )
-    return _frame(flat, np.cumsum(lengths) - lengths, lengths, text_length, start, end)
-
-
-def _frame(
-    ids: np.ndarray, begin: np.ndarray, lengths: np.ndarray, text_length: int, start: int, end: int
-) -> np.ndarray:
-    column = np.arange(text_length - 2)
-    lengths = np.minimum(lengths, text_length - 2)
-    is_content = column < lengths[:, None]
-    out = np.zeros((len(begin), text_length), np.int64)
-    out[:, 0] = start
-    out[:, 1:-1][is_content] = ids[(begin[:, None] + column)[is_content]]
-    out[np.arange(len(begin)), lengths + 1] = end
-    return out
-
-
-# --- making a vocabulary and encoding the training captions ------------------------------------------------
-
-
-class Encoder:
-    """CLIP's byte pair encoding with given merges; remembers words and the merges they used."""
-
-    def __init__(self, merges: Sequence[Merge]) -> None:
-        """Number the pieces: bytes, bytes that end a word, merges, start, end."""
-        self.merges = list(merges)
-        letters = _letters()
-        ordered = [letters[byte] for byte in _byte_order()]
-        pieces = (
-            ordered + [letter + "</w>" for letter in ordered] + ["".join(merge) for merge in merges]
-        )
-        self._id_of = {piece: number for number, piece in enumerate(pieces)}
-        self._letters = letters
-        self._ranks = {merge: rank for rank, merge in enumerate(self.merges)}
-        self._words: dict[str, list[str]] = {}
-        self.used: set[Merge] = set()
-        self.start_id, self.end_id = len(pieces), len(pieces) + 1
-        self.vocab_size = len(pieces) + 2
-
-    def pieces(self, text: str) -> list[str]:
-        """Pieces of a text, after CLIP's cleaning: mended Unicode, no HTML, lower case."""
-        return [piece for word in _WORD.findall(_clean(text)) for piece in self._split(word)]
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of the pieces, without start and end."""
-        return [self._id_of[piece] for piece in self.pieces(text)]
-
-    def _split(self, word: str) -> list[str]:
-        known = self._words.get(word)
-        if known is not None:
-            return known
-        parts = [self._letters[byte] for byte in word.encode()]
-        parts[-1] += "</w>"
-        while len(parts) > 1:
-            rank, pair = min(
-                (self._ranks.get(pair, len(self._ranks)), pair) for pair in pairwise(parts)
-            )
-            if rank == len(self._ranks):
-                break
-            self.used.add(pair)
-            parts = _join(parts, pair)
-        self._words[word] = parts
-        return parts
-
-
-def clip_merges() -> list[Merge]:
-    """The merges of CLIP's vocabulary, from open_clip's package, without importing it."""
-    spec = importlib.util.find_spec("open_clip")
-    assert spec is not None and spec.submodule_search_locations
-    path = Path(spec.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
-    return read_merges(path)
-
-
-def read_merges(path: Path) -> list[Merge]:
-    """Merges of a file in CLIP's format: a header, then one merge per line."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        lines = file.read().split("\n")[1 : _NUM_MERGES + 1]
-    pairs = (line.split() for line in lines if line)
-    return [(left, right) for left, right in pairs]
-
-
-def write_merges(path: Path, merges: Sequence[Merge]) -> None:
-    """Write merges so that open_clip reads them, and equal merges are equal bytes."""
-    # No newline at the end: open_clip would count an empty merge.
-    text = "\n".join(["#version: 0.2", *(" ".join(merge) for merge in merges)])
-    buffer = io.BytesIO()
-    with gzip.GzipFile(filename="", mode="wb", fileobj=buffer, mtime=0) as file:
-        file.write(text.encode())
-    path.write_bytes(buffer.getvalue())
-
-
-def write_tokens(
-    captions: Sequence[Sequence[str]], vocabulary: str, samples_id: str, folder: Path
-) -> dict[str, Any]:
-    """Encode the captions of a training set and write `tokens/`.
-
-    Args:
-        captions: of each sample, at least one.
-        vocabulary: `corpus` or `full`.
-        samples_id: of the index.
-        folder: to write into.
-
-    Returns:
-        vocab_size and num_tokens.
-    """
-    encoder = Encoder(clip_merges())
-    flat = [caption for several in captions for caption in several]
-    if vocabulary == "corpus":
-        for caption in flat:
-            encoder.pieces(caption)
-        encoder = Encoder([merge for merge in encoder.merges if merge in encoder.used])
-    ids = [encoder.encode(caption) for caption in flat]
-    about = {
-        "vocab_size": encoder.vocab_size,
-        "start_id": encoder.start_id,
-        "end_id": encoder.end_id,
-        "samples_id": samples_id,
-        "vocabulary": vocabulary,
-    }
-    folder.mkdir()
-    dtype = np.uint16 if encoder.vocab_size <= 2**16 else np.uint32
-    np.save(folder / "ids.npy", np.fromiter((number for each in ids for number in each), dtype))
-    np.save(folder / "caption_offsets.npy", _offsets(ids))
-    np.save(folder / "sample_offsets.npy", _offsets(captions))
-    write_merges(folder / "merges.txt.gz", encoder.merges)
-    (folder / "tokens.json").write_text(json.dumps(about, indent=1) + "\n")
-    num_tokens = sum(map(len, ids))
-    log.info(
-        "%s tokens in %s captions (mean %.1f)   vocabulary %s: %s of 49,408",
-        f"{num_tokens:,}",
-        f"{len(flat):,}",
-        num_tokens / len(flat),
-        vocabulary,
-        f"{encoder.vocab_size:,}",
-    )
-    return {"vocab_size": encoder.vocab_size, "num_tokens": num_tokens}
-
-
-def _offsets(lists: Sequence[Sequence[Any]]) -> np.ndarray:
-    return np.cumsum([0, *map(len, lists)], dtype=np.int64)
-
-
-def _clean(text: str) -> str:
-    # Plain text needs no mending, and mending is what takes the time.
-    if not (text.isascii() and text.isprintable() and "&" not in text):
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
-
-
-def _join(parts: list[str], pair: Merge) -> list[str]:
-    joined, i = [], 0
-    while i < len(parts):
-        if i + 1 < len(parts) and (parts[i], parts[i + 1]) == pair:
-            joined.append(parts[i] + parts[i + 1])
-            i += 2
-        else:
-            joined.append(parts[i])
-            i += 1
-    return joined
-
-
-def _byte_order() -> list[int]:
-    """Bytes in the order of their ids: those with a visible Latin-1 character first."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    return visible + [byte for byte in range(_NUM_BYTES) if byte not in set(visible)]
-
-
-def _letters() -> dict[int, str]:
-    """A visible character for each byte; invisible ones are lifted above Latin-1."""
-    order = _byte_order()
-    num_visible = 94 + 12 + 82
-    return {
-        byte: chr(byte if i < num_visible else _NUM_BYTES + i - num_visible)
-        for i, byte in enumerate(order)
-    }
+def _mapped(path: Path) -> np.ndarray:
+    return np.load(path, mmap_mode="r").view(np.ndarray)

@@ -1,0 +1,44 @@
+"""Laws of the byte pair encoding. Oracle: open_clip's SimpleTokenizer with its own vocabulary."""
+
+import gzip
+
+import pytest
+from open_clip import SimpleTokenizer
+
+from clipgraft.data.vocabulary import Encoder, clip_merges, write_merges
+
+# open_clip leaves its merges file to the garbage collector.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+TEXTS = [
+    "A small striped TEAL triangle, on the left!",
+    "the dog's bone isn't here",
+    "two  children\tplay football in 1984 &amp; laugh",
+    "naïve café — ✨ 日本 &lt;b&gt;",
+    "it\u2019s sheâ€™s",
+    "internationalization antidisestablishmentarianism",
+]
+
+
+def test_our_encoder_is_clips():
+    encoder, clip = Encoder(clip_merges()), SimpleTokenizer()
+    assert [encoder.encode(text) for text in TEXTS] == [clip.encode(text) for text in TEXTS]
+    assert (encoder.vocab_size, encoder.start_id, encoder.end_id) == (49408, 49406, 49407)
+
+
+def test_special_tokens_cannot_be_smuggled_in_by_a_caption():
+    encoder = Encoder(clip_merges())
+    ids = encoder.encode("<end_of_text> a <start_of_text>")
+    assert max(ids) < encoder.start_id
+
+
+def test_equal_merges_are_equal_bytes(tmp_path):
+    for name in ("one.gz", "two.gz"):
+        write_merges(tmp_path / name, [("a", "b"), ("ab", "c</w>")])
+    assert (tmp_path / "one.gz").read_bytes() == (tmp_path / "two.gz").read_bytes()
+    assert gzip.decompress((tmp_path / "one.gz").read_bytes()).split(b"\n")[1:] == [
+        b"a b",
+        b"ab c</w>",
+    ]
