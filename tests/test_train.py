@@ -22,7 +22,8 @@ from clipgraft.data.shapes import draw_sample
 from clipgraft.data.shards import write_shards
 from clipgraft.embed import embed
 from clipgraft.pretrain import pretrain
-from clipgraft.settings import EmbedSettings, IndexJob, PretrainJob, ShardJob, TarSource
+from clipgraft.settings import EmbedSettings, IndexJob, PretrainJob, ShardJob
+from clipgraft.sources import TarSource
 
 NUM = 40
 
@@ -179,6 +180,26 @@ def test_embeddings_are_unit_rows_in_sample_order_and_average_the_captions(data,
     mean_D = torch.nn.functional.normalize(features_CD.mean(0), dim=0).numpy()
     assert len(features_CD) == 2
     np.testing.assert_allclose(text_ND[7], mean_D, atol=2e-3)
+
+
+def test_augmented_training_on_shuffled_blocks_does_not_depend_on_threads(data, tmp_path):
+    changes = {
+        "samples_seen": 64,
+        "flip_prob": 0.5,
+        "color_jitter": (0.4, 0.4, 0.4, 0.1),
+        "gray_scale_prob": 0.2,
+        "shuffle_block": 4,
+    }
+    weights = []
+    for name, threads, settings in (
+        ("one", 1, phase(**changes)),
+        ("three", 3, phase(**changes)),
+        ("other", 1, phase(**changes | {"flip_prob": 0.4})),
+    ):
+        out = folder(tmp_path / name)
+        pretrain(settings, *data, None, out, threads=threads)
+        weights.append((out / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1] != weights[2]
 
 
 TWO = """

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from clipgraft import dist
 from clipgraft.checkpoint import load_model
-from clipgraft.data.images import decode, resize_center
+from clipgraft.data.crops import center_boxes
+from clipgraft.data.reduce import spread
 from clipgraft.meter import LOG_SECONDS
 from clipgraft.models.build import normalize
 from clipgraft.settings import EmbedSettings
@@ -88,8 +89,10 @@ def _allocate(path: Path, shape: tuple[int, int]) -> None:
 
 def _images(clip: CustomTextCLIP, spec: dict[str, Any], data: Data, rows_B: np.ndarray) -> Tensor:
     preprocess = spec["preprocess"]
-    pixels = [resize_center(decode(data.shards.jpeg(row)), preprocess["size"]) for row in rows_B]
-    batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(clip.logit_scale.device)
+    size = preprocess["size"]
+    pixels_BHWC = np.empty((len(rows_B), size, size, 3), np.uint8)
+    data.shards.squares(rows_B, center_boxes(*data.shards.sizes(rows_B)), pixels_BHWC)
+    batch = torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2).to(clip.logit_scale.device)
     images = normalize(batch, preprocess["mean"], preprocess["std"])
     return clip.encode_image(images, normalize=True)
 
@@ -98,10 +101,10 @@ def _texts(
     clip: CustomTextCLIP, spec: dict[str, Any], data: Data, rows_B: np.ndarray, captions: str
 ) -> Tensor:
     device, length = clip.logit_scale.device, spec["config"]["text_cfg"]["context_length"]
-    count_B = data.tokens.num_captions(rows_B) if captions == "mean" else np.ones_like(rows_B)
-    row_C = np.repeat(rows_B, count_B)
-    choice_C = np.arange(len(row_C)) - np.repeat(np.cumsum(count_B) - count_B, count_B)
-    text_CL = torch.from_numpy(data.tokens.batch(row_C, length, choice_C)).to(device)
+    first_B, count_B = data.tokens.captions_of(rows_B)
+    if captions == "first":
+        count_B = np.ones_like(count_B)
+    text_CL = torch.from_numpy(data.tokens.encode(spread(first_B, count_B), length)).to(device)
     features_CD = torch.cat(
         [clip.encode_text(part, normalize=True) for part in text_CL.split(BATCH)]
     )

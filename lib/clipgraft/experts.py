@@ -20,10 +20,10 @@ from clipgraft.checkpoint import TrainingState, load_model, save_model
 from clipgraft.config import ConfigError
 from clipgraft.data.labels import read_labels
 from clipgraft.data.loader import Batch
-from clipgraft.data.sampler import HomogeneousBatches, UniformBatches
+from clipgraft.data.sampler import HomogeneousBatches
 from clipgraft.models.build import mlp_parameters
 from clipgraft.settings import ExpertJob
-from clipgraft.train import Data, Fit, Sampler, Step, encode, pair_loss
+from clipgraft.train import Data, Fit, Sampler, Step, encode, ordinary_batches, pair_loss
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def finetune_expert(
             expert_step(world, settings.label_smoothing, groups),
             settings,
             data,
-            sampler_of(settings, len(data.shards), groups),
+            sampler_of(settings, data, groups),
             vision["image_size"],
             text["context_length"],
             spec["preprocess"],
@@ -84,21 +84,27 @@ def finetune_expert(
         return facts
 
 
-def sampler_of(settings: ExpertJob, num_samples: int, labels_N: np.ndarray | None) -> Sampler:
+def sampler_of(settings: ExpertJob, data: Data, labels_N: np.ndarray | None) -> Sampler:
     """Batches of one pseudo label each, or ordinary ones."""
     if settings.batches == "homogeneous" and labels_N is None:
         raise ConfigError("batches: homogeneous needs pseudo labels. Hint: --input labels=MANIFEST")
     if labels_N is None:
-        return UniformBatches(num_samples, settings.batch_size, settings.seed)
+        return ordinary_batches(data, settings, settings.seed)
     sizes_C = np.bincount(labels_N)
     log.info(
         "%s samples in %d pseudo labels (smallest %s, largest %s)",
-        f"{num_samples:,}",
+        f"{len(labels_N):,}",
         len(sizes_C),
         f"{sizes_C.min():,}",
         f"{sizes_C.max():,}",
     )
-    return HomogeneousBatches(labels_N, settings.batch_size, settings.seed)
+    return HomogeneousBatches(
+        labels_N,
+        settings.batch_size,
+        settings.seed,
+        visits=data.visits(settings, settings.seed),
+        shuffle_block=settings.shuffle_block,
+    )
 
 
 def expert_step(world: dist.World, label_smoothing: float, labels_N: np.ndarray | None) -> Step:

@@ -11,10 +11,9 @@ from torch import nn
 from clipgraft import dist
 from clipgraft.checkpoint import TrainingState, load_model, save_model
 from clipgraft.config import ConfigError
-from clipgraft.data.sampler import UniformBatches
 from clipgraft.models.build import build, describe, model_config, pretrained_state
 from clipgraft.settings import PretrainJob
-from clipgraft.train import Data, Fit, contrastive_step
+from clipgraft.train import Data, Fit, contrastive_step, ordinary_batches
 
 
 def pretrain(
@@ -49,7 +48,7 @@ def pretrain(
             contrastive_step(world),
             settings,
             data,
-            UniformBatches(len(data.shards), settings.batch_size, settings.seed),
+            ordinary_batches(data, settings, settings.seed),
             settings.image_size,
             settings.text_length,
             spec["preprocess"],

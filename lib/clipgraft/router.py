@@ -18,11 +18,10 @@ from clipgraft import dist
 from clipgraft.checkpoint import TrainingState, load_model, save_model
 from clipgraft.config import ConfigError
 from clipgraft.data.loader import Batch
-from clipgraft.data.sampler import UniformBatches
 from clipgraft.losses.balance import balance_loss, z_loss
 from clipgraft.models.moe import Routing, insert_experts, router_parameters, routings
 from clipgraft.settings import RouterJob
-from clipgraft.train import Data, Fit, Step, encode, pair_loss
+from clipgraft.train import Data, Fit, Step, encode, ordinary_batches, pair_loss
 
 
 def finetune_router(
@@ -66,7 +65,7 @@ def finetune_router(
             router_step(world, settings),
             settings,
             data,
-            UniformBatches(len(data.shards), settings.batch_size, settings.seed),
+            ordinary_batches(data, settings, settings.seed),
             vision["image_size"],
             text["context_length"],
             spec["preprocess"],

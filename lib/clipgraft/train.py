@@ -28,8 +28,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from clipgraft import dist
 from clipgraft.checkpoint import TrainingState
 from clipgraft.config import ConfigError
+from clipgraft.data.augment import augment, augments
 from clipgraft.data.loader import Batch, Loader
-from clipgraft.data.sampler import HomogeneousBatches, UniformBatches
+from clipgraft.data.sampler import HomogeneousBatches, UniformBatches, Visits
 from clipgraft.data.shards import Shards
 from clipgraft.data.tokens import Tokens
 from clipgraft.job import REQUEUE
@@ -54,6 +55,7 @@ class Data:
 
     shards: Shards
     tokens: Tokens
+    index: Path
 
     @classmethod
     def open(cls, index: Path, shard: Path) -> Data:
@@ -62,13 +64,28 @@ class Data:
         Raises:
             ConfigError: if they are not.
         """
-        data = cls(Shards.open(shard), Tokens.open(index))
+        data = cls(Shards.open(shard), Tokens.open(index), index)
         if data.shards.samples_id != data.tokens.samples_id:
             raise ConfigError(
                 f"{shard} holds samples {data.shards.samples_id}, {index} holds {data.tokens.samples_id}: they are not "
                 "of one data set. Hint: give the shards that were made from this index"
             )
         return data
+
+    def visits(self, settings: TrainSettings, seed: int) -> Visits:
+        """What an epoch shows, after the weights of the sources."""
+        return Visits.of_index(self.index, len(self.shards), settings.source_weights, seed)
+
+
+def ordinary_batches(data: Data, settings: TrainSettings, seed: int) -> UniformBatches:
+    """Batches of the whole data set, in the order that the settings ask for."""
+    return UniformBatches(
+        len(data.shards),
+        settings.batch_size,
+        seed,
+        visits=data.visits(settings, seed),
+        shuffle_block=settings.shuffle_block,
+    )
 
 
 @dataclass
@@ -165,6 +182,10 @@ class Fit:
             num_threads=self.threads,
             start_step=first_step,
             num_steps=self.num_steps,
+            captions=self.settings.captions,
+            text_reduction=self.settings.text_reduction,
+            augment=augments(self.settings),
+            pin_memory=self.world.device.type == "cuda",
         )
         logit_scale = self.model.logit_scale
         meter = Meter(self.num_steps, self.settings.batch_size, logit_scale, self.rows)
@@ -205,6 +226,10 @@ class Fit:
         for group in optimizer.param_groups:
             group["lr"] = lr
         pixels = batch.images_BCHW.to(device, non_blocking=True)
+        uniform_BK = batch.uniform_BK
+        if uniform_BK is not None:
+            uniform_BK = uniform_BK.to(device, non_blocking=True)
+        pixels = augment(pixels, uniform_BK, self.settings)
         images = normalize(pixels, self.preprocess["mean"], self.preprocess["std"])
         with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             loss, extras = self.step_fn(model, images, batch)

@@ -1,41 +1,44 @@
 """Batches for training: threads read, decode, crop and resize ahead of the model.
 
-Threads suffice, because decoding and resizing leave the interpreter's lock alone. What a batch holds is a pure
-function of (seed, step): every item has a generator of its own, made from (seed, row, epoch), so neither the
-number of threads nor the number of ranks changes a pixel, and a run can begin at any step.
+Threads suffice, because reading, decoding and resizing leave the interpreter's lock alone. What a batch holds is a
+pure function of (seed, step): the numbers of a sample come from (seed, row, visit), for the whole batch at once, so
+neither the number of threads nor the number of processes changes a pixel, and a run can begin at any step.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from clipgraft.config import ConfigError
-from clipgraft.data.images import decode, random_resized_crop
+from clipgraft.data.augment import NUM_UNIFORM
+from clipgraft.data.crops import random_boxes
+from clipgraft.data.draws import as_uniform, draw_bits
+from clipgraft.data.sampler import Rows
 from clipgraft.data.shards import Shards
 from clipgraft.data.tokens import Tokens
 
 _PREFETCH = 3  # batches under way
 
-# Streams of an item's generator; Philox counts from here, so they never meet.
-_CROP, _CAPTION = 0, 1
+# Columns of the random words of a visit; a new one comes last, so that the others stay as they are.
+_CAPTION, _TOKENS, _CROP, _AUGMENT = 0, 1, slice(2, 6), slice(6, 6 + NUM_UNIFORM)
 
 
 class Sampler(Protocol):
     """Which rows make up the global batch of a step."""
 
-    num_batches: int
     batch_size: int
 
-    def batch(self, step: int) -> tuple[np.ndarray, bool]:
-        """Rows and whether they mix pseudo labels."""
+    def batch(self, step: int) -> Rows:
+        """Rows, how often they were shown before, and whether they mix pseudo labels."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,14 @@ class Batch:
         text_BL: token ids, int64.
         rows_B: rows of the samples, int64.
         is_mixed: whether the global batch holds several pseudo labels.
+        uniform_BK: float32 in [0, 1), what `augment` goes by; None if the loader was not asked for it.
     """
 
-    images_BCHW: torch.Tensor
-    text_BL: torch.Tensor
-    rows_B: torch.Tensor
+    images_BCHW: Tensor
+    text_BL: Tensor
+    rows_B: Tensor
     is_mixed: bool
+    uniform_BK: Tensor | None = None
 
 
 class Loader:
@@ -77,6 +82,10 @@ class Loader:
         num_threads: int = 1,
         start_step: int = 0,
         num_steps: int,
+        captions: Mapping[str, float] | None = None,
+        text_reduction: str = "truncate",
+        augment: bool = False,
+        pin_memory: bool = False,
     ) -> None:
         """Check that the parts fit together; work begins with iteration.
 
@@ -87,16 +96,22 @@ class Loader:
             image_size: side of the images of a batch.
             text_length: tokens per caption, with start and end.
             crop_scale: share of the area that a random crop keeps.
-            seed: of crops and of the choice among captions.
+            seed: of crops, of the choice among captions and of augmentation.
             rank: this process gets rows [rank * b, (rank + 1) * b) of a global batch of world * b.
             world: number of processes.
             num_threads: threads that decode.
             start_step: first step, counted from the beginning of training.
             num_steps: length of the whole training, not of what is left of it.
+            captions: how often each kind of caption is drawn; by default all captions of a sample alike.
+            text_reduction: what is kept of captions that are too long.
+            augment: draw what `augment` needs.
+            pin_memory: put batches where a GPU can fetch them by itself.
 
         Raises:
-            ConfigError: if shards and tokens are of different samples, or ranks cannot share a batch evenly.
+            ConfigError: if shards and tokens are of different samples, ranks cannot share a batch evenly, or a sample
+                has no caption of a kind that is drawn.
         """
+        tokens.check_weights(captions or {})
         if shards.samples_id != tokens.samples_id:
             raise ConfigError(
                 f"the shards are of samples {shards.samples_id}, the tokens of {tokens.samples_id}. "
@@ -121,6 +136,8 @@ class Loader:
             start_step,
             num_steps,
         )
+        self.captions, self.text_reduction = captions or {}, text_reduction
+        self.augment, self.pin_memory = augment, pin_memory
         self.wait_seconds = 0.0
 
     def __iter__(self) -> Iterator[Batch]:
@@ -141,47 +158,57 @@ class Loader:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _submit(self, pool: ThreadPoolExecutor, step: int) -> _Pending:
-        rows, is_mixed = self.sampler.batch(step)
-        rows = rows[self.own]
-        epoch = step // self.sampler.num_batches
-        pixels = np.empty((len(rows), self.image_size, self.image_size, 3), np.uint8)
-        text = np.empty((len(rows), self.text_length), np.int64)
-        parts = np.array_split(np.arange(len(rows)), min(self.num_threads, len(rows)))
-        futures = [pool.submit(self._fill, pixels, text, rows, epoch, part) for part in parts]
-        return _Pending(futures, pixels, text, rows, is_mixed)
+        rows, visits, is_mixed = self.sampler.batch(step)
+        rows_B = np.array(rows[self.own], np.int64)  # a copy: the batch outlives the epoch's order
+        count = _AUGMENT.stop if self.augment else _CROP.stop
+        bits_BK = draw_bits(self.seed, rows_B, visits[self.own], count)
+        size, pin = (len(rows_B), self.image_size, self.image_size, 3), self.pin_memory
+        batch = Batch(
+            torch.empty(size, dtype=torch.uint8, pin_memory=pin).permute(0, 3, 1, 2),
+            torch.empty((len(rows_B), self.text_length), dtype=torch.int64, pin_memory=pin),
+            torch.from_numpy(rows_B),
+            is_mixed,
+            _uniform(bits_BK[:, _AUGMENT], pin) if self.augment else None,
+        )
+        parts = np.array_split(np.arange(len(rows_B)), min(self.num_threads, len(rows_B)))
+        futures = [pool.submit(self._fill_text, batch, bits_BK)]
+        for part in parts:
+            own = slice(int(part[0]), int(part[-1]) + 1)
+            futures.append(pool.submit(self._fill_images, batch, bits_BK, own))
+        return _Pending(batch, futures)
 
-    def _fill(
-        self, pixels: np.ndarray, text: np.ndarray, rows: np.ndarray, epoch: int, part: np.ndarray
-    ) -> None:
-        choice = np.empty(len(part), np.int64)
-        for k, i in enumerate(part):
-            row = int(rows[i])
-            image = decode(self.shards.jpeg(row))
-            rng = _generator(self.seed, row, epoch, _CROP)
-            pixels[i] = random_resized_crop(image, self.image_size, self.crop_scale, rng)
-            choice[k] = _generator(self.seed, row, epoch, _CAPTION).integers(2**31)
-        text[part] = self.tokens.batch(rows[part], self.text_length, choice)
+    def _fill_images(self, batch: Batch, bits_BK: np.ndarray, own: slice) -> None:
+        rows_B = batch.rows_B[own].numpy()
+        uniform_B4 = as_uniform(bits_BK[own, _CROP])
+        box_B4 = random_boxes(*self.shards.sizes(rows_B), uniform_B4, self.crop_scale)
+        pixels_BHWC = batch.images_BCHW.permute(0, 2, 3, 1)[own].numpy()
+        self.shards.squares(rows_B, box_B4, pixels_BHWC)
+
+    def _fill_text(self, batch: Batch, bits_BK: np.ndarray) -> None:
+        uniform_B = as_uniform(bits_BK[:, _CAPTION])
+        caption_B = self.tokens.choose(batch.rows_B.numpy(), uniform_B, self.captions)
+        text_BL = self.tokens.encode(
+            caption_B, self.text_length, self.text_reduction, bits_BK[:, _TOKENS]
+        )
+        batch.text_BL.copy_(torch.from_numpy(text_BL))
 
 
 @dataclass(frozen=True)
 class _Pending:
     """A batch that threads are filling."""
 
+    batch: Batch
     futures: list[Future[None]]
-    pixels: np.ndarray
-    text: np.ndarray
-    rows: np.ndarray
-    is_mixed: bool
 
     def result(self) -> Batch:
         """Wait for it; an error in a thread comes out here."""
         for future in self.futures:
             future.result()
-        images = torch.from_numpy(self.pixels).permute(0, 3, 1, 2)
-        return Batch(
-            images, torch.from_numpy(self.text), torch.from_numpy(self.rows.copy()), self.is_mixed
-        )
+        return self.batch
 
 
-def _generator(seed: int, row: int, epoch: int, stream: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=[seed, row], counter=[0, 0, epoch, stream]))
+def _uniform(bits_BK: np.ndarray, pin: bool) -> Tensor:
+    # 24 bits, or float32 would round some of them up to 1.
+    uniform_BK = (bits_BK >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
+    tensor = torch.from_numpy(uniform_BK)
+    return tensor.pin_memory() if pin else tensor

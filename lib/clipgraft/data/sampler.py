@@ -1,45 +1,158 @@
 """Which rows make up the batch of a step: pure functions of (seed, step), so a run can be resumed anywhere.
 
-Nothing is buffered or stored: an epoch's order is computed from the seed and the epoch. Both samplers drop what
-does not fill the last batch of an epoch; the next epoch leaves out other samples.
+Nothing is buffered: an epoch's order is computed from the seed and the epoch when its first batch is asked for, and
+kept until the next one is. An epoch shows each sample once (or as often as its source weighs), over all processes
+together. What does not fill the last batch of an epoch is dropped; the next epoch drops other samples.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from clipgraft.config import ConfigError
 
+_BLOCKS = 8  # blocks that are shuffled together
+
+
+class Rows(NamedTuple):
+    """One global batch.
+
+    Attributes:
+        rows_B: rows of the samples.
+        visit_B: how often each has been shown before, at most; with (seed, row) it names a visit.
+        is_mixed: whether the rows have several pseudo labels.
+    """
+
+    rows_B: np.ndarray
+    visit_B: np.ndarray
+    is_mixed: bool
+
+
+class Visits:
+    """What an epoch shows: every sample once, or as often as the weight of its source says.
+
+    A weight of 2.5 shows all samples of a source twice, and a random half of them, another one in each epoch, a
+    third time.
+
+    Attributes:
+        num: visits per epoch, the same for every epoch.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        seed: int,
+        source_N: np.ndarray | None = None,
+        weight_S: np.ndarray | None = None,
+    ) -> None:
+        """Count the visits.
+
+        Args:
+            num_samples: rows are 0 .. num_samples - 1.
+            seed: of the random parts.
+            source_N: number of each sample's source; without, all samples are shown once.
+            weight_S: visits per epoch of the samples of each source.
+        """
+        self.num_samples, self.seed, self.num, self.passes = num_samples, seed, num_samples, 1
+        self._source_N = source_N
+        if source_N is not None:
+            assert weight_S is not None
+            sizes_S = np.bincount(source_N, minlength=len(weight_S))
+            self._whole_S = np.floor(weight_S).astype(np.int64)
+            self._part_S = np.rint((weight_S - self._whole_S) * sizes_S).astype(np.int64)
+            self.num = int((self._whole_S * sizes_S + self._part_S).sum())
+            self.passes = int(self._whole_S.max()) + 1
+
+    @classmethod
+    def of_index(
+        cls, index_folder: Path, num_samples: int, weights: Mapping[str, float], seed: int
+    ) -> Visits:
+        """Weigh the sources of an index; a source without weight has 1.
+
+        Raises:
+            ConfigError: if it has no such sources.
+        """
+        if not weights:
+            return cls(num_samples, seed)
+        file = pq.ParquetFile(Path(index_folder) / "samples.parquet")
+        names, source_N = [""], np.zeros(num_samples, np.int64)
+        if "source" in file.schema_arrow.names:
+            column = file.read(["source"])["source"].combine_chunks().dictionary_encode()
+            names, source_N = column.dictionary.to_pylist(), column.indices.to_numpy()
+        unknown = ", ".join(sorted(weights.keys() - set(names)))
+        if unknown:
+            known = ", ".join(sorted(filter(None, names))) or "one source without a name"
+            raise ConfigError(
+                f"source_weights: the training set has no source {unknown}; it has {known}. "
+                "Hint: give the names under download.train.sources (kind: mixed)"
+            )
+        weight_S = np.array([weights.get(name, 1.0) for name in names])
+        return cls(num_samples, seed, source_N, weight_S)
+
+    def of_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and visit numbers [num], one pass over the data after the other, rising within a pass."""
+        if self._source_N is None:
+            return np.arange(self.num_samples), np.broadcast_to(epoch, self.num_samples)
+        rng = np.random.default_rng([self.seed, epoch, 1])
+        last_N = self._whole_S[self._source_N]  # passes that show a sample
+        for source, part in enumerate(self._part_S):
+            rows = np.flatnonzero(self._source_N == source)
+            last_N[rng.choice(rows, part, replace=False)] += 1
+        passes = [np.flatnonzero(last_N > number) for number in range(self.passes)]
+        number = np.repeat(np.arange(self.passes), [len(rows) for rows in passes])
+        return np.concatenate(passes), epoch * self.passes + number
+
 
 class UniformBatches:
-    """Each epoch is a new random order of all samples; its incomplete last batch is dropped."""
+    """Each epoch is a new random order of all visits, or a shuffle of blocks; its incomplete last batch is dropped."""
 
-    def __init__(self, num_samples: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        seed: int,
+        *,
+        visits: Visits | None = None,
+        shuffle_block: int | None = None,
+    ) -> None:
         """Check the sizes.
 
         Args:
             num_samples: rows are 0 .. num_samples - 1.
             batch_size: global batch size.
             seed: of the order.
+            visits: what an epoch shows; by default every row once.
+            shuffle_block: shuffle blocks of so many neighbours, and the samples of every 8 blocks, so that the
+                storage is read in long stretches.
 
         Raises:
             ConfigError: if the data cannot fill one batch.
         """
-        _check_sizes(num_samples, batch_size)
-        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self.num_batches = num_samples // batch_size
-        self._order = lru_cache(maxsize=2)(self._draw)
+        self.visits = visits or Visits(num_samples, seed)
+        _check_sizes(self.visits.num, batch_size)
+        self.batch_size, self.seed, self.shuffle_block = batch_size, seed, shuffle_block
+        self.num_batches = self.visits.num // batch_size
+        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
 
-    def batch(self, step: int) -> tuple[np.ndarray, bool]:
-        """Rows of the global batch of a step, and False: there are no labels to mix."""
+    def batch(self, step: int) -> Rows:
+        """The global batch of a step; there are no labels to mix."""
         epoch, number = divmod(step, self.num_batches)
-        begin = number * self.batch_size
-        return self._order(epoch)[begin : begin + self.batch_size], False
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = (epoch, *self._draw(epoch))
+        _, rows, visits = self._epoch
+        own = slice(number * self.batch_size, (number + 1) * self.batch_size)
+        return Rows(rows[own], visits[own], False)
 
-    def _draw(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+    def _draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        rng = np.random.default_rng([self.seed, epoch])
+        order = _order(self.visits.num, self.shuffle_block, rng)
+        rows, visits = self.visits.of_epoch(epoch)
+        return rows[order], visits[order]
 
 
 class HomogeneousBatches:
@@ -50,52 +163,78 @@ class HomogeneousBatches:
     labels. At most one incomplete batch is dropped. The batches come in random order.
     """
 
-    def __init__(self, labels: np.ndarray, batch_size: int, seed: int) -> None:
-        """Sort rows by label.
+    def __init__(
+        self,
+        labels_N: np.ndarray,
+        batch_size: int,
+        seed: int,
+        *,
+        visits: Visits | None = None,
+        shuffle_block: int | None = None,
+    ) -> None:
+        """Check the sizes.
 
         Args:
-            labels: one integer per row.
+            labels_N: pseudo label of each sample.
             batch_size: global batch size.
             seed: of the order.
+            visits: what an epoch shows; by default every row once.
+            shuffle_block: as of UniformBatches, within each label.
 
         Raises:
             ConfigError: if the data cannot fill one batch.
         """
-        _check_sizes(len(labels), batch_size)
-        self.batch_size, self.seed = batch_size, seed
-        self.num_batches = len(labels) // batch_size
-        order = np.argsort(labels, kind="stable")
-        _, sizes = np.unique(labels, return_counts=True)
-        self._groups = np.split(order, np.cumsum(sizes)[:-1])
-        self.num_homogeneous = int(
-            (sizes // batch_size).sum()
-        )  # of num_batches; the others are mixed
-        self._epoch = lru_cache(maxsize=2)(self._draw)
+        self.visits = visits or Visits(len(labels_N), seed)
+        _check_sizes(self.visits.num, batch_size)
+        self.batch_size, self.seed, self.shuffle_block = batch_size, seed, shuffle_block
+        self.num_batches = self.visits.num // batch_size
+        self._labels_N = labels_N
+        self._epoch: tuple[int, np.ndarray, np.ndarray, np.ndarray, int] | None = None
 
-    def batch(self, step: int) -> tuple[np.ndarray, bool]:
-        """Rows of the global batch of a step, and whether they have several labels."""
+    def batch(self, step: int) -> Rows:
+        """The global batch of a step, and whether it has several labels."""
         epoch, number = divmod(step, self.num_batches)
-        rows, place = self._epoch(epoch)
-        return rows[place[number]], bool(place[number] >= self.num_homogeneous)
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = (epoch, *self._draw(epoch))
+        _, rows, visits, place, num_homogeneous = self._epoch
+        own = slice(place[number] * self.batch_size, (place[number] + 1) * self.batch_size)
+        return Rows(rows[own], visits[own], bool(place[number] >= num_homogeneous))
 
-    def _draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Batches of an epoch [num_batches, batch_size], homogeneous ones first, and the order of use."""
+    def _draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+        """Rows and visits of an epoch, homogeneous batches first, the order of the batches, number of the first."""
         rng = np.random.default_rng([self.seed, epoch])
+        rows, visits = self.visits.of_epoch(epoch)
+        labels = self._labels_N[rows]
+        _, sizes = np.unique(labels, return_counts=True)
+        groups = np.split(np.argsort(labels, kind="stable"), np.cumsum(sizes)[:-1])
         whole, rest = [], []
-        for group in self._groups:
-            shuffled = rng.permutation(group)
+        for group in groups:
+            shuffled = group[_order(len(group), self.shuffle_block, rng)]
             cut = len(shuffled) // self.batch_size * self.batch_size
             whole.append(shuffled[:cut])
             rest.append(shuffled[cut:])
         # A random order of labels, or the same labels would lose their remainder in every epoch.
         packed = [rest[label] for label in rng.permutation(len(rest))]
-        rows = np.concatenate(whole + packed)[: self.num_batches * self.batch_size]
-        return rows.reshape(self.num_batches, self.batch_size), rng.permutation(self.num_batches)
+        order = np.concatenate(whole + packed)
+        num_homogeneous = sum(map(len, whole)) // self.batch_size
+        return rows[order], visits[order], rng.permutation(self.num_batches), num_homogeneous
 
 
-def _check_sizes(num_samples: int, batch_size: int) -> None:
-    if batch_size > num_samples:
+def _order(count: int, block: int | None, rng: np.random.Generator) -> np.ndarray:
+    """A random order of 0 .. count - 1: of all, or of blocks of neighbours and within every few blocks."""
+    if block is None:
+        return rng.permutation(count)
+    first_of_block = rng.permutation(-(-count // block)) * block
+    order = (first_of_block[:, None] + np.arange(min(block, count))).ravel()
+    order = order[order < count]
+    for first in range(0, count, block * _BLOCKS):
+        rng.shuffle(order[first : first + block * _BLOCKS])
+    return order
+
+
+def _check_sizes(num_visits: int, batch_size: int) -> None:
+    if batch_size > num_visits:
         raise ConfigError(
-            f"batch_size = {batch_size:,} is larger than the data ({num_samples:,} samples). "
-            f"Hint: set batch_size to at most {num_samples}, or use more data"
+            f"batch_size = {batch_size:,} is larger than the data ({num_visits:,} samples). "
+            f"Hint: set batch_size to at most {num_visits}, or use more data"
         )

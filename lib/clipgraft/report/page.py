@@ -57,6 +57,9 @@ summary { cursor: pointer; color: var(--blue); }
   margin: 10px 0 14px; }
 .card { font-size: 11.5px; line-height: 1.3; color: var(--muted); overflow-wrap: anywhere; }
 .card img { width: 100%; max-width: 118px; }
+.card b { display: block; color: var(--ink); font-weight: 500; margin-top: 3px; }
+.blank { max-width: 118px; aspect-ratio: 1; border-radius: 4px; background: var(--soft);
+  display: grid; place-items: center; text-align: center; padding: 6px; }
 img { display: block; border-radius: 4px; aspect-ratio: 1; object-fit: cover; background: var(--soft); }
 .cluster { display: grid; grid-template-columns: 170px 1fr; gap: 6px 16px; padding: 10px 0;
   border-bottom: 1px solid var(--line); font-size: 13.5px; align-items: center; }
@@ -173,6 +176,19 @@ TEMPLATE = """<!DOCTYPE html>
 <p class="muted">{{ section.sheet_caption }}</p>
 {%- endif %}
 {%- for drawn in section.figures %}{{ figure(drawn) }}{% endfor %}
+{%- if section.rejects %}
+<h3>Examples of what the training set leaves out</h3>
+<div class="sheet" id="rejects">
+{%- for r in section.rejects %}
+<div class="card" title="{{ r.detail }}">
+{%- if r.url %}<img src="{{ r.url }}" alt="rejected {{ r.uid }}">
+{%- else %}<div class="blank">no picture</div>{% endif -%}
+<b>{{ r.reason }}</b>{{ r.uid }}: {{ r.detail | truncate(90) }}</div>
+{%- endfor %}
+</div>
+<p class="muted">Some of each reason, as far as they can be decoded. Bad: pictures that should have been kept;
+the limits stand under <code>index</code> in the config.</p>
+{%- endif %}
 {%- for round in section.rounds %}
 <h3>Round {{ round.name }}: pictures nearest to each image centroid</h3>
 {%- if round.caption %}

@@ -7,17 +7,23 @@ import io
 import re
 from collections import Counter
 from dataclasses import dataclass
+from itertools import chain, zip_longest
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 from PIL import Image
 
+from clipgraft.data.images import BadImage, decode, open_image
 from clipgraft.data.samples import Samples
+from clipgraft.data.tars import read_range
 
 THUMBNAIL = 96  # pixels of the longer side
 MAX_CLUSTERS = 12  # shown per round
 PICTURES_PER_CLUSTER = 10
 WORDS_PER_CLUSTER = 6
+_MAX_MEGAPIXELS = 50.0  # of a rejected image that is shown
 _MAX_CAPTIONS = 50_000  # whose words are counted
 _BLOCK = 65_536
 
@@ -29,6 +35,23 @@ class Picture:
     url: str
     caption: str
     row: int
+
+
+@dataclass(frozen=True)
+class Reject:
+    """An image that is not used, and why.
+
+    Attributes:
+        url: its thumbnail; empty if it cannot be decoded.
+        uid: name of the sample.
+        reason: as it is counted.
+        detail: the particulars.
+    """
+
+    url: str
+    uid: str
+    reason: str
+    detail: str
 
 
 @dataclass(frozen=True)
@@ -69,6 +92,40 @@ def sample_sheet(samples: Samples, num_pictures: int) -> list[Picture]:
     """Pictures evenly spread over a data set."""
     rows = np.linspace(0, len(samples) - 1, min(num_pictures, len(samples))).astype(int)
     return [picture(samples, int(row)) for row in rows]
+
+
+def rejects_sheet(index: Path, download: Path, num_pictures: int) -> list[Reject]:
+    """Rejected samples, as many of each reason as there is room for, the most frequent reason first.
+
+    Args:
+        index: folder with `rejects.parquet`.
+        download: folder that relative tar names refer to.
+        num_pictures: at most so many.
+    """
+    table = pq.read_table(index / "rejects.parquet")
+    rows_of: dict[str, list[int]] = {}
+    for row, reason in enumerate(table["reason"].to_pylist()):
+        rows_of.setdefault(reason, []).append(row)
+    some = [rows[:num_pictures] for rows in sorted(rows_of.values(), key=len, reverse=True)]
+    in_turn = [row for row in chain(*zip_longest(*some)) if row is not None][:num_pictures]
+    rows = [row for rows in some for row in rows if row in in_turn]
+    shown = table.take(np.array(rows, np.int64)).to_pylist()
+    return [
+        Reject(_thumbnail_of(row, download), row["uid"], row["reason"], row["detail"])
+        for row in shown
+    ]
+
+
+def _thumbnail_of(row: dict[str, Any], download: Path) -> str:
+    """As much of a rejected image as can be decoded; empty if that is nothing."""
+    if row["tar"] is None:
+        return ""
+    data = read_range(download / row["tar"], row["image_offset"], row["image_bytes"])
+    try:
+        open_image(data, _MAX_MEGAPIXELS)
+        return thumbnail(Image.fromarray(decode(data)))
+    except BadImage:
+        return ""
 
 
 def cluster_sheets(

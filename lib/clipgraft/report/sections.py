@@ -20,7 +20,9 @@ from clipgraft.report import figures, figures_experts, figures_results
 from clipgraft.report.page_tables import Table, data_table, results_table, rounds_table
 from clipgraft.report.pictures import (
     Picture,
+    Reject,
     cluster_sheets,
+    rejects_sheet,
     retrieval_pictures,
     sample_sheet,
 )
@@ -43,6 +45,7 @@ class Section:
     sheet: list[Picture] = field(default_factory=list)
     sheet_title: str = ""
     sheet_caption: str = ""
+    rejects: list[Reject] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
     rounds: list[dict[str, Any]] = field(default_factory=list)
     examples: dict[str, Any] | None = None
@@ -81,6 +84,7 @@ def data_section(run: Run, samples: Samples, num_pictures: int) -> Section:
         section.figures.append(figures.plot_rejects(rejected))
     else:
         section.text += "No image was lost or rejected."
+    section.rejects = rejects_sheet(folder, samples.download, num_pictures)
     return section
 
 
@@ -195,10 +199,12 @@ def _caption_lengths(run: Run, samples: Samples) -> tuple[np.ndarray, str]:
 
 def _rejects(run: Run) -> list[dict[str, Any]]:
     rows = []
-    for data, folder in run.of_stage("index").items():
+    downloads = run.of_stage("download")
+    for data, folder in sorted(run.of_stage("index").items(), key=lambda each: each[0] != TRAIN):
         reasons = Counter(pq.read_table(folder / "rejects.parquet")["reason"].to_pylist())
-        if f"download/{data}" in run.folders:
-            table = pq.read_table(run.folders[f"download/{data}"] / "outcomes.parquet")
+        # A mixed data set has a download for each of its parts.
+        for part in (name for name in downloads if name.split("/")[0] == data):
+            table = pq.read_table(downloads[part] / "outcomes.parquet")
             failed = zip(table["status"].to_pylist(), table["message"].to_pylist(), strict=True)
             reasons.update(
                 f"not downloaded: {(why or '?')[:60]}" for status, why in failed if status != "ok"
