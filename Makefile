@@ -1,11 +1,13 @@
 # make demo   set up, run the whole DAG on the built-in data set, print the results
 # make test   set up, run all tests
+# make bench  all benchmarks, results to benchmarks/results/ (QUICK=--quick: under a minute each)
 PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.installed
 CORES ?= all
+QUICK ?=
 
-.PHONY: demo test lint format schema lock unused clean
+.PHONY: demo test bench lint format schema lock unused clean
 
 demo: $(SETUP)
 	$(BIN)/snakemake --cores $(CORES)
@@ -13,6 +15,13 @@ demo: $(SETUP)
 
 test: $(SETUP)
 	$(BIN)/python -m pytest -q
+
+bench: $(SETUP)
+	@mkdir -p benchmarks/results
+	@for script in benchmarks/[a-z]*.py; do name=$$(basename $$script .py); \
+	  $(BIN)/python $$script $(QUICK) > benchmarks/results/$$name.log || { cat benchmarks/results/$$name.log; exit 1; }; \
+	  cat benchmarks/results/$$name.log; tail -n 1 benchmarks/results/$$name.log > benchmarks/results/$$name.json; \
+	  rm benchmarks/results/$$name.log; done
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

@@ -4,9 +4,17 @@ import base64
 import io
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
-from clipgraft.report.pictures import nearest, sample_sheet, telling_words, thumbnail
+from clipgraft.report.pictures import (
+    nearest,
+    rejects_sheet,
+    sample_sheet,
+    telling_words,
+    thumbnail,
+)
 from clipgraft.report.read import Run
 
 
@@ -53,3 +61,26 @@ def test_a_sheet_spans_the_data_set_without_repeats(tree):
     assert rows == sorted(set(rows)) and rows[0] == 0 and rows[-1] == len(samples) - 1
     assert len(sample_sheet(samples, 10_000)) == len(samples)
     assert sample_sheet(samples, 0) == []
+
+
+def test_rejected_images_are_shown_as_far_as_they_decode(tmp_path):
+    buffer = io.BytesIO()
+    Image.effect_noise((60, 40), 50).convert("RGB").save(buffer, "JPEG")
+    whole = buffer.getvalue()
+    data = {"cut": whole[:-200], "none": b"<html>", "small": whole, "small too": whole}
+    rows, offset = [], 0
+    with (tmp_path / "bytes").open("wb") as file:
+        for uid, image in data.items():
+            file.write(image)
+            rows.append({"uid": uid, "reason": uid.split()[0], "detail": f"why {uid}"})
+            rows[-1] |= {"tar": "bytes", "image_offset": offset, "image_bytes": len(image)}
+            offset += len(image)
+    lost = {"tar": None, "image_offset": None, "image_bytes": None}
+    rows.append({"uid": "lost", "reason": "no image", "detail": "why lost", **lost})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rejects.parquet")
+    sheet = rejects_sheet(tmp_path, tmp_path, 10)
+    shown = {each.uid: bool(each.url) for each in sheet}
+    assert shown == {"small": True, "small too": True, "cut": True, "none": False, "lost": False}
+    assert [each.detail for each in sheet if each.uid == "cut"] == ["why cut"]
+    few = [each.reason for each in rejects_sheet(tmp_path, tmp_path, 4)]
+    assert sorted(few) == ["cut", "no image", "none", "small"]

@@ -99,6 +99,15 @@ def test_every_figure_stands_beside_its_numbers(full):
         assert (full / "figures" / f"{name}.svg").read_text() in (full / "report.html").read_text()
 
 
+def test_rejected_images_are_shown_with_their_reason(full):
+    text = (full / "report.html").read_text()
+    assert text.count('alt="rejected ') == 3  # too small, each of them
+    assert "<b>too small</b>000240: 8x8, side below 16" in text
+    with (full / "figures/data_rejects.csv").open() as file:
+        rows = [tuple(row.values()) for row in csv.DictReader(file)]
+    assert rows[:2] == [("train", "too small", "3"), ("train", "not downloaded: HTTP 404", "1")]
+
+
 def test_numbers_on_the_page_are_those_of_the_results(full, tree):
     result = json.loads((tree["evaluate/moe/renders"] / "result.json").read_text())
     with (full / "results.csv").open() as file:

@@ -1,0 +1,241 @@
+"""The loader beside open_clip's own pipeline: training images per second on one core, and what it takes in memory.
+
+open_clip 3.3 reads webdataset tars, decodes with Pillow, and crops, resizes and normalises with torchvision; here the
+same public pieces are put together in this process. Ours is the real `Loader` with one thread, text included, on
+shards that the stage `shard` wrote. Batches of ours are uint8: normalising is the device's work, and is also measured.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import simplejpeg
+import torch
+import webdataset
+from _common import Row, arguments, faster, one_core, rates, report, within  # first: sets threads
+from _photos import write_photos
+from open_clip.transform import image_transform
+
+from clipgraft.data.download import download
+from clipgraft.data.index import build_index
+from clipgraft.data.labels import read_labels
+from clipgraft.data.loader import Loader
+from clipgraft.data.sampler import UniformBatches
+from clipgraft.data.shards import Shards, write_shards
+from clipgraft.data.tokens import Tokens
+from clipgraft.models.build import normalize
+from clipgraft.settings import IndexJob, ShardJob
+from clipgraft.sources import TarSource
+
+SIZE, BATCH, TEXT_LENGTH, CROP_SCALE = 112, 256, 16, (0.9, 1.0)
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+MANY, DRAWN = 10_000_000, 4096
+
+
+def prepare(folder: Path, num: int) -> str:
+    """Photos, an index, and shards: stage-sized, as they came, and raw."""
+    made_of = write_photos(folder / "photos", num)
+    for stage in ("download", "index", "staged", "narrow", "originals", "raw"):
+        (folder / stage).mkdir()
+    source = TarSource(kind="tars", tars=str(folder / "photos/*.tar"))
+    download(source, folder / "download", 1)
+    build_index(
+        IndexJob(tokenize=True, drop_duplicates=False), folder / "download", folder / "index", 1
+    )
+    for name, settings in {
+        "staged": ShardJob(image_size=SIZE),
+        "narrow": ShardJob(image_size=SIZE, oversize=1.25),
+        "originals": ShardJob(image_size=SIZE, oversize=8),  # small enough: bytes are kept
+        "raw": ShardJob(image_size=SIZE, format="raw"),
+    }.items():
+        write_shards(settings, folder / "index", folder / name, 1)
+    return made_of
+
+
+def ours(folder: Path, name: str, epochs: int = 4, with_normalize: bool = False):
+    """Some epochs of our loader on a shard folder; returns a function that runs them."""
+    shards, tokens = Shards.open(folder / name), Tokens.open(folder / "index")
+
+    def work() -> int:
+        sampler = UniformBatches(len(shards), BATCH, 0)
+        loader = Loader(
+            shards,
+            tokens,
+            sampler,
+            image_size=SIZE,
+            text_length=TEXT_LENGTH,
+            crop_scale=CROP_SCALE,
+            seed=0,
+            num_steps=epochs * sampler.num_batches,
+        )
+        count = 0
+        for batch in loader:
+            images = (
+                normalize(batch.images_BCHW, MEAN, STD) if with_normalize else batch.images_BCHW
+            )
+            count += len(images)
+        return count
+
+    return work
+
+
+def open_clips(folder: Path, pattern: str):
+    """An epoch of open_clip's pipeline on tars."""
+    transform = image_transform(SIZE, is_train=True, mean=MEAN, std=STD)
+    tars = sorted(str(path) for path in folder.glob(pattern))
+
+    def work() -> int:
+        dataset = webdataset.DataPipeline(
+            webdataset.SimpleShardList(tars),
+            webdataset.tarfile_to_samples(),
+            webdataset.decode("pilrgb"),
+            webdataset.rename(image="jpg;png;jpeg;webp"),
+            webdataset.map_dict(image=transform),
+            webdataset.to_tuple("image"),
+            webdataset.batched(BATCH, partial=False),
+        )
+        return sum(len(images) for (images,) in dataset)
+
+    return work
+
+
+def bare(folder: Path, name: str):
+    """Decoding the same JPEGs, from memory, and nothing else."""
+    shards = Shards.open(folder / name)
+    data = [shards.jpeg(row) for row in range(len(shards))]
+
+    def work() -> int:
+        for each in 4 * data:
+            simplejpeg.decode_jpeg(each)
+        return 4 * len(data)
+
+    return work
+
+
+def speed(folder: Path, repeats: int, made_of: str) -> list[Row]:
+    """Rates of all sides, in turns."""
+    measured = rates(
+        {
+            "bare": bare(folder, "staged"),
+            "staged": ours(folder, "staged"),
+            "open_clip": open_clips(folder, "photos/*.tar"),
+            "originals": ours(folder, "originals"),
+            "normalized": ours(folder, "staged", with_normalize=True),
+            "narrow": ours(folder, "narrow"),
+            "raw": ours(folder, "raw"),
+            "open_clip staged": open_clips(folder, "staged/*.tar"),
+        },
+        repeats,
+    )
+    peer, unit = measured["open_clip"], "images/s"
+    share = faster("share of bare decoding", measured["staged"], measured["bare"], unit, 0.75)
+    return [
+        faster("stage-sized shards", measured["staged"], peer, unit, 15, made_of),
+        faster("straight from the originals", measured["originals"], peer, unit, 3.5),
+        Row(**{**vars(share), "limit_share": share.ratio}),
+        faster("stage-sized, normalised on the CPU", measured["normalized"], peer, unit, None),
+        faster("shards of 1.25 times the size", measured["narrow"], peer, unit, None),
+        faster("raw shards", measured["raw"], peer, unit, None),
+        faster(
+            "both on the stage-sized tars",
+            measured["staged"],
+            measured["open_clip staged"],
+            unit,
+            None,
+        ),
+    ]
+
+
+def memory(folder: Path) -> Row:
+    """Resident memory after the fifth epoch over that after the first."""
+    process = psutil.Process()
+    work = ours(folder, "staged", epochs=1)
+    resident = []
+    for _ in range(5):
+        work()
+        resident.append(process.memory_info().rss)
+    growth = resident[-1] / resident[0]
+    return within("memory of 5 epochs, last over first", [growth], 1.02, "ratio")
+
+
+def many_rows(folder: Path, repeats: int) -> list[Row]:
+    """Opening the shards and labels of ten million rows, and drawing a batch of them."""
+    folder.mkdir()
+    _write_many(folder)
+    opened, drawn, process = [], [], psutil.Process()
+    before = process.memory_info().rss
+    rng = np.random.default_rng(0)
+    for _ in range(repeats):
+        started = time.perf_counter()
+        shards, labels = Shards.open(folder), read_labels(folder, "many")
+        opened.append(time.perf_counter() - started)
+        rows = rng.integers(0, MANY, DRAWN)
+        started = time.perf_counter()
+        assert len(shards.sizes(rows)[0]) == len(labels[rows]) == DRAWN
+        drawn.append((time.perf_counter() - started) * 1000)
+    grown = (process.memory_info().rss - before) / 1e9
+    sampler = UniformBatches(MANY, DRAWN, 0)
+    started = time.perf_counter()
+    sampler.batch(0)
+    order = time.perf_counter() - started
+    return [
+        within("opening 10 million rows of shards and labels", opened, 2, "s"),
+        within("memory of that", [max(grown, 1e-3)], 1, "GB"),
+        within("4,096 random rows of places and labels", drawn, 20, "ms"),
+        Row(
+            "the order of an epoch of 10 million rows",
+            order,
+            None,
+            "s",
+            None,
+            None,
+            note="once per epoch",
+        ),
+    ]
+
+
+def _write_many(folder: Path) -> None:
+    (folder / "000000.tar").write_bytes(b"")
+    dtype = [
+        ("file", "<u4"),
+        ("offset", "<u8"),
+        ("length", "<u4"),
+        ("width", "<u4"),
+        ("height", "<u4"),
+    ]
+    places = np.zeros(MANY, dtype)
+    places["width"] = places["height"] = 140
+    np.save(folder / "offsets.npy", places)
+    np.save(folder / "labels.npy", np.arange(MANY) % 1000)
+    about = {
+        "samples_id": "many",
+        "short_side": 140,
+        "format": "jpeg",
+        "file_bytes": {"000000.tar": 0},
+    }
+    (folder / "shard.json").write_text(json.dumps(about))
+    (folder / "clusters.json").write_text(json.dumps(about))
+
+
+def main() -> None:
+    """Measure and report."""
+    quick = arguments().quick
+    one_core()
+    torch.set_num_threads(1)
+    num, repeats = (512, 3) if quick else (2048, 7)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        made_of = prepare(folder, num)
+        flat = memory(folder)  # first: memory that is there already would hide growth
+        rows = [*speed(folder, repeats, made_of), flat]
+        rows += many_rows(folder / "many", repeats)
+    report("loader", rows)
+
+
+if __name__ == "__main__":
+    main()
