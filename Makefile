@@ -43,7 +43,7 @@ unused: $(SETUP)
 	$(BIN)/python -m clipgraft.runs unused
 
 lock:
-	cd envs && for name in bootstrap cpu dev; do ../$(BIN)/uv pip compile -q --universal --python-version 3.11 \
+	cd envs && for name in bootstrap cpu dev s3; do ../$(BIN)/uv pip compile -q --universal --python-version 3.11 \
 	  --generate-hashes --no-emit-index-url --no-header $$name.in -o $$name.txt; done
 
 $(BIN)/uv: envs/bootstrap.txt
@@ -54,8 +54,9 @@ $(BIN)/uv: envs/bootstrap.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r envs/bootstrap.txt
 	@touch $@
 
-$(SETUP): $(BIN)/uv envs/dev.txt pyproject.toml
+$(SETUP): $(BIN)/uv envs/dev.txt envs/s3.txt pyproject.toml
 	$(BIN)/uv pip install -q --python $(BIN)/python --require-hashes -r envs/dev.txt
+	$(BIN)/uv pip install -q --python $(BIN)/python --target .venv/s3 --require-hashes -r envs/s3.txt
 	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e .
 	@touch $@
 

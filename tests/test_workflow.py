@@ -205,13 +205,21 @@ def test_two_processes_train_the_routers_as_one_does(finished, tmp_path):
         np.testing.assert_allclose(two["load_image"], one["load_image"], atol=1e-3)
 
 
-def test_a_dry_run_takes_less_than_two_seconds(finished):
-    def seconds() -> float:
+def test_a_dry_run_takes_less_than_two_seconds(finished, tmp_path):
+    (tmp_path / "Snakefile").write_text("rule all:\n    input: []\n")
+
+    def seconds(folder: Path, *words: str) -> float:
+        command = [sys.executable, "-m", "snakemake", "-n", "--cores", "2", *words]
         start = time.perf_counter()
-        finished.snakemake("-n", "--cores", "2")
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
         return time.perf_counter() - start
 
-    assert min(seconds() for _ in range(5)) < 2
+    times = [
+        (seconds(finished.root, "--configfile", "small.yaml"), seconds(tmp_path)) for _ in range(5)
+    ]
+    ours, bare = (min(each) for each in zip(*times, strict=True))
+    # Where Snakemake alone is slow, for an empty workflow, no more than half of its time on top.
+    assert ours < max(2, 1.5 * bare), (ours, bare)
 
 
 def test_a_dry_run_loads_no_torch(finished):

@@ -25,6 +25,8 @@ from clipgraft.sources import TarSource, UrlSource
 
 @pytest.fixture(scope="module")
 def s3_server():
+    # Beside the environment (envs/s3.in says why).
+    sys.path.append(str(Path(sys.prefix) / "s3"))
     moto = pytest.importorskip("moto.server", reason="moto, an S3 server, is not installed")
     server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()

@@ -24,7 +24,7 @@ from clipgraft.data.index import build_index
 from clipgraft.data.outcomes import read_outcomes
 from clipgraft.data.samples import Samples
 from clipgraft.data.sources.annotations import first_sentence
-from clipgraft.settings import IndexJob
+from clipgraft.settings import IndexJob, IndexSettings
 from clipgraft.sources import SOURCE_KINDS, OneSource, Source, UrlSource
 
 
@@ -188,12 +188,14 @@ def test_the_version_of_a_download_depends_on_columns_not_on_the_name_of_a_prese
 
 def test_every_example_of_the_users_guide_is_valid():
     guide = (Path(__file__).resolve().parents[2] / "workflow/docs/data.md").read_text()
-    blocks = re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)
+    blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)]
     sources = [
         TypeAdapter(Source).validate_python(source)
         for block in blocks
-        for source in yaml.safe_load(block)["download"].values()
+        for source in block.get("download", {}).values()
     ]
+    assert all(block.keys() <= {"download", "index"} for block in blocks)
+    assert [IndexSettings.model_validate(block["index"]) for block in blocks if "index" in block]
     assert {source.kind for source in sources} == SOURCE_KINDS - {"shapes"}
 
 
