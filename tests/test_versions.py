@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -155,3 +156,32 @@ def test_a_glob_that_matches_nothing_or_an_unset_variable_is_named(tmp_path: Pat
     (tmp_path / "a.tar").touch()
     monkeypatch.setenv("SOME_DATA", str(tmp_path))
     assert [path.name for path in local_files("$SOME_DATA/*.tar")] == ["a.tar", "b.tar"]
+
+
+def test_what_is_remembered_of_code_is_dropped_when_the_file_changes(tmp_path):
+    shutil.copytree(
+        ROOT / "lib/clipgraft", tmp_path / "clipgraft", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    script = tmp_path / "script.py"
+    command = [sys.executable, "-c", "import sys; from pathlib import Path; "]
+    command[-1] += "from clipgraft.versions import fingerprint as f; print(f(Path(sys.argv[1])))"
+
+    def told(text: str) -> str:
+        if not script.exists() or script.read_text() != text:
+            script.write_text(text)
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        done = subprocess.run([*command, script], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    memo = tmp_path / "clipgraft/__pycache__/fingerprints.json"
+    first = told("import clipgraft.losses.balance\nx = 1\n")
+    assert str(script) in memo.read_text()
+    assert told("import clipgraft.losses.balance\nx = 1\n") == first
+    assert told("import clipgraft.losses.balance\nx = 2\n") != first  # as long as before
+    module = tmp_path / "clipgraft/losses/balance.py"
+    module.write_text(module.read_text() + "y = 1\n")
+    assert told("import clipgraft.losses.balance\nx = 1\n") != first
+    module.write_text(module.read_text().removesuffix("y = 1\n"))
+    memo.write_text("{broken")
+    assert told("import clipgraft.losses.balance\nx = 1\n") == first

@@ -13,6 +13,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from clipgraft.config import ConfigError
 from clipgraft.sources import MixedSource, Settings
 
 LIBRARY = Path(__file__).resolve().parent
+_MEMO = LIBRARY / "__pycache__" / "fingerprints.json"
 
 # Floor 0 and the launcher move settings and bytes, never values: editing them re-runs nothing.
 PLUMBING = {
@@ -270,27 +272,46 @@ def fingerprint(script: Path) -> str:
     Returns:
         12 hex digits.
     """
-    digests, todo = {"": _digest(script)}, list(_imports(script))
+    digest, imports = _parsed(script)
+    digests, todo = {"": digest}, list(imports)
     while todo:
         module = todo.pop()
         path = _module_path(module)
         if module in digests or module in PLUMBING or path is None:
             continue
-        digests[module] = _digest(path)
-        todo += _imports(path)
+        digests[module], imports = _parsed(path)
+        todo += imports
     return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()[:12]
 
 
 @cache
-def _tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(), str(path))
+def _parsed(path: Path) -> tuple[str, list[str]]:
+    """Digest of a file's tree, and the modules of the library that it imports anywhere.
+
+    Remembered beside compiled Python until the file or this one changes: parsing is a tenth of a dry run.
+    """
+    stamp = [[file.stat().st_mtime_ns, file.stat().st_size] for file in (path, Path(__file__))]
+    known = _memo().get(str(path))
+    if known is None or known[0] != stamp:
+        tree = ast.parse(path.read_text(), str(path))
+        words: list[str] = []
+        _write_words(tree, words)
+        digest = hashlib.sha256("\0".join(words).encode()).hexdigest()
+        known = _memo()[str(path)] = [stamp, digest, _imports(tree)]
+        with suppress(OSError):  # a library that is not ours to write
+            _MEMO.parent.mkdir(exist_ok=True)
+            part = _MEMO.with_name(f"{_MEMO.name}.{os.getpid()}")
+            part.write_text(json.dumps(_memo()))
+            part.replace(_MEMO)
+    return known[1], known[2]
 
 
 @cache
-def _digest(path: Path) -> str:
-    words: list[str] = []
-    _write_words(_tree(path), words)
-    return hashlib.sha256("\0".join(words).encode()).hexdigest()
+def _memo() -> dict[str, list[Any]]:
+    try:
+        return dict(json.loads(_MEMO.read_text()))
+    except (OSError, ValueError):
+        return {}
 
 
 def _write_words(node: Any, words: list[str]) -> None:
@@ -323,16 +344,14 @@ def _has_docstring(node: ast.AST) -> bool:
     return is_constant and isinstance(first.value.value, str)  # type: ignore[union-attr]
 
 
-@cache
-def _imports(path: Path) -> tuple[str, ...]:
-    """Modules of the library that a file imports, anywhere in it."""
+def _imports(tree: ast.Module) -> list[str]:
     found: list[str] = []
-    for node in ast.walk(_tree(path)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return tuple(sorted({name for name in found if name.split(".")[0] == "clipgraft"}))
+    return sorted({name for name in found if name.split(".")[0] == "clipgraft"})
 
 
 def _module_path(module: str) -> Path | None:
