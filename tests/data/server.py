@@ -15,12 +15,14 @@ class Site:
         sent: bytes of bodies sent.
         delay_seconds: before each answer.
         ranges: whether parts of files are served.
+        held: paths that are answered once `released` is set.
     """
 
     def __init__(self, ranges=False):
         self.files, self.asked, self.sent = {}, Counter(), 0
         self.delay_seconds, self.ranges = 0.0, ranges
         self.cut_at = None
+        self.held, self.released = set(), threading.Event()
         site = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -44,6 +46,8 @@ class Site:
         if with_body:
             self.asked[path] += 1
         time.sleep(self.delay_seconds)
+        if path in self.held:
+            self.released.wait(60)
         content = self.files.get(path)
         if content is None:
             request.send_error(404)

@@ -286,5 +286,5 @@ def test_resident_memory_is_flat_over_epochs(folders):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     resident = [int(line) for line in done.stdout.split()]
     assert len(resident) == 5
-    # 240 batches of 1.8 MB each: keeping one in ten would already be twice too much.
-    assert resident[-1] < resident[0] * 1.02 + 10e6
+    # 240 batches of 1.8 MB each: keeping one in ten would be 43 MB.
+    assert resident[-1] < resident[0] * 1.02 + 20e6
