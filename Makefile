@@ -14,7 +14,7 @@ demo: $(SETUP)
 	@$(BIN)/python -m clipgraft.runs show demo
 
 test: $(SETUP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 bench: $(SETUP)
 	@mkdir -p benchmarks/results

@@ -20,8 +20,14 @@ NO_NETWORK = Path(__file__).parent / "no_network"
 os.environ["CLIPGRAFT_NO_NETWORK"] = "1"
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run beside one another, one per core
 os.environ["PYTHONPATH"] = os.pathsep.join([str(NO_NETWORK), str(ROOT / "lib")])
 runpy.run_path(str(NO_NETWORK / "sitecustomize.py"))  # children get it by PYTHONPATH
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes longest begins first, beside all the others."""
+    items.sort(key=lambda item: item.path.name != "test_workflow.py")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pytest
 LIBRARY = Path(__file__).resolve().parent.parent / "lib" / "clipgraft"
 SCRIPTS = LIBRARY.parent.parent / "scripts"
 FLOORS = [
-    {"settings", "sources", "config", "versions", "job", "provenance", "log", "runs"},
+    {"settings", "recipes", "sources", "config", "versions", "job", "provenance", "log", "runs"},
     {"dist", "launch"},
     {"data", "models", "losses"},
     {"checkpoint", "optim", "meter"},

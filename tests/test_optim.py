@@ -6,7 +6,7 @@ from torch import nn
 from clipgraft.models.build import build
 from clipgraft.models.moe import upcycle
 from clipgraft.optim import build_optimizer, cosine_lr, parameter_groups
-from clipgraft.settings import OptimSettings
+from clipgraft.recipes import OptimSettings
 
 
 def names_of(groups, named) -> list[set[str]]:

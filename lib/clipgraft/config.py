@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from clipgraft.settings import RunSettings, S, hint
+from clipgraft.recipes import hint
+from clipgraft.settings import RunSettings, S
 from clipgraft.sources import SOURCE_KINDS
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from clipgraft.settings import OptimSettings
+from clipgraft.recipes import OptimSettings
 
 _UNDECAYED = ("bn", "ln", "bias", "logit_scale")  # open_clip's list
 

@@ -38,7 +38,7 @@ from clipgraft.losses.contrastive import contrastive_loss
 from clipgraft.meter import Meter
 from clipgraft.models.build import normalize
 from clipgraft.optim import build_optimizer, cosine_lr
-from clipgraft.settings import TrainSettings
+from clipgraft.recipes import TrainSettings
 
 log = logging.getLogger(__name__)
 
@@ -145,10 +145,13 @@ class Fit:
             )
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         optimizer = build_optimizer(trained, self.settings.optim)
-        first_step = self._resume(optimizer)
-        self._announce(trained, first_step)
-        if first_step < self.num_steps:
-            self._loop(optimizer, list(trained.values()), first_step)
+        with (
+            _stop_requests() as stop
+        ):  # from here on: one that comes early is heard after the first step
+            first_step = self._resume(optimizer)
+            self._announce(trained, first_step)
+            if first_step < self.num_steps:
+                self._loop(optimizer, list(trained.values()), first_step, stop)
         if self.world.is_first:
             lines = "".join(json.dumps(row) + "\n" for row in self.rows)
             (out / "metrics.jsonl").write_text(lines)
@@ -166,7 +169,11 @@ class Fit:
         }
 
     def _loop(
-        self, optimizer: torch.optim.Optimizer, trained: list[nn.Parameter], first_step: int
+        self,
+        optimizer: torch.optim.Optimizer,
+        trained: list[nn.Parameter],
+        first_step: int,
+        stop: _Stop,
     ) -> None:
         model = self._parallel()
         loader = Loader(
@@ -191,7 +198,7 @@ class Fit:
         meter = Meter(self.num_steps, self.settings.batch_size, logit_scale, self.rows)
         model.train()
         saved = time.monotonic()
-        with _stop_requests() as stop, attention(self.world.device):
+        with attention(self.world.device):
             for step, batch in enumerate(loader, start=first_step):
                 loss, lr, extras = self._step(model, optimizer, trained, batch, step)
                 meter.add(step + 1, loss, lr, loader.wait_seconds, extras)

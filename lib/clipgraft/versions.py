@@ -34,6 +34,7 @@ PLUMBING = {
         for name in (
             "settings",
             "sources",
+            "recipes",
             "config",
             "versions",
             "job",

@@ -5,7 +5,7 @@ import torch
 from torchvision.transforms.v2 import functional as tv
 
 from clipgraft.data.augment import NUM_UNIFORM, augment, augments
-from clipgraft.settings import TrainSettings
+from clipgraft.recipes import TrainSettings
 
 B = 16
 

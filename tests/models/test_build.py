@@ -18,7 +18,7 @@ from clipgraft.models.build import (
     pretrained_state,
     resize_positions,
 )
-from clipgraft.settings import ModelSettings
+from clipgraft.recipes import ModelSettings
 
 
 def inline(config: dict, **more) -> ModelSettings:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clipgraft.settings import TrainSettings
+from clipgraft.recipes import TrainSettings
 
 # Columns of the uniform numbers of a sample.
 _FLIP, _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _GRAY = range(7)

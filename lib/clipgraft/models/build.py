@@ -31,7 +31,7 @@ from open_clip.model import (
 from torch import Tensor, nn
 
 from clipgraft.config import ConfigError
-from clipgraft.settings import ModelSettings
+from clipgraft.recipes import ModelSettings
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from clipgraft.data.images import SUFFIXES
 from clipgraft.data.outcomes import Outcome
 from clipgraft.data.sources.classes import class_label, write_classes
 from clipgraft.data.utf8 import clean, is_utf8
-from clipgraft.settings import hint
+from clipgraft.recipes import hint
 from clipgraft.sources import ClassFolderSource, FolderSource
 
 
