@@ -120,7 +120,42 @@ def told(index: Path) -> dict[str, tuple[str, str]]:
 def test_copies_in_a_training_set_name_the_first_one(tmp_path):
     index = indexed(tmp_path, copies())
     assert Samples.open(index).uids() == ["a", "b", "d", "e"]
-    assert told(index) == {uid: ("duplicate", "the pixels of b") for uid in "cf"}
+    assert told(index) == {
+        uid: ("duplicate", "the pixels of b, which takes 1 caption") for uid in "cf"
+    }
+
+
+def test_a_copy_leaves_its_captions_to_the_first_one_of_each_kind_once(tmp_path):
+    image, other = jpeg(80, 60, seed=1), jpeg(80, 60, seed=2)
+    captions = {"a": ["x"], "b": ["x", "y"], "c": ["z", "y"], "d": ["y"], "e": ["alone"]}
+    files = {}
+    for uid, said in captions.items():
+        files[f"{uid}.jpg"] = other if uid == "e" else image
+        files[f"{uid}.json"] = json.dumps({"captions": said})
+    index = indexed(tmp_path, files)
+    samples = Samples.open(index)
+    assert samples.uids() == ["a", "e"]
+    assert samples.all_captions() == [["x", "y", "z"], ["alone"]]
+    kinds = pq.read_table(index / "samples.parquet")["caption_kinds"].to_pylist()
+    assert list(map(len, kinds)) == [3, 1] and len({kind for row in kinds for kind in row}) == 1
+    assert {uid: detail for uid, (_, detail) in told(index).items()} == {
+        "b": "the pixels of a, which takes 1 caption",
+        "c": "the pixels of a, which takes 1 caption",
+        "d": "the pixels of a, and its captions",
+    }
+
+
+def test_a_picture_that_is_everywhere_takes_so_many_captions_and_no_more(tmp_path):
+    image = jpeg(80, 60, seed=1)
+    files = {}
+    for number in range(80):
+        files |= {f"{number:03d}.jpg": image, f"{number:03d}.txt": f"page {number}"}
+    index = indexed(tmp_path, files)
+    (captions,) = Samples.open(index).all_captions()
+    assert captions == [f"page {number}" for number in range(65)]
+    details = [detail for _, detail in told(index).values()]
+    assert sum("takes 1 caption" in detail for detail in details) == 64
+    assert sum("takes no more" in detail for detail in details) == 15
 
 
 def test_near_copies_go_only_if_that_is_asked_for(tmp_path):

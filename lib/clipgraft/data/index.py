@@ -2,7 +2,8 @@
 
 Row i of `samples.parquet` is sample i from here on, so N never changes later; everything else is told in
 `rejects.parquet`, with a reason. Rows are sorted by uid: neither the order of tars nor the number of workers shows.
-Copies are left out of a training set only: an evaluation set is what its authors published, repeats and all.
+Copies are left out of a training set only: an evaluation set is what its authors published, repeats and all. What
+the captions of a copy say and its original's do not is not lost: tables may have a row for each caption.
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ from clipgraft.settings import IndexJob
 log = logging.getLogger(__name__)
 
 _CHUNK = 128  # samples per task
+_MAX_ADOPTED = (
+    64  # captions from copies; a picture that says "not found" may be there a million times
+)
 
 
 @dataclass(frozen=True)
@@ -264,8 +268,31 @@ def _without_copies(
     max_bits = settings.near_duplicates
     copies: dict[int, Rejected] = {}
 
-    def reject(row: int, reason: str, of: str, other_hash: np.uint64 | None = None) -> None:
-        detail = f"the pixels of {of}"
+    adopted = Counter[int]()
+
+    def adopt(row: int, first: int) -> str:
+        """Give the captions of a copy to its original; returns what was done."""
+        original = accepted[first]
+        known = set(zip(original.captions, original.caption_kinds, strict=True))
+        pairs = zip(accepted[row].captions, accepted[row].caption_kinds, strict=True)
+        new = [pair for pair in dict.fromkeys(pairs) if pair not in known]
+        if not new:
+            return ", and its captions"
+        if adopted[first] + len(new) > _MAX_ADOPTED:
+            return f", which has taken {adopted[first]} captions of copies and takes no more"
+        adopted[first] += len(new)
+        captions, kinds = map(list, zip(*new, strict=True))
+        accepted[first] = replace(
+            original,
+            captions=original.captions + captions,
+            caption_kinds=original.caption_kinds + kinds,
+        )
+        return f", which takes {_count(len(new), 'caption')}"
+
+    def reject(
+        row: int, reason: str, of: str, other_hash: np.uint64 | None = None, adopted: str = ""
+    ) -> None:
+        detail = f"the pixels of {of}{adopted}"
         if other_hash is not None:
             detail = f"{(hash_N[row] ^ other_hash).bit_count()} of 64 bits differ from {of}"
         each = accepted[row]
@@ -290,13 +317,17 @@ def _without_copies(
         rows = left()
         for row, first in zip(rows, rows[first_equal(pixel_N[rows])], strict=True):
             if first != row:
-                reject(row, "duplicate", accepted[first].uid)
+                reject(row, "duplicate", accepted[first].uid, adopted=adopt(row, first))
     if settings.tokenize and max_bits is not None:
         rows = left()
         for row, first in zip(rows, rows[first_near(hash_N[rows], max_bits)], strict=True):
             if first != row:
                 reject(row, "near duplicate", accepted[first].uid, hash_N[first])
     return [accepted[row] for row in left()], [copies[row] for row in sorted(copies)]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _read_hashes(index: Path) -> dict[str, list[Any]]:
