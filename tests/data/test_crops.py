@@ -131,7 +131,7 @@ def test_a_crop_looks_like_pillows_antialiased_bicubic(what, shape, reduction):
         theirs = np.asarray(part.resize((size, size), Image.Resampling.BICUBIC))
         similar.append(ssim(out, theirs))
     assert np.mean(similar) >= 0.97
-    assert min(similar) >= 0.955
+    assert min(similar) >= (0.97 if what == "flickr8k" else 0.955)
 
 
 def test_a_plain_resize_would_not_pass():
