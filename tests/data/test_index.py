@@ -18,9 +18,10 @@ from clipgraft.config import ConfigError
 from clipgraft.data.download import download
 from clipgraft.data.index import build_index
 from clipgraft.data.samples import Samples
+from clipgraft.data.shards import write_shards
 from clipgraft.data.tars import read_range
 from clipgraft.data.tokens import Tokens
-from clipgraft.settings import IndexJob
+from clipgraft.settings import IndexJob, ShardJob
 from clipgraft.sources import FolderSource, TarSource
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -359,6 +360,24 @@ def test_an_index_finds_its_download_after_both_have_moved(tmp_path):
     moved = Samples.open(tmp_path / "new" / index.relative_to(tmp_path / "old"))
     assert len(moved) == 1 and moved.captions(0) == ["a"]
     assert (about["num_samples"], about["num_captions"], about["label_names"]) == (1, 1, {})
+
+
+@pytest.mark.parametrize(("change", "words"), [("gone", "is gone"), ("cut", "is shorter than")])
+def test_tars_that_are_no_longer_what_was_indexed_are_said_plainly(tmp_path, change, words):
+    files = {}
+    for uid in "ab":
+        files |= {f"{uid}.jpg": jpeg(seed=ord(uid)), f"{uid}.txt": uid}
+    index = indexed(tmp_path, files)
+    tar = tmp_path / "tars/in.tar"
+    if change == "gone":
+        tar.rename(tmp_path / "elsewhere.tar")
+    else:
+        os.truncate(tar, 700)
+    with pytest.raises(ConfigError, match=rf"in\.tar {words}.*Hint"):
+        Samples.open(index).image(1)
+    (tmp_path / "shard").mkdir()
+    with pytest.raises(ConfigError, match=words):
+        write_shards(ShardJob(image_size=16), index, tmp_path / "shard", 1)
 
 
 @pytest.mark.skipif(

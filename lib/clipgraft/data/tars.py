@@ -81,10 +81,26 @@ def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> int:
 
 
 def read_range(path: Path, offset: int, size: int) -> bytes:
-    """Bytes of a file."""
-    with path.open("rb") as file:
-        file.seek(offset)
-        return file.read(size)
+    """Bytes of a file that was looked through before.
+
+    Raises:
+        ConfigError: if it is no longer there, or no longer as long.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            data = file.read(size)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path} is gone: images are read from where they were when their data set was indexed. "
+            "Hint: bring it back, or give its new place under `download`"
+        ) from None
+    if len(data) < size:
+        raise ConfigError(
+            f"{path} is shorter than it was when its data set was indexed: bytes {offset:,} to {offset + size:,} "
+            "are wanted. Hint: has it been replaced? Then run its stage `download` again"
+        )
+    return data
 
 
 def _explain(path: Path, members: list[tuple[str, int, int]], error: tarfile.ReadError) -> str:
