@@ -35,9 +35,11 @@ from clipgraft.data.draws import as_uniform, draw_bits
 from clipgraft.data.shapes import draw_sample
 from clipgraft.data.tokens import Tokens
 from clipgraft.data.words import load_tagger
+from clipgraft.reductions import SyntaxText
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT_LENGTH, BATCH = 8, 4096
+SYNTAX = SyntaxText(kind="syntax")
 REACH_RATIO, REACH_SECONDS, REACH_BYTES, REACH_BATCH_SECONDS = 200, 2.0, 1e9, 0.020
 
 
@@ -79,7 +81,7 @@ def compare_syntax(
     ours, theirs = [], []
     for repeat_number in range(repeats + 1):
         mine = len(batches) * BATCH / seconds(
-            lambda: [tokens.encode(batch, TEXT_LENGTH, "syntax") for batch in batches]
+            lambda: [tokens.encode(batch, TEXT_LENGTH, SYNTAX) for batch in batches]
         )  # fmt: skip
         other = len(some) / seconds(lambda: [peer([text]) for text in some])
         if repeat_number:  # the first warms up
@@ -139,7 +141,7 @@ def draw_batches(index: Path, num_batches: int = 60) -> dict[str, Any]:
         start = time.perf_counter()
         bits_B2 = draw_bits(0, rows_B, step, 2)
         caption_B = tokens.choose(rows_B, as_uniform(bits_B2[:, 0]), weights)
-        tokens.encode(caption_B, TEXT_LENGTH, "syntax", bits_B2[:, 1])
+        tokens.encode(caption_B, TEXT_LENGTH, SYNTAX, bits_B2[:, 1])
         labels[rows_B]
         batch_seconds.append(time.perf_counter() - start)
     # VmHWM belongs to this process image; getrusage's maximum would be inherited from the parent.

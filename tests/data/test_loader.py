@@ -16,10 +16,12 @@ from pictures import jpeg
 from PIL import Image
 
 from clipgraft.config import ConfigError
+from clipgraft.data.draws import draw_bits
 from clipgraft.data.loader import Loader
 from clipgraft.data.sampler import HomogeneousBatches, UniformBatches, Visits
 from clipgraft.data.shards import Shards, write_shards
 from clipgraft.data.tokens import Tokenizer, Tokens
+from clipgraft.reductions import text_reduction
 from clipgraft.settings import ShardJob
 
 N = 12
@@ -59,7 +61,7 @@ def same(ours, theirs):
     return len(ours) == len(theirs) and all(
         torch.equal(getattr(a, name), getattr(b, name))
         for a, b in zip(ours, theirs, strict=True)
-        for name in ("images_BCHW", "text_BL", "rows_B", "uniform_BK")
+        for name in ("images_BCHW", "text_BL", "rows_B", "uniform_BK", "image_bits_B")
         if getattr(a, name) is not None
     )
 
@@ -71,29 +73,46 @@ def test_batches_have_the_documented_shapes_and_types(batches):
     assert (batch.text_BL.shape, batch.text_BL.dtype) == ((4, 6), torch.int64)
     assert (batch.rows_B.dtype, batch.is_mixed) == (torch.int64, False)
     assert (batch.uniform_BK.shape, batch.uniform_BK.dtype) == ((4, 7), torch.float32)
-    assert batches()[0].uniform_BK is None
+    assert batches()[0].uniform_BK is None and batch.image_bits_B is None
+    bits = batches(drops_patches=True)[0].image_bits_B
+    assert (bits.shape, bits.dtype) == ((4,), torch.int64)
 
 
 def test_the_number_of_threads_changes_nothing(batches):
-    assert same(batches(num_threads=1, augment=True), batches(num_threads=5, augment=True))
+    both = {"augment": True, "drops_patches": True}
+    assert same(batches(num_threads=1, **both), batches(num_threads=5, **both))
 
 
 def test_beginning_later_continues_the_same_sequence(batches):
     assert same(batches(start_step=2), batches()[2:])
 
 
-def test_augmentation_leaves_crops_and_captions_as_they_are(batches):
-    for plain, augmented in zip(batches(), batches(augment=True), strict=True):
-        assert torch.equal(plain.images_BCHW, augmented.images_BCHW)
-        assert torch.equal(plain.text_BL, augmented.text_BL)
+@pytest.mark.parametrize("asked", ["augment", "drops_patches"])
+def test_what_is_drawn_besides_leaves_crops_and_captions_as_they_are(batches, asked):
+    for plain, more in zip(batches(), batches(**{asked: True}), strict=True):
+        assert torch.equal(plain.images_BCHW, more.images_BCHW)
+        assert torch.equal(plain.text_BL, more.text_BL)
+
+
+def test_the_words_for_patches_do_not_depend_on_augmentation_and_differ_between_visits(batches):
+    plain = batches(drops_patches=True)
+    augmented = batches(drops_patches=True, augment=True)
+    assert same(plain, batches(drops_patches=True))
+    bits = torch.cat([batch.image_bits_B for batch in plain])
+    assert torch.equal(bits, torch.cat([batch.image_bits_B for batch in augmented]))
+    assert len(bits.unique()) == 2 * N  # two epochs
+    for step, batch in enumerate(plain):
+        others = draw_bits(SETTINGS["seed"], batch.rows_B.numpy(), step // 3, 13).view(np.int64)
+        assert not np.isin(batch.image_bits_B, others).any()  # crops, captions, augmentation
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_processes_together_make_the_global_batch(batches, world):
-    whole = batches(augment=True)
-    parts = [batches(rank=rank, world=world, augment=True) for rank in range(world)]
+    both = {"augment": True, "drops_patches": True}
+    whole = batches(**both)
+    parts = [batches(rank=rank, world=world, **both) for rank in range(world)]
     for k, batch in enumerate(whole):
-        for name in ("images_BCHW", "text_BL", "rows_B", "uniform_BK"):
+        for name in ("images_BCHW", "text_BL", "rows_B", "uniform_BK", "image_bits_B"):
             assert torch.equal(
                 torch.cat([getattr(part[k], name) for part in parts]), getattr(batch, name)
             )
@@ -120,7 +139,7 @@ def test_the_image_is_that_of_the_row(batches):
 
 
 def test_the_caption_is_one_of_the_row(batches, folders):
-    tokenizer = Tokenizer(Tokens.open(folders[0]).merges)
+    tokenizer = Tokenizer(Tokens.open(folders[0]).tokenizer)
     known = [{tuple(ids) for ids in tokenizer.encode_batch(each, 6).tolist()} for each in CAPTIONS]
     seen = [set() for _ in range(N)]
     for batch in batches(num_steps=60):
@@ -141,7 +160,11 @@ def test_captions_are_drawn_by_kind_and_reduced_as_asked(folders):
         load(captions={"long": 1.0})
     truncated = {tuple(ids) for ids in tokens.encode(np.arange(3 * N), 4).tolist()}
     kept = {
-        how: {tuple(ids) for batch in load(text_reduction=how) for ids in batch.text_BL.tolist()}
+        how: {
+            tuple(ids)
+            for batch in load(text_reduction=text_reduction(how))
+            for ids in batch.text_BL.tolist()
+        }
         for how in ("truncate", "random")
     }
     assert kept["truncate"] <= truncated
@@ -266,6 +289,7 @@ def test_five_epochs_leave_no_python_object_behind(folders):
 FIVE_EPOCHS = """
 import sys, psutil
 from pathlib import Path
+from clipgraft.data.draws import draw_bits
 from clipgraft.data.loader import Loader
 from clipgraft.data.sampler import UniformBatches
 from clipgraft.data.shards import Shards

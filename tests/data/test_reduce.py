@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 
 from clipgraft.data.draws import draw_bits
-from clipgraft.data.reduce import block_start, count_kept, frame, keep_random, keep_syntax, spread
+from clipgraft.data.reduce import (
+    block_start,
+    count_kept,
+    frame,
+    keep_frequency,
+    keep_random,
+    keep_syntax,
+    keep_syntax_words,
+    spread,
+)
 from clipgraft.data.vocabulary import Encoder, clip_merges
 from clipgraft.data.words import split_words, tag_words
 
@@ -63,20 +72,40 @@ def random_oracle(length, room, word):
     return sorted(by_noise[:room])
 
 
-def syntax_oracle(caption, room):
-    begins, position = [], 0
-    for _, size in caption:
-        begins.append(position)
-        position += size
-    order = sorted(range(len(caption)), key=lambda word: (caption[word][0], word))
+def by_worth(caption, word=None):
+    """Numbers of words, nouns first; of one class the earlier, or the one with less noise."""
+
+    def key(number):
+        return caption[number][0], 0 if word is None else noise(word, number) >> 24, number
+
+    return sorted(range(len(caption)), key=key)
+
+
+def tokens_of(caption, words):
+    begins = np.cumsum([0, *(size for _, size in caption)])
+    return [t for w in sorted(words) for t in range(begins[w], begins[w + 1])]
+
+
+def syntax_oracle(caption, room, word=None):
+    order = by_worth(caption, word)
     left, kept = room, []
-    for word in order:
-        if caption[word][1] <= left:
-            left -= caption[word][1]
-            kept += range(begins[word], begins[word] + caption[word][1])
-    if not kept and order:
-        kept = list(range(begins[order[0]], begins[order[0]] + room))
-    return sorted(kept)
+    for number in order:
+        if caption[number][1] <= left:
+            left -= caption[number][1]
+            kept.append(number)
+    return tokens_of(caption, kept or order[:1])[:room]
+
+
+def words_oracle(caption, room, word=None):
+    return tokens_of(caption, by_worth(caption, word)[:room])[:room]
+
+
+def frequency_oracle(caption, chances, room, word):
+    if sum(size for _, size in caption) <= room:
+        return tokens_of(caption, range(len(caption)))
+    ratios = [(noise(word, w) >> 11) * 2.0**-53 / chance for w, chance in enumerate(chances)]
+    kept = [w for w, ratio in enumerate(ratios) if ratio < 1]
+    return tokens_of(caption, kept or [int(np.argmin(ratios))])[:room]
 
 
 @pytest.mark.parametrize("room", [1, 2, 6, 30])
@@ -86,6 +115,42 @@ def test_syntax_is_the_oracle(seed, room):
     lengths, classes, begins = flat(batch)
     kept = per_caption(lengths, keep_syntax(lengths, classes, begins, room))
     assert kept == [syntax_oracle(caption, room) for caption in batch]
+
+
+@pytest.mark.parametrize("room", [1, 2, 6, 30])
+@pytest.mark.parametrize("seed", range(5))
+def test_syntax_with_drawn_ties_and_by_words_is_the_oracle(seed, room):
+    batch = random_batch(seed)
+    lengths, classes, begins = flat(batch)
+    drawn = bits(len(batch), seed)
+    for keep, oracle in ((keep_syntax, syntax_oracle), (keep_syntax_words, words_oracle)):
+        for words in (None, drawn):
+            kept = per_caption(lengths, keep(lengths, classes, begins, room, words))
+            each = [None] * len(batch) if words is None else words.tolist()
+            expected = zip(batch, each, strict=True)
+            assert kept == [oracle(caption, room, word) for caption, word in expected]
+
+
+@pytest.mark.parametrize("room", [1, 2, 6, 30])
+@pytest.mark.parametrize("seed", range(5))
+def test_frequency_is_the_oracle(seed, room):
+    batch = random_batch(seed)
+    lengths, _, begins = flat(batch)
+    rng = np.random.default_rng(seed)
+    chances = [[float(0.01 / rng.random()) for _ in caption] for caption in batch]
+    sizes = [[size for _, size in caption] for caption in batch]
+    chance_T = np.concatenate([np.repeat(*pair) for pair in zip(chances, sizes, strict=True)])
+    words = bits(len(batch), seed)
+    kept = per_caption(lengths, keep_frequency(lengths, chance_T, begins, room, words))
+    expected = [
+        frequency_oracle(caption, chance, room, word)
+        for caption, chance, word in zip(batch, chances, words.tolist(), strict=True)
+    ]
+    assert kept == expected
+    assert (
+        any(0 < len(each) < min(room, n) for each, n in zip(kept, lengths, strict=True))
+        or room == 1
+    )
 
 
 @pytest.mark.parametrize("room", [1, 2, 6, 30])
@@ -122,7 +187,7 @@ def test_random_subsets_are_all_alike():
     assert np.bincount(subsets)[[3, 5, 6, 9, 10, 12]] == pytest.approx([5000] * 6, abs=350)
 
 
-@pytest.mark.parametrize("strategy", ["random", "syntax"])
+@pytest.mark.parametrize("strategy", ["random", "syntax", "frequency"])
 def test_what_a_caption_keeps_does_not_depend_on_its_batch(strategy):
     batch = random_batch(7)
     words = bits(len(batch))
@@ -131,7 +196,11 @@ def test_what_a_caption_keeps_does_not_depend_on_its_batch(strategy):
         lengths, classes, begins = flat([batch[i] for i in numbers])
         if strategy == "random":
             return per_caption(lengths, keep_random(lengths, 5, words[numbers]))
-        return per_caption(lengths, keep_syntax(lengths, classes, begins, 5))
+        if strategy == "frequency":
+            chance = 0.3 + 0.1 * classes
+            kept = keep_frequency(lengths, chance, begins, 5, words[numbers])
+            return per_caption(lengths, kept)
+        return per_caption(lengths, keep_syntax(lengths, classes, begins, 5, words[numbers]))
 
     together = kept(np.arange(len(batch)))
     mixed = np.random.default_rng(0).permutation(len(batch))
@@ -144,7 +213,12 @@ def test_captions_that_fit_are_untouched():
     short = np.repeat(lengths <= 6, lengths)
     assert 0.1 < (lengths <= 6).mean() < 0.9
     assert keep_random(lengths, 6, bits(len(lengths)))[short].all()
-    assert keep_syntax(lengths, classes, begins, 6)[short].all()
+    for keep in (keep_syntax, keep_syntax_words):
+        for words in (None, bits(len(lengths))):
+            assert keep(lengths, classes, begins, 6, words)[short].all()
+    rare = np.full(len(begins), 1e-9)
+    kept = keep_frequency(lengths, rare, begins, 6, bits(len(lengths)))
+    assert kept[short].all() and not kept[~short].all()
 
 
 def test_every_noun_is_kept_if_the_nouns_fit():
@@ -170,9 +244,32 @@ def test_words_of_equal_class_keep_the_order_of_the_caption():
         assert per_caption(lengths, kept) == [[0, 1, 2]]
 
 
+@pytest.mark.parametrize("keep", [keep_syntax, keep_syntax_words])
+def test_which_words_of_equal_class_stay_is_drawn_alike_and_anew(keep):
+    num, each = 20_000, [(OTHER, 1), (NOUN, 1), (NOUN, 1), (NOUN, 1), (VERB, 1)]
+    lengths, classes, begins = flat([each] * num)
+    kept = keep(lengths, classes, begins, 2, bits(num)).reshape(num, 5)
+    assert not kept[:, [0, 4]].any()  # never before a noun
+    pairs = kept[:, 1:4] @ np.array([1, 2, 4])
+    assert np.bincount(pairs)[[3, 5, 6]] == pytest.approx([num / 3] * 3, abs=300)
+
+
+def test_syntax_does_not_depend_on_the_order_in_which_equal_words_are_sorted():
+    # Words of one class are told apart by their place alone: whichever pieces they have, the first ones stay.
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        caption = [(int(kind), 1) for kind in rng.permutation([NOUN] * 20 + [VERB] * 20)]
+        lengths, classes, begins = flat([caption])
+        expected = [i for i, (kind, _) in enumerate(caption) if kind == NOUN][:16]
+        assert per_caption(lengths, keep_syntax(lengths, classes, begins, 16)) == [expected]
+        assert per_caption(lengths, keep_syntax_words(lengths, classes, begins, 16)) == [expected]
+
+
 def test_an_empty_batch_is_none():
     lengths, classes, begins = flat([])
     assert keep_syntax(lengths, classes, begins, 3).shape == (0,)
+    assert keep_syntax_words(lengths, classes, begins, 3, bits(0)).shape == (0,)
+    assert keep_frequency(lengths, np.zeros(0), begins, 3, bits(0)).shape == (0,)
     assert keep_random(lengths, 3, bits(0)).shape == (0,)
     assert frame(np.zeros(0, np.uint16), lengths, 5, 8, 9).shape == (0, 5)
 

@@ -25,11 +25,13 @@ from clipgraft.data.draws import as_uniform, draw_bits
 from clipgraft.data.sampler import Rows
 from clipgraft.data.shards import Shards
 from clipgraft.data.tokens import Tokens
+from clipgraft.reductions import TRUNCATE, TextReduction
 
 _PREFETCH = 3  # batches under way
 
 # Columns of the random words of a visit; a new one comes last, so that the others stay as they are.
 _CAPTION, _TOKENS, _CROP, _AUGMENT = 0, 1, slice(2, 6), slice(6, 6 + NUM_UNIFORM)
+_PATCHES = _AUGMENT.stop
 
 
 class Sampler(Protocol):
@@ -51,6 +53,7 @@ class Batch:
         rows_B: rows of the samples, int64.
         is_mixed: whether the global batch holds several pseudo labels.
         uniform_BK: float32 in [0, 1), what `augment` goes by; None if the loader was not asked for it.
+        image_bits_B: int64, a random word that says which patches of an image are kept; None likewise.
     """
 
     images_BCHW: Tensor
@@ -58,6 +61,7 @@ class Batch:
     rows_B: Tensor
     is_mixed: bool
     uniform_BK: Tensor | None = None
+    image_bits_B: Tensor | None = None
 
 
 class Loader:
@@ -83,8 +87,9 @@ class Loader:
         start_step: int = 0,
         num_steps: int,
         captions: Mapping[str, float] | None = None,
-        text_reduction: str = "truncate",
+        text_reduction: TextReduction = TRUNCATE,
         augment: bool = False,
+        drops_patches: bool = False,
         pin_memory: bool = False,
     ) -> None:
         """Check that the parts fit together; work begins with iteration.
@@ -105,6 +110,7 @@ class Loader:
             captions: how often each kind of caption is drawn; by default all captions of a sample alike.
             text_reduction: what is kept of captions that are too long.
             augment: draw what `augment` needs.
+            drops_patches: draw what `models/patches.py` needs.
             pin_memory: put batches where a GPU can fetch them by itself.
 
         Raises:
@@ -137,7 +143,7 @@ class Loader:
             num_steps,
         )
         self.captions, self.text_reduction = captions or {}, text_reduction
-        self.augment, self.pin_memory = augment, pin_memory
+        self.augment, self.drops_patches, self.pin_memory = augment, drops_patches, pin_memory
         self.wait_seconds = 0.0
 
     def __iter__(self) -> Iterator[Batch]:
@@ -160,7 +166,7 @@ class Loader:
     def _submit(self, pool: ThreadPoolExecutor, step: int) -> _Pending:
         rows, visits, is_mixed = self.sampler.batch(step)
         rows_B = np.array(rows[self.own], np.int64)  # a copy: the batch outlives the epoch's order
-        count = _AUGMENT.stop if self.augment else _CROP.stop
+        count = max(_CROP.stop, self.augment * _AUGMENT.stop, self.drops_patches * (_PATCHES + 1))
         bits_BK = draw_bits(self.seed, rows_B, visits[self.own], count)
         size, pin = (len(rows_B), self.image_size, self.image_size, 3), self.pin_memory
         batch = Batch(
@@ -169,6 +175,7 @@ class Loader:
             torch.from_numpy(rows_B),
             is_mixed,
             _uniform(bits_BK[:, _AUGMENT], pin) if self.augment else None,
+            _tensor(bits_BK[:, _PATCHES].view(np.int64), pin) if self.drops_patches else None,
         )
         parts = np.array_split(np.arange(len(rows_B)), min(self.num_threads, len(rows_B)))
         futures = [pool.submit(self._fill_text, batch, bits_BK)]
@@ -210,5 +217,9 @@ class _Pending:
 def _uniform(bits_BK: np.ndarray, pin: bool) -> Tensor:
     # 24 bits, or float32 would round some of them up to 1.
     uniform_BK = (bits_BK >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
-    tensor = torch.from_numpy(uniform_BK)
+    return _tensor(uniform_BK, pin)
+
+
+def _tensor(array: np.ndarray, pin: bool) -> Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.pin_memory() if pin else tensor

@@ -12,6 +12,8 @@ the caption, so that all machines agree; and captions that fit are not respelt.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from clipgraft.data.draws import as_uniform, draw_bits
@@ -45,7 +47,11 @@ def keep_random(length_B: np.ndarray, room: int, bits_B: np.ndarray) -> np.ndarr
 
 
 def keep_syntax(
-    length_B: np.ndarray, class_T: np.ndarray, begins_T: np.ndarray, room: int
+    length_B: np.ndarray,
+    class_T: np.ndarray,
+    begins_T: np.ndarray,
+    room: int,
+    bits_B: np.ndarray | None = None,
 ) -> np.ndarray:
     """Whole words that fit into `room`: nouns first, then adjectives, verbs, others; earlier words first.
 
@@ -56,36 +62,127 @@ def keep_syntax(
         class_T: of the word of each token, place in `CLASSES`.
         begins_T: whether a token begins a word.
         room: how many tokens may stay.
+        bits_B: a random word per caption, uint64: words of one class then come in an order drawn by it.
 
     Returns:
         What stays, bool [T].
     """
-    begin_W = np.flatnonzero(begins_T)
-    size_W = np.diff(begin_W, append=len(begins_T))
-    owner_W = _owners(length_B)[begin_W]
-    num_words_B = np.bincount(owner_W, minlength=len(length_B))
-    first_B = np.cumsum(num_words_B) - num_words_B
-
+    words = _Words.of(length_B, begins_T)
     # From here to the end of the walk, words stand in the order of their worth.
-    order_W = np.argsort(owner_W * len(CLASSES) + class_T[begin_W], kind="stable")
-    wanted_W = size_W[order_W]
+    order_W = words.by_class(class_T, bits_B)
+    wanted_W = words.size_W[order_W]
     is_kept_W = np.zeros(len(order_W), bool)
     room_B = np.full(len(length_B), room)
-    active = np.arange(len(length_B))
-    for rank in range(num_words_B.max(initial=0)):
-        active = active[(room_B[active] > 0) & (rank < num_words_B[active])]
-        word = first_B[active] + rank
+    active, rank = np.flatnonzero(words.num_B), 0
+    while len(active):
+        word = words.first_B[active] + rank
         fits = wanted_W[word] <= room_B[active]
         is_kept_W[word] = fits
         room_B[active] -= wanted_W[word] * fits
+        rank += 1
+        active = active[(room_B[active] > 0) & (rank < words.num_B[active])]
 
     kept_W = np.empty_like(is_kept_W)
     kept_W[order_W] = is_kept_W
-    kept_T = np.repeat(kept_W, size_W)
-    nothing_fits = (room_B == room) & (num_words_B > 0)
-    cut = begin_W[order_W[first_B[nothing_fits]]]
+    kept_T = np.repeat(kept_W, words.size_W)
+    nothing_fits = (room_B == room) & (words.num_B > 0)
+    cut = words.begin_W[order_W[words.first_B[nothing_fits]]]
     kept_T[spread(cut, np.full(len(cut), room))] = True
     return kept_T
+
+
+def keep_syntax_words(
+    length_B: np.ndarray,
+    class_T: np.ndarray,
+    begins_T: np.ndarray,
+    room: int,
+    bits_B: np.ndarray | None = None,
+) -> np.ndarray:
+    """CLIPA's published rule: `room` words by class, and of what they are made of the first `room` tokens.
+
+    Arguments and result are those of `keep_syntax`.
+    """
+    words = _Words.of(length_B, begins_T)
+    kept_W = np.empty(len(words.owner_W), bool)
+    kept_W[words.by_class(class_T, bits_B)] = words.number_W < room
+    return _cut(length_B, np.repeat(kept_W, words.size_W), room)
+
+
+def keep_frequency(
+    length_B: np.ndarray,
+    chance_T: np.ndarray,
+    begins_T: np.ndarray,
+    room: int,
+    bits_B: np.ndarray,
+) -> np.ndarray:
+    """CLIPF (arXiv 2412.16148): each word of a caption that is too long stays with a chance, the rarer the higher.
+
+    What is then still too long is cut at the end: the words that are left are rare ones, drawn anew at each visit, so
+    that their end is not always lost. If none is left, the one that was nearest to staying does.
+
+    Args:
+        length_B: tokens per caption.
+        chance_T: of the word of each token to stay, above 0.
+        begins_T: whether a token begins a word.
+        room: how many tokens may stay.
+        bits_B: a random word per caption, uint64.
+
+    Returns:
+        What stays, bool [T].
+    """
+    words = _Words.of(length_B, begins_T)
+    ratio_W = as_uniform(words.noise(bits_B)) / chance_T[words.begin_W]
+    lowest_B = np.full(len(length_B), np.inf)
+    np.minimum.at(lowest_B, words.owner_W, ratio_W)
+    is_lowest_W = ratio_W == lowest_B[words.owner_W]
+    kept_W = (ratio_W < 1) | is_lowest_W | (length_B <= room)[words.owner_W]
+    kept_T = np.repeat(kept_W, words.size_W)
+    return _cut(length_B, kept_T, room)
+
+
+@dataclass(frozen=True)
+class _Words:
+    """The words of a batch, end to end.
+
+    Attributes:
+        begin_W: token with which each begins.
+        size_W: tokens of each.
+        owner_W: caption of each.
+        number_W: place of each in its caption.
+        num_B: words per caption.
+        first_B: first word of each caption.
+    """
+
+    begin_W: np.ndarray
+    size_W: np.ndarray
+    owner_W: np.ndarray
+    number_W: np.ndarray
+    num_B: np.ndarray
+    first_B: np.ndarray
+
+    @classmethod
+    def of(cls, length_B: np.ndarray, begins_T: np.ndarray) -> _Words:
+        begin_W = np.flatnonzero(begins_T)
+        size_W = np.diff(begin_W, append=len(begins_T))
+        owner_W = _owners(length_B)[begin_W]
+        num_B = np.bincount(owner_W, minlength=len(length_B))
+        first_B = np.cumsum(num_B) - num_B
+        return cls(
+            begin_W, size_W, owner_W, np.arange(len(begin_W)) - first_B[owner_W], num_B, first_B
+        )
+
+    def noise(self, bits_B: np.ndarray) -> np.ndarray:
+        """A random word for each, which depends on its place in the caption alone."""
+        return draw_bits(0, bits_B[self.owner_W], self.number_W, 1)[:, 0]
+
+    def by_class(self, class_T: np.ndarray, bits_B: np.ndarray | None) -> np.ndarray:
+        """Words in the order of their worth; captions stay in order, and so do words of one class, or are shuffled."""
+        key_W = self.owner_W * len(CLASSES) + class_T[self.begin_W]
+        if bits_B is not None:
+            key_W = key_W.astype(np.uint64) << np.uint64(40) | self.noise(bits_B) >> np.uint64(24)
+        elif len(self.num_B) * len(CLASSES) < 2**16:
+            key_W = key_W.astype(np.uint16)  # three times as fast: numpy has a radix sort of these
+        return np.argsort(key_W, kind="stable")
 
 
 def spread(begin_B: np.ndarray, length_B: np.ndarray) -> np.ndarray:
@@ -94,15 +191,20 @@ def spread(begin_B: np.ndarray, length_B: np.ndarray) -> np.ndarray:
     return np.repeat(shift_B, length_B) + np.arange(length_B.sum())
 
 
+def room_for_text(text_length: int, end_id: int | None) -> int:
+    """Tokens of a row that the start token, and the end token if there is one, leave to the caption."""
+    return text_length - (1 if end_id is None else 2)
+
+
 def count_kept(length_B: np.ndarray, kept_T: np.ndarray) -> np.ndarray:
     """How many tokens each caption keeps [B]."""
     return np.bincount(_owners(length_B)[kept_T], minlength=len(length_B))
 
 
 def frame(
-    ids_T: np.ndarray, length_B: np.ndarray, text_length: int, start_id: int, end_id: int
+    ids_T: np.ndarray, length_B: np.ndarray, text_length: int, start_id: int, end_id: int | None
 ) -> np.ndarray:
-    """Rows of a batch: the start token, a caption that fits, the end token, zeros.
+    """Rows of a batch: the start token, a caption that fits, the end token if there is one, zeros.
 
     Returns:
         int64 [B, text_length].
@@ -111,8 +213,16 @@ def frame(
     text_BL[:, 0] = start_id
     column_L = np.arange(text_length - 1)
     text_BL[:, 1:][column_L < length_B[:, None]] = ids_T
-    text_BL[np.arange(len(length_B)), length_B + 1] = end_id
+    if end_id is not None:
+        text_BL[np.arange(len(length_B)), length_B + 1] = end_id
     return text_BL
+
+
+def _cut(length_B: np.ndarray, kept_T: np.ndarray, room: int) -> np.ndarray:
+    """Of what a caption keeps, the first `room` tokens."""
+    sum_T = np.cumsum(kept_T)
+    before_B = np.concatenate([[0], sum_T])[np.cumsum(length_B) - length_B]
+    return kept_T & (sum_T - before_B[_owners(length_B)] <= room)
 
 
 def _owners(length_B: np.ndarray) -> np.ndarray:
