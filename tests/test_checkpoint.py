@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from clipgraft.checkpoint import (
-    MERGES,
     SPEC,
+    TOKENIZERS,
     WEIGHTS,
     TrainingState,
     load_model,
@@ -31,7 +31,8 @@ TEXT = torch.tensor([[38, 5, 39, 0, 0, 0, 0, 0], [38, 9, 8, 7, 6, 39, 0, 0]])
 
 @pytest.fixture
 def merges(tmp_path) -> Path:
-    path = tmp_path / "tokens.gz"
+    path = tmp_path / "tokens" / TOKENIZERS[0]
+    path.parent.mkdir()
     path.write_bytes(b"merges")
     return path
 
@@ -67,8 +68,18 @@ def test_dense_model_comes_back_as_it_was(tmp_path, tiny_config, merges):
     loaded = load_model(tmp_path)
     assert torch.equal(features(loaded.model), features(model))
     assert loaded.spec == {**spec, "kind": "dense", "base": None}
-    assert loaded.merges == tmp_path / MERGES
-    assert loaded.merges.read_bytes() == b"merges"
+    assert loaded.tokenizer == tmp_path / merges.name
+    assert loaded.tokenizer.read_bytes() == b"merges"
+
+
+def test_a_model_keeps_the_tokenizer_it_has(tmp_path, tiny_config, merges):
+    pieces = merges.with_name("vocab.txt")
+    pieces.write_bytes(b"pieces")
+    save_model(tmp_path, build(tiny_config), describe(tiny_config), pieces)
+    assert load_model(tmp_path).tokenizer == tmp_path / "vocab.txt"
+    (tmp_path / "vocab.txt").unlink()
+    with pytest.raises(ConfigError, match=r"no tokenizer, neither merges.txt.gz nor vocab.txt"):
+        load_model(tmp_path)
 
 
 def test_dense_weights_and_config_open_in_open_clip(dense):

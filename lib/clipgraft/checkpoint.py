@@ -1,7 +1,7 @@
 """Model folders and training state.
 
-A model folder holds `model.safetensors`, `model.json` (what to build) and `merges.txt.gz` (its
-tokenizer), and is complete in itself; an expert's (kind `delta`) holds only the tensors it changed
+A model folder holds `model.safetensors`, `model.json` (what to build) and `merges.txt.gz` or
+`vocab.txt` (its tokenizer), and is complete in itself; an expert's (kind `delta`) holds only the tensors it changed
 and points to its base. Training state is what a trainer needs to go on after a kill: written aside,
 flushed to disk, renamed, and the one before it is kept, so that there is always a whole one. Nothing
 is ever unpickled without `weights_only`.
@@ -30,29 +30,30 @@ from torch import Tensor, nn
 
 from clipgraft.config import ConfigError
 from clipgraft.job import WRITING, write_json
-from clipgraft.models.build import build, check_fit, resize_positions
+from clipgraft.models.build import build, check_fit
+from clipgraft.models.positions import resize_positions
 
 log = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 SPEC = "model.json"
-MERGES = "merges.txt.gz"
+TOKENIZERS = ("merges.txt.gz", "vocab.txt")  # byte pairs, WordPiece
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model read from its folder, what `model.json` says of it, and its tokenizer's merges."""
+    """A model read from its folder, what `model.json` says of it, and the file of its tokenizer."""
 
     model: CustomTextCLIP
     spec: dict[str, Any]
-    merges: Path
+    tokenizer: Path
 
 
 def save_model(
     folder: Path,
     model: nn.Module,
     spec: dict[str, Any],
-    merges: Path,
+    tokenizer: Path,
     only: Collection[str] | None = None,
     base: Path | None = None,
 ) -> None:
@@ -63,7 +64,7 @@ def save_model(
         model: its parameters are saved.
         spec: `config`, `preprocess`, `moe` (or None), `samples_seen`; `format`, `kind` and `base`
             are set here.
-        merges: the tokenizer's BPE merges, copied.
+        tokenizer: its file, copied; one of `TOKENIZERS`.
         only: names of the tensors to save, for an expert that changed only these.
         base: model folder that has the others; goes with `only`.
     """
@@ -74,7 +75,8 @@ def save_model(
     kind = "delta" if base else "moe" if spec.get("moe") else "dense"
     relative = os.path.relpath(base.resolve(), _home(folder)) if base else None
     _save_tensors(tensors, folder / WEIGHTS)
-    shutil.copyfile(merges, folder / MERGES)
+    assert tokenizer.name in TOKENIZERS, tokenizer
+    shutil.copyfile(tokenizer, folder / tokenizer.name)
     write_json(folder / SPEC, {"format": 1, "moe": None, **spec, "kind": kind, "base": relative})
 
 
@@ -83,6 +85,7 @@ def load_model(
     *,
     image_size: int | None = None,
     text_length: int | None = None,
+    text_positions: str = "linear",
     insert_experts: Callable[..., object] | None = None,
 ) -> Loaded:
     """Read a model folder of any kind.
@@ -91,6 +94,7 @@ def load_model(
         folder: dense, moe or delta.
         image_size: another side of the image than the model has; positions are interpolated.
         text_length: another text length, likewise.
+        text_positions: how its table gets there (`resize_positions`).
         insert_experts: that of `models.moe`, where a mixture of experts is welcome. (Given, not
             imported, so that stages of dense models do not depend on its code.)
 
@@ -116,9 +120,9 @@ def load_model(
         if spec["moe"] and insert_experts is not None:
             insert_experts(model, **spec["moe"])
     check_fit(weights, model, str(folder / WEIGHTS))
-    resize_positions(weights, model)
+    resize_positions(weights, model, text_positions)
     model.load_state_dict(weights)
-    return Loaded(model, _resized(spec, image_size, text_length), folder / MERGES)
+    return Loaded(model, _resized(spec, image_size, text_length), _tokenizer(folder))
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -219,6 +223,15 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         if code is None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
+
+
+def _tokenizer(folder: Path) -> Path:
+    for name in TOKENIZERS:
+        if (folder / name).is_file():
+            return folder / name
+    raise ConfigError(
+        f"{folder} has no tokenizer, neither {' nor '.join(TOKENIZERS)}. Hint: is it a whole model folder?"
+    )
 
 
 def _home(folder: Path) -> Path:

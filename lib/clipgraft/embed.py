@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clipgraft import dist
 from clipgraft.checkpoint import load_model
-from clipgraft.data.crops import center_boxes
+from clipgraft.data.crops import center_boxes, whole_boxes
 from clipgraft.data.reduce import spread
 from clipgraft.meter import LOG_SECONDS
 from clipgraft.models.build import normalize
@@ -34,7 +34,7 @@ def embed(
 ) -> dict[str, Any]:
     """Write `image.npy` and `text.npy` [N, D] float16, L2-normalised, and `embed.json`.
 
-    Images are centre-cropped, never augmented; in float32, so that clusters do not depend on the hardware's bf16.
+    Images come from the shards, resized as in training; their middle or the whole, as the model wants, never augmented; in float32, so that clusters do not depend on the hardware's bf16.
     With several processes each fills its own rows of the same files.
 
     Args:
@@ -91,7 +91,8 @@ def _images(clip: CustomTextCLIP, spec: dict[str, Any], data: Data, rows_B: np.n
     preprocess = spec["preprocess"]
     size = preprocess["size"]
     pixels_BHWC = np.empty((len(rows_B), size, size, 3), np.uint8)
-    data.shards.squares(rows_B, center_boxes(*data.shards.sizes(rows_B)), pixels_BHWC)
+    boxes = whole_boxes if preprocess["resize_mode"] == "squash" else center_boxes
+    data.shards.squares(rows_B, boxes(*data.shards.sizes(rows_B)), pixels_BHWC)
     batch = torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2).to(clip.logit_scale.device)
     images = normalize(batch, preprocess["mean"], preprocess["std"])
     return clip.encode_image(images, normalize=True)

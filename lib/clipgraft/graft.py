@@ -49,7 +49,7 @@ def assemble(settings: AssembleJob, experts: list[Path], out: Path) -> dict[str,
         text_layers=settings.text_layers,
         generator=torch.Generator().manual_seed(settings.seed),
     )
-    save_model(out, model, {**base.spec, "moe": moe}, base.merges)
+    save_model(out, model, {**base.spec, "moe": moe}, base.tokenizer)
     total = sum(p.numel() for p in model.parameters())
     log.info(
         "%d experts, top %d: %s parameters (dense %s)",

@@ -3,6 +3,7 @@
 import io
 
 import numpy as np
+import open_clip
 import pytest
 from pictures import encoded, jpeg
 from PIL import Image
@@ -12,7 +13,7 @@ from clipgraft.data.images import (
     decode,
     decode_whole,
     open_image,
-    resize_center,
+    prepare,
     shrink,
     to_rgb,
 )
@@ -189,7 +190,18 @@ def test_formats_that_are_programs_are_not_opened():
         open_image(encoded(Image.new("RGB", (20, 20)), "EPS"))
 
 
-def test_center_crop_takes_the_middle_square():
-    pixels = np.zeros((10, 30, 3), np.uint8)
-    pixels[:, 10:20] = 200
-    assert (resize_center(pixels, 5) == 200).all()
+@pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("shape", [(40, 61), (61, 40), (11, 13), (24, 24), (50, 24)])
+def test_pictures_are_prepared_as_in_open_clip_to_the_pixel(shape, resize_mode, interpolation):
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    transform = open_clip.image_transform(
+        24,
+        is_train=False,
+        mean=(0, 0, 0),
+        std=(1, 1, 1),
+        resize_mode=resize_mode,
+        interpolation=interpolation,
+    )
+    theirs = (transform(Image.fromarray(pixels)).permute(1, 2, 0).numpy() * 255).round()
+    np.testing.assert_array_equal(prepare(pixels, 24, resize_mode, interpolation), theirs)

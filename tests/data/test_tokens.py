@@ -1,5 +1,6 @@
 """Laws of tokens. Oracle: open_clip's SimpleTokenizer, and each reduction for one caption in plain Python."""
 
+import functools
 import json
 import random
 from collections import Counter
@@ -15,6 +16,7 @@ from clipgraft.data.draws import as_uniform, draw_bits
 from clipgraft.data.tokens import BEGINS, CLASS, Tokenizer, Tokens
 from clipgraft.data.vocabulary import clip_merges, write_merges
 from clipgraft.data.words import CLASSES, split_words, tag_words
+from clipgraft.reductions import text_reduction
 
 # open_clip leaves its merges file to the garbage collector.
 pytestmark = pytest.mark.filterwarnings(
@@ -76,7 +78,7 @@ def test_a_corpus_vocabulary_has_only_merges_that_are_used(tokens, clip):
     full = tokens.vocab_size == 49408
     used = {piece for text in FLAT for piece in pieces(clip, text)}
     assert full or len(used) < tokens.vocab_size < 512 + 2 + 300
-    assert SimpleTokenizer(bpe_path=str(tokens.merges)).vocab_size == tokens.vocab_size
+    assert SimpleTokenizer(bpe_path=str(tokens.tokenizer)).vocab_size == tokens.vocab_size
 
 
 def test_words_outside_the_corpus_are_still_spelt_out(index):
@@ -135,14 +137,28 @@ def test_an_index_without_tokens_says_so(tmp_path):
 
 
 def test_truncated_captions_are_what_open_clip_would_feed_the_model(tokens):
-    theirs = SimpleTokenizer(bpe_path=str(tokens.merges))
+    theirs = SimpleTokenizer(bpe_path=str(tokens.tokenizer))
     order = np.array([5, 0, 3, 6, 5, 1])
     for text_length in (3, 5, 12, 40):
         ours = tokens.encode(order, text_length)
         np.testing.assert_array_equal(ours, theirs([FLAT[i] for i in order], text_length).numpy())
 
 
-@pytest.mark.parametrize("reduction", ["random", "block", "syntax"])
+REDUCTIONS = [
+    text_reduction(raw)
+    for raw in (
+        "truncate",
+        "random",
+        "block",
+        "syntax",
+        {"kind": "syntax", "tie": "random"},
+        {"kind": "syntax", "compat": "clipa"},
+        {"kind": "frequency", "threshold": 0.1},
+    )
+]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS, ids=str)
 def test_captions_that_fit_are_only_framed(tokens, reduction):
     everything = np.arange(len(FLAT))
     plain = tokens.encode(everything, 40)
@@ -153,7 +169,7 @@ def test_captions_that_fit_are_only_framed(tokens, reduction):
     np.testing.assert_array_equal(reduced[short], plain[short][:, :9])
 
 
-@pytest.mark.parametrize("reduction", ["truncate", "random", "block", "syntax"])
+@pytest.mark.parametrize("reduction", REDUCTIONS, ids=str)
 @pytest.mark.parametrize("text_length", [3, 5, 8])
 def test_long_captions_keep_an_ordered_part_between_start_and_end(tokens, reduction, text_length):
     everything = np.arange(len(FLAT))
@@ -166,21 +182,26 @@ def test_long_captions_keep_an_ordered_part_between_start_and_end(tokens, reduct
             assert row[0] == tokens.start_id and not any(row[end + 1 :])
             rest = iter(whole[1 : whole.index(tokens.end_id)])
             assert all(number in rest for number in row[1:end])
-            # Syntax alone may leave room, where the next word does not fit.
-            assert end == min(text_length - 1, whole.index(tokens.end_id)) or reduction == "syntax"
+            # Syntax may leave room, where the next word does not fit; frequency drops what it drops.
+            is_full = end == min(text_length - 1, whole.index(tokens.end_id))
+            assert is_full or reduction.kind in ("syntax", "frequency")
+            assert end > 1 or whole[1] == tokens.end_id
 
 
 def test_block_is_one_piece_of_the_caption(tokens):
     whole = tokens.encode(np.zeros(50, int), 40)[0].tolist()
     starts = set()
-    for row in tokens.encode(np.zeros(50, int), 5, "block", bits(50)).tolist():
+    for row in tokens.encode(np.zeros(50, int), 5, text_reduction("block"), bits(50)).tolist():
         start = next(i for i in range(1, 40) if whole[i : i + 3] == row[1:4])
         starts.add(start)
     assert starts == set(range(1, whole.index(tokens.end_id) - 2))
 
 
+SYNTAX = text_reduction("syntax")
+
+
 def test_syntax_keeps_nouns_then_adjectives_then_verbs_in_the_order_of_the_caption(tokens):
-    theirs = SimpleTokenizer(bpe_path=str(tokens.merges))
+    theirs = SimpleTokenizer(bpe_path=str(tokens.tokenizer))
     kept = {
         3: "triangle",
         4: "small triangle",
@@ -190,12 +211,52 @@ def test_syntax_keeps_nouns_then_adjectives_then_verbs_in_the_order_of_the_capti
     }
     for text_length, text in kept.items():
         np.testing.assert_array_equal(
-            tokens.encode(np.array([0]), text_length, "syntax"), theirs(text, text_length).numpy()
+            tokens.encode(np.array([0]), text_length, SYNTAX), theirs(text, text_length).numpy()
         )
     # `antidisestablishmentarianism` has more pieces than there is room for; `dog` has not.
-    long = tokens.encode(np.array([5]), 6, "syntax")
+    long = tokens.encode(np.array([5]), 6, SYNTAX)
     expected = theirs("internationalization old dog", 6).numpy()
     np.testing.assert_array_equal(long, expected)
+
+
+@pytest.mark.parametrize("text_length", [4, 6, 9, 14])
+def test_published_syntax_is_open_clips_with_our_words_and_a_stable_sort(
+    tokens, monkeypatch, text_length
+):
+    import nltk
+    import open_clip.tokenizer
+
+    def tags(words):
+        penn = ("NNS", "JJ", "VBD", "IN")
+        return [(w, penn[c]) for w, c in zip(words, tag_words("textblob", [words]), strict=True)]
+
+    theirs = SimpleTokenizer(bpe_path=str(tokens.tokenizer), reduction_mask="syntax")
+    monkeypatch.setattr(open_clip.tokenizer, "_nltk_init", True)  # or it would download
+    monkeypatch.setattr(nltk.tokenize, "word_tokenize", split_words)
+    monkeypatch.setattr(nltk, "pos_tag", tags)
+    monkeypatch.setattr(np, "argsort", functools.partial(np.argsort, kind="stable"))
+    captions = [i for i, text in enumerate(FLAT) if split_words(text)]  # theirs fails on others
+    expected = theirs([FLAT[i] for i in captions], text_length).numpy()
+    published = text_reduction({"kind": "syntax", "compat": "clipa"})
+    monkeypatch.undo()
+    np.testing.assert_array_equal(
+        tokens.encode(np.array(captions), text_length, published), expected
+    )
+
+
+def test_words_are_dropped_as_often_as_their_share_of_the_corpus_says(tokens, index):
+    # Of the words of the first caption, each may stay with sqrt(t / share), counted here in plain Python.
+    words = [word for text in FLAT for word in split_words(text)]
+    count, own = Counter(words), split_words(FLAT[0])
+    assert tokens.num_words == len(words)
+    threshold, num = 0.01, 4000
+    how = text_reduction({"kind": "frequency", "threshold": threshold})
+    ids = tokens.encode(np.array([0]), 40)[0].tolist()[1 : len(own) + 1]
+    rows = tokens.encode(np.zeros(num, int), len(own) + 1, how, bits(num))
+    for word, number in zip(own, ids, strict=True):
+        if own.count(word) == 1:
+            expected = min(1, (threshold * len(words) / count[word]) ** 0.5)
+            assert (rows == number).any(axis=1).mean() == pytest.approx(expected, abs=0.04)
 
 
 def test_tokenizer_is_open_clips(clip, tmp_path):

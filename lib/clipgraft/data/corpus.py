@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,13 @@ import numpy as np
 from clipgraft.data.parallel import Progress, parallel_map
 from clipgraft.data.reduce import spread
 from clipgraft.data.tokens import BEGINS
-from clipgraft.data.vocabulary import Encoder, clip_merges, write_merges
+from clipgraft.data.vocabulary import Encoder, clip_merges
+from clipgraft.data.wordpiece import WordPieces, basic_words
 from clipgraft.data.words import load_tagger, split_words, tag_words
 
 log = logging.getLogger(__name__)
+
+Split = Callable[[str], list[str]]
 
 _CHUNK = 4096  # captions per task
 _WORTH_A_WORKER = 50_000  # captions; a worker needs seconds to load a tagger
@@ -46,40 +49,44 @@ def write_tokens(
     samples_id: str,
     folder: Path,
     threads: int = 1,
+    wordpiece: Path | None = None,
 ) -> dict[str, Any]:
     """Split, tag and encode the captions of a training set and write `tokens/`.
 
     Args:
         captions: of each sample, at least one.
         caption_kinds: of each caption.
-        vocabulary: `corpus` or `full`.
+        vocabulary: `corpus`, `full` or `wordpiece`.
         tagger: `textblob` or `nltk`.
         samples_id: of the index.
         folder: to write into.
         threads: worker processes.
+        wordpiece: a BERT `vocab.txt`; None: one is made from the captions.
 
     Returns:
         vocab_size and num_tokens.
 
     Raises:
-        ConfigError: if the tagger has no model.
+        ConfigError: if the tagger has no model, or `wordpiece` is no vocabulary.
     """
     load_tagger(tagger)
-    words, parts = _read(captions, tagger, threads)
-    encoder = Encoder(clip_merges())
+    split = basic_words if vocabulary == "wordpiece" else split_words
+    words, parts = _read(captions, tagger, split, threads)
+    count_V = np.zeros(len(words), np.int64)
+    for part in parts:
+        count_V += np.bincount(part.word_W, minlength=len(words))
+    encoder = _encoder(vocabulary, words, count_V, wordpiece)
     ids_V = [encoder.encode_word(word) for word in words]
-    if vocabulary == "corpus":
-        encoder = Encoder([merge for merge in encoder.merges if merge in encoder.used])
-        ids_V = [encoder.encode_word(word) for word in words]
     folder.mkdir()
-    num_tokens = _write_pieces(folder, ids_V, encoder.vocab_size, parts)
+    num_tokens = _write_pieces(folder, ids_V, count_V, encoder.vocab_size, parts)
     kinds = _write_samples(folder, caption_kinds)
-    write_merges(folder / "merges.txt.gz", encoder.merges)
+    encoder.write(folder / encoder.file)
     about = {
         "vocab_size": encoder.vocab_size,
         "start_id": encoder.start_id,
         "end_id": encoder.end_id,
         "samples_id": samples_id,
+        "num_words": sum(len(part.word_W) for part in parts),
         "vocabulary": vocabulary,
         "tagger": tagger,
         "caption_kinds": kinds,
@@ -87,7 +94,7 @@ def write_tokens(
     (folder / "tokens.json").write_text(json.dumps(about, indent=1) + "\n")
     num_captions = sum(map(len, captions))
     log.info(
-        "%s tokens in %s captions (mean %.1f)   vocabulary %s: %s of 49,408",
+        "%s tokens in %s captions (mean %.1f)   vocabulary %s: %s",
         f"{num_tokens:,}",
         f"{num_captions:,}",
         num_tokens / num_captions,
@@ -97,15 +104,28 @@ def write_tokens(
     return {"vocab_size": encoder.vocab_size, "num_tokens": num_tokens}
 
 
+def _encoder(
+    vocabulary: str, words: Sequence[str], count_V: np.ndarray, wordpiece: Path | None
+) -> Encoder | WordPieces:
+    if vocabulary == "wordpiece":
+        return WordPieces.read(wordpiece) if wordpiece else WordPieces.of_words(words, count_V)
+    encoder = Encoder(clip_merges())
+    if vocabulary == "corpus":
+        for word in words:
+            encoder.encode_word(word)
+        encoder = Encoder([merge for merge in encoder.merges if merge in encoder.used])
+    return encoder
+
+
 def _read(
-    captions: Sequence[Sequence[str]], tagger: str, threads: int
+    captions: Sequence[Sequence[str]], tagger: str, split: Split, threads: int
 ) -> tuple[list[str], list[_Part]]:
     """All different words, and the captions as numbers of words."""
     num_captions = sum(map(len, captions))
     progress = Progress("tagged", num_captions, unit="captions")
     number_of: dict[str, int] = {}
     parts = []
-    tasks = ((tagger, chunk) for chunk in _chunks(captions))
+    tasks = ((tagger, split, chunk) for chunk in _chunks(captions))
     num_workers = min(threads, num_captions // _WORTH_A_WORKER)
     for words, part in parallel_map(_read_chunk, tasks, num_workers):
         numbers = [number_of.setdefault(word, len(number_of)) for word in words]
@@ -127,29 +147,32 @@ def _chunks(captions: Iterable[Sequence[str]]) -> Iterator[list[str]]:
         yield chunk
 
 
-def _read_chunk(task: tuple[str, list[str]]) -> tuple[list[str], _Part]:
+def _read_chunk(task: tuple[str, Split, list[str]]) -> tuple[list[str], _Part]:
     """Some captions with words numbered among themselves (in a worker)."""
-    tagger, captions = task
-    split = [split_words(caption) for caption in captions]
+    tagger, split, captions = task
+    words_C = [split(caption) for caption in captions]
     number_of: dict[str, int] = {}
-    numbers = [number_of.setdefault(word, len(number_of)) for words in split for word in words]
-    num_words_C = np.array([len(words) for words in split], np.int32)
+    numbers = [number_of.setdefault(word, len(number_of)) for words in words_C for word in words]
+    num_words_C = np.array([len(words) for words in words_C], np.int32)
     return list(number_of), _Part(
-        np.array(numbers, np.int32), tag_words(tagger, split), num_words_C
+        np.array(numbers, np.int32), tag_words(tagger, words_C), num_words_C
     )
 
 
 # --- writing ------------------------------------------------------------------------------------------------
 
 
-def _write_pieces(folder: Path, ids_V: list[list[int]], vocab_size: int, parts: list[_Part]) -> int:
+def _write_pieces(
+    folder: Path,
+    ids_V: list[list[int]],
+    count_V: np.ndarray,
+    vocab_size: int,
+    parts: list[_Part],
+) -> int:
     """Write the arrays per token and the offsets of captions; returns the number of tokens."""
     ids_P = np.array([number for ids in ids_V for number in ids], np.int64)
     size_V = np.array([len(ids) for ids in ids_V], np.int64)
     first_V = np.cumsum(size_V) - size_V
-    count_V = np.zeros(len(ids_V), np.int64)
-    for part in parts:
-        count_V += np.bincount(part.word_W, minlength=len(ids_V))
     num_tokens = int(count_V @ size_V)
     id_type = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
     ids = (ids_P[spread(first_V[part.word_W], size_V[part.word_W])] for part in parts)

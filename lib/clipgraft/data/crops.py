@@ -63,6 +63,11 @@ def center_boxes(width_B: np.ndarray, height_B: np.ndarray) -> np.ndarray:
     return np.concatenate([margin_B2, 1 - margin_B2], axis=1)
 
 
+def whole_boxes(width_B: np.ndarray, height_B: np.ndarray) -> np.ndarray:
+    """All of each picture, to be squashed: left, top, right, bottom in 0..1, float64 [B, 4]."""
+    return np.tile([0.0, 0.0, 1.0, 1.0], (len(width_B), 1))
+
+
 def cut(pixels: np.ndarray, box: tuple[float, float, float, float], out: np.ndarray) -> None:
     """Write a part of a picture into a square, resized once.
 

@@ -1,4 +1,4 @@
-"""Images: bytes to RGB, and the two ways a picture becomes a square for the model.
+"""Images: bytes to RGB, smaller copies to store, and the squares that evaluation shows a model.
 
 Everything that opens a stored image goes through here, so that orientation tags, transparency, 16-bit greys and
 palettes mean the same in every stage. Pictures are cropped first and resized once.
@@ -145,12 +145,28 @@ def decode(data: bytes) -> np.ndarray:
     return np.asarray(to_rgb(open_image(data + _END)))
 
 
-def resize_center(pixels: np.ndarray, size: int) -> np.ndarray:
-    """The middle square of the picture, `size` pixels wide."""
+def prepare(pixels: np.ndarray, size: int, resize_mode: str, interpolation: str) -> np.ndarray:
+    """A picture as open_clip prepares it for evaluation, to the pixel.
+
+    Args:
+        pixels: uint8 HWC RGB.
+        size: side of the square.
+        resize_mode: `shortest`: the short side is resized, and the middle taken; `squash`: both sides are.
+        interpolation: `bicubic` or `bilinear`, both with antialias.
+
+    Returns:
+        uint8 [size, size, 3].
+    """
     height, width = pixels.shape[:2]
-    side = min(height, width)
-    left, top = (width - side) // 2, (height - side) // 2
-    return _resize(pixels[top : top + side, left : left + side], size, size)
+    if resize_mode == "squash":
+        target = (size, size)
+    else:
+        assert resize_mode == "shortest", resize_mode
+        short = min(width, height)
+        target = (int(size * width / short), int(size * height / short))
+    image = Image.fromarray(pixels).resize(target, Image.Resampling[interpolation.upper()])
+    left, top = (round((side - size) / 2) for side in target)
+    return np.asarray(image)[top : top + size, left : left + size]
 
 
 def _resize(pixels: np.ndarray, width: int, height: int) -> np.ndarray:

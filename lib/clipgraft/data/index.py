@@ -45,6 +45,7 @@ from clipgraft.data.images import SUFFIXES, BadImage, decode_whole, open_image
 from clipgraft.data.parallel import Progress, parallel_map
 from clipgraft.data.samples import SCHEMA, samples_id_of
 from clipgraft.data.tars import read_range
+from clipgraft.data.wordpiece import WordPieces
 from clipgraft.data.words import load_tagger
 from clipgraft.job import WRITING
 from clipgraft.settings import IndexJob
@@ -123,6 +124,10 @@ def build_index(
     """
     if settings.tokenize:
         load_tagger(settings.tagger)  # what it lacks is said before hours of decoding
+    wordpiece = None
+    if settings.tokenize and settings.wordpiece is not None:
+        wordpiece = Path(os.path.expandvars(settings.wordpiece)).expanduser()
+        WordPieces.read(wordpiece)  # likewise
     downloads = {"": download} if isinstance(download, Path) else dict(download)
     class_names = read_class_names(downloads)
     found, rejected = _without_repeats(find(downloads, threads))
@@ -154,6 +159,7 @@ def build_index(
             facts["samples_id"],
             out / "tokens",
             threads,
+            wordpiece,
         )
     return {**facts, "rejected": dict(reasons.most_common())}
 

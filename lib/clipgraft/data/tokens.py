@@ -24,10 +24,16 @@ from clipgraft.data.reduce import (
     block_start,
     count_kept,
     frame,
+    keep_frequency,
     keep_random,
     keep_syntax,
+    keep_syntax_words,
+    room_for_text,
     spread,
 )
+from clipgraft.data.vocabulary import Encoder
+from clipgraft.data.wordpiece import WordPieces
+from clipgraft.reductions import TRUNCATE, FrequencyText, SyntaxText, TextReduction
 
 CLASS, BEGINS = 3, 4  # bits of words.npy
 
@@ -38,8 +44,10 @@ class Tokens:
     Attributes:
         samples_id: of the index.
         kinds: names of the kinds of captions.
-        vocab_size, start_id, end_id: of the vocabulary.
-        merges: its file.
+        vocabulary: its kind, `corpus`, `full` or `wordpiece`.
+        vocab_size, start_id, end_id: of the vocabulary; WordPiece has no end token.
+        tokenizer: its file.
+        num_words: words of all captions.
         frequency: how often the word of each token occurs, as `frequency.npy`.
     """
 
@@ -48,10 +56,13 @@ class Tokens:
         about = json.loads((folder / "tokens.json").read_text())
         self.vocab_size: int = about["vocab_size"]
         self.start_id: int = about["start_id"]
-        self.end_id: int = about["end_id"]
+        self.end_id: int | None = about["end_id"]
+        self.vocabulary: str = about["vocabulary"]
         self.samples_id: str = about["samples_id"]
         self.kinds: list[str] = about["caption_kinds"]
-        self.merges = folder / "merges.txt.gz"
+        self.num_words: int = about["num_words"]
+        encoder = WordPieces if self.vocabulary == "wordpiece" else Encoder
+        self.tokenizer = folder / encoder.file
         self.frequency = _mapped(folder / "frequency.npy")
         self._ids = _mapped(folder / "ids.npy")
         self._words = _mapped(folder / "words.npy")
@@ -126,27 +137,27 @@ class Tokens:
         self,
         caption_B: np.ndarray,
         text_length: int,
-        reduction: str = "truncate",
+        reduction: TextReduction = TRUNCATE,
         bits_B: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Captions with start and end, padded with zeros; those that are too long are reduced.
+        """Captions with start and end (if the vocabulary has one), padded with zeros; too long ones are reduced.
 
         Args:
             caption_B: numbers of captions.
-            text_length: tokens per caption, with start and end.
-            reduction: `truncate`, `random`, `block` or `syntax` (see `data/reduce.py`).
-            bits_B: a random word for each, uint64; only random and block look at it.
+            text_length: tokens per caption, with those.
+            reduction: which tokens stay (see `data/reduce.py`).
+            bits_B: a random word for each, uint64; truncate and plain syntax do without.
 
         Returns:
             int64 [B, text_length].
         """
-        room = text_length - 2
+        room = room_for_text(text_length, self.end_id)
         begin_B = self._captions[caption_B]
         length_B = self._captions[caption_B + 1] - begin_B
-        if reduction == "block":
+        if reduction.kind == "block":
             assert bits_B is not None
             begin_B = begin_B + block_start(length_B, room, bits_B)
-        if reduction in ("truncate", "block"):
+        if reduction.kind in ("truncate", "block"):
             length_B = np.minimum(length_B, room)
             place_T = spread(begin_B, length_B)
         else:
@@ -157,18 +168,24 @@ class Tokens:
 
     def _keep(
         self,
-        reduction: str,
+        reduction: TextReduction,
         place_T: np.ndarray,
         length_B: np.ndarray,
         room: int,
         bits_B: np.ndarray | None,
     ) -> np.ndarray:
-        if reduction == "random":
-            assert bits_B is not None
-            return keep_random(length_B, room, bits_B)
-        assert reduction == "syntax", reduction
-        words_T = self._words[place_T]
-        return keep_syntax(length_B, words_T & CLASS, words_T & BEGINS, room)
+        if isinstance(reduction, SyntaxText):
+            keep = keep_syntax_words if reduction.compat else keep_syntax
+            ties_B = bits_B if reduction.tie == "random" else None
+            words_T = self._words[place_T]
+            return keep(length_B, words_T & CLASS, (words_T & BEGINS) > 0, room, ties_B)
+        assert bits_B is not None, reduction
+        if isinstance(reduction, FrequencyText):
+            share_T = self.frequency[place_T] / self.num_words
+            chance_T = np.sqrt(reduction.threshold / share_T)
+            begins_T = (self._words[place_T] & BEGINS) > 0
+            return keep_frequency(length_B, chance_T, begins_T, room, bits_B)
+        return keep_random(length_B, room, bits_B)
 
     def _weight_of_kinds(self, weights: Mapping[str, float]) -> np.ndarray:
         for kind in weights:
@@ -195,23 +212,29 @@ class Tokens:
 
 
 class Tokenizer:
-    """Encodes any text with a merges file, through open_clip's SimpleTokenizer."""
+    """Encodes any text with a tokenizer file: WordPiece's, or merges, through open_clip's SimpleTokenizer."""
 
-    def __init__(self, merges: Path) -> None:
-        """Read the vocabulary; imports open_clip."""
+    def __init__(self, file: Path) -> None:
+        """Read the vocabulary; merges import open_clip."""
+        if file.name == WordPieces.file:
+            pieces = WordPieces.read(file)
+            self._encode = pieces.encode
+            self.vocab_size, self.start_id, self.end_id = pieces.vocab_size, pieces.start_id, None
+            return
         with warnings.catch_warnings():
             # open_clip leaves its merges file to the garbage collector, on import and again here.
             warnings.simplefilter("ignore", ResourceWarning)
             from open_clip import SimpleTokenizer
 
-            self._tokenizer = SimpleTokenizer(bpe_path=str(merges))
-        self.vocab_size = int(self._tokenizer.vocab_size)
-        self.start_id = int(self._tokenizer.sot_token_id)
-        self.end_id = int(self._tokenizer.eot_token_id)
+            merges = SimpleTokenizer(bpe_path=str(file))
+        self._encode = merges.encode
+        self.vocab_size = int(merges.vocab_size)
+        self.start_id, self.end_id = int(merges.sot_token_id), int(merges.eot_token_id)
 
     def encode_batch(self, texts: Sequence[str], text_length: int) -> np.ndarray:
-        """Token ids int64 [B, text_length], truncated, with start and end, padded with zeros."""
-        ids = [self._tokenizer.encode(text)[: text_length - 2] for text in texts]
+        """Token ids int64 [B, text_length], truncated and framed as `Tokens.encode` does it."""
+        room = room_for_text(text_length, self.end_id)
+        ids = [self._encode(text)[:room] for text in texts]
         flat = [number for each in ids for number in each]
         length_B = np.array([len(each) for each in ids], np.int64)
         return frame(np.array(flat), length_B, text_length, self.start_id, self.end_id)

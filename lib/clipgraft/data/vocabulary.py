@@ -13,6 +13,7 @@ import io
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 from clipgraft.data.words import split_words
 
@@ -24,6 +25,8 @@ _NUM_MERGES = 49152 - _NUM_BYTES - 2  # of CLIP's file, which has more lines tha
 
 class Encoder:
     """CLIP's byte pair encoding with given merges; remembers which merges were used."""
+
+    file: ClassVar[str] = "merges.txt.gz"
 
     def __init__(self, merges: Sequence[Merge]) -> None:
         """Number the pieces: bytes, bytes that end a word, merges, start, end."""
@@ -39,6 +42,10 @@ class Encoder:
         self.used: set[Merge] = set()
         self.start_id, self.end_id = len(pieces), len(pieces) + 1
         self.vocab_size = len(pieces) + 2
+
+    def write(self, path: Path) -> None:
+        """Write the merges so that open_clip reads them."""
+        write_merges(path, self.merges)
 
     def encode(self, text: str) -> list[int]:
         """Ids of the pieces of a text, without start and end."""

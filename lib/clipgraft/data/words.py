@@ -1,8 +1,9 @@
 """Words: captions split as CLIP's tokenizer splits them, and the class of every word.
 
-A tagger gets the tokenizer's own words, so that each piece of the byte pair encoding belongs to exactly one tagged
-word. That costs two corrections, because taggers were taught other words: CLIP cuts `isn't` into `isn` and `'t`, which
-they would take for two nouns, and what has no letter (digits, punctuation, emoji) is told apart before they guess.
+A tagger gets the tokenizer's own words, so that each piece of an encoding belongs to exactly one tagged word. That
+costs two corrections, because taggers were taught other words: CLIP cuts `isn't` into `isn` and `'t`, and BERT into
+`isn`, `'` and `t`, which they would take for nouns, and what has no letter (digits, punctuation, emoji) is told apart
+before they guess.
 Words are in lower case, as the model sees them; on Flickr8k the perceptron then gives 99.7 % the same classes.
 """
 
@@ -26,15 +27,21 @@ Tag = Callable[[Sequence[str]], Iterable[Sequence[str]]]  # words to (word, Penn
 _OTHER = CLASSES.index("other")
 _CLASS_OF = {"NN": 0, "JJ": 1, "VB": 2}  # by the first letters of Penn tags
 _WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+_ENDINGS = ("s", "t", "re", "ve", "m", "ll", "d")
 _MODEL = "averaged_perceptron_tagger_eng"
 
 
 def split_words(text: str) -> list[str]:
-    """Words of a text as CLIP's tokenizer has them: mended Unicode, no HTML, lower case."""
+    """Words of a text as CLIP's tokenizer has them: cleaned, lower case."""
+    return _WORD.findall(clean_text(text).lower())
+
+
+def clean_text(text: str) -> str:
+    """A text as open_clip cleans it before all its tokenizers: mended Unicode, no HTML, single spaces."""
     # Plain text needs no mending, and mending is what takes the time.
     if not (text.isascii() and text.isprintable() and "&" not in text):
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return _WORD.findall(" ".join(text.split()).lower())
+    return " ".join(text.split())
 
 
 def tag_words(tagger: str, captions: Iterable[Sequence[str]]) -> np.ndarray:
@@ -42,7 +49,7 @@ def tag_words(tagger: str, captions: Iterable[Sequence[str]]) -> np.ndarray:
 
     Args:
         tagger: `textblob` or `nltk`.
-        captions: words of each, as `split_words` gives them.
+        captions: words of each, as `split_words` or `wordpiece.basic_words` gives them.
 
     Returns:
         Place in `CLASSES` of each word, captions end to end, uint8.
@@ -103,11 +110,16 @@ def _load_nltk() -> Tag:
 
 
 def _as_taught(words: Sequence[str]) -> Sequence[str]:
-    """The same number of words, with `isn`, `'t` as `is`, `n't`."""
-    if "'t" not in words:
+    """The same number of words, with `isn`, `'t` as `is`, `n't`; and both `'` and `s` of BERT's `'`, `s` as `'s`."""
+    if "'t" not in words and "'" not in words:
         return words
     taught = list(words)
     for i in range(1, len(words)):
-        if words[i] == "'t" and words[i - 1].endswith("n"):
+        if words[i - 1] == "'" and words[i] in _ENDINGS:
+            taught[i - 1 : i + 1] = ["'" + words[i]] * 2
+    for i in range(1, len(words)):
+        if taught[i] == "'t" and words[i - 1].endswith("n"):
             taught[i - 1 : i + 1] = words[i - 1][:-1] or "n't", "n't"
+            if taught[i + 1 : i + 2] == ["'t"]:  # BERT's t
+                taught[i + 1] = "n't"
     return taught

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from clipgraft.checkpoint import load_model
 from clipgraft.config import ConfigError
-from clipgraft.data.images import decode, resize_center
+from clipgraft.data.images import decode, prepare
 from clipgraft.data.samples import Samples
 from clipgraft.data.shapes import ATTRIBUTES, zero_shot_templates
 from clipgraft.data.tokens import Tokenizer
@@ -74,7 +74,7 @@ def evaluate(
     model = loaded.model
     model.to(device).eval()
     length = loaded.spec["config"]["text_cfg"]["context_length"]
-    tokenizer = Tokenizer(loaded.merges)
+    tokenizer = Tokenizer(loaded.tokenizer)
     text_encoder = encoder_of_texts(model, tokenizer, length, device, batch_size)
     result: dict[str, Any] = {"task": task_name, "samples_id": samples.samples_id}
     result |= {"retrieval": None, "zero_shot": {}}
@@ -116,7 +116,7 @@ def encode_images(
     """L2-normalised float32 features of all images, `[N, D]`, on the device."""
     parts = []
     start = spoke = time.monotonic()
-    for pixels_BHHC in _batches_of_pixels(samples, preprocess["size"], threads, batch_size):
+    for pixels_BHHC in _batches_of_pixels(samples, preprocess, threads, batch_size):
         pixels = torch.from_numpy(pixels_BHHC).permute(0, 3, 1, 2).to(device)
         images = normalize(pixels, preprocess["mean"], preprocess["std"])
         parts.append(F.normalize(model.encode_image(images).float(), dim=-1))
@@ -223,12 +223,15 @@ def _check_label(
 
 
 def _batches_of_pixels(
-    samples: Samples, size: int, threads: int, batch_size: int
+    samples: Samples, preprocess: Mapping[str, Any], threads: int, batch_size: int
 ) -> Iterator[np.ndarray]:
     """Decoded, resized and cropped images in row order; one batch is prepared ahead."""
 
     def load(row: int) -> np.ndarray:
-        return resize_center(decode(samples.image_bytes(row)), size)
+        pixels = decode(samples.image_bytes(row))
+        return prepare(
+            pixels, *(preprocess[key] for key in ("size", "resize_mode", "interpolation"))
+        )
 
     with ThreadPoolExecutor(threads) as pool:
         ahead: list[Any] = []
