@@ -1,7 +1,6 @@
 import copy
 import json
 
-import numpy as np
 import open_clip
 import pytest
 import torch
@@ -16,7 +15,6 @@ from clipgraft.models.build import (
     model_config,
     normalize,
     pretrained_state,
-    resize_positions,
 )
 from clipgraft.recipes import ModelSettings
 
@@ -33,6 +31,17 @@ def test_named_architecture_is_open_clips_own_with_our_sizes_filled_in():
     assert config["embed_dim"] == theirs["embed_dim"]
     assert config["vision_cfg"] == {**theirs["vision_cfg"], "image_size": 32}
     assert config["text_cfg"] == {**theirs["text_cfg"], "context_length": 7, "vocab_size": 99}
+
+
+def test_text_masks_of_a_config_are_read_elsewhere_and_not_kept(tiny_config):
+    tiny_config["text_cfg"] |= {
+        "text_mask": "syntax",
+        "tokenizer_kwargs": {"reduction_mask": "syntax"},
+    }
+    config = model_config(inline(tiny_config), vocab_size=40, image_size=16, text_length=8)
+    assert "text_mask" not in config["text_cfg"]
+    assert config["text_cfg"]["tokenizer_kwargs"] == {}
+    build(config)
 
 
 def test_config_builds_the_same_model_in_open_clip(tiny_config, tmp_path):
@@ -75,6 +84,7 @@ def test_text_may_be_shorter_than_the_context_and_padding_changes_nothing(tiny_c
         (lambda c: c["vision_cfg"].update(timm_model_name="x"), "timm image tower"),
         (lambda c: c["vision_cfg"].update(layers=[1, 1, 1, 1]), "ResNet"),
         (lambda c: c["text_cfg"].update(hf_tokenizer_name="x"), "Hugging Face tokenizer"),
+        (lambda c: c["text_cfg"].update(hf_tokenizer_name="bert-base-uncased"), "without .SEP."),
     ],
 )
 def test_wrong_config_is_named(tiny_config, change, message):
@@ -131,6 +141,46 @@ def test_description_prepares_images_as_the_weights_want(tiny_config):
     assert describe(tiny_config, squashed)["preprocess"]["resize_mode"] == "squash"
 
 
+def test_text_positions_of_pretrained_weights_follow_the_rule_of_the_phase(tiny_config, tmp_path):
+    model = build(tiny_config)
+    save_file(model.state_dict(), tmp_path / "a.safetensors")
+    settings = inline(tiny_config, pretrained=str(tmp_path / "a.safetensors"))
+    config = model_config(settings, 40, 16, 12)
+    tables = {
+        rule: pretrained_state(settings, config, rule)["text.positional_embedding"]
+        for rule in ("linear", "pad", "none")
+    }
+    before = model.text.positional_embedding
+    assert all(table.shape == (12, 32) for table in tables.values())
+    assert torch.equal(tables["pad"][:8], before)
+    assert not torch.equal(tables["none"][:8], before)
+
+
+def test_settings_say_how_images_are_prepared(tiny_config):
+    preprocess = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    preprocess |= {"interpolation": "bilinear", "resize_mode": "squash"}
+    settings = inline(tiny_config, preprocess=preprocess)
+    assert describe(tiny_config, settings)["preprocess"] == {"size": 16, **preprocess}
+    weights = ModelSettings(
+        name="ViT-H-14-quickgelu", pretrained="dfn5b", preprocess={"resize_mode": "shortest"}
+    )
+    ours = describe(tiny_config, weights)["preprocess"]
+    assert (ours["interpolation"], ours["resize_mode"]) == ("bicubic", "shortest")
+    with pytest.raises(ValueError, match="resize_mode"):
+        inline(tiny_config, preprocess={"resize_mode": "longest"})
+
+
+@pytest.mark.parametrize("name", ["ViT-L-14-CLIPA", "ViT-H-14-CLIPA-336", "ViT-bigG-14-CLIPA"])
+def test_towers_of_clipa_v2_keep_their_token_table(name):
+    settings, theirs = ModelSettings(name=name), open_clip.get_model_config(name)
+    config = model_config(settings, 30_522, 84, 8)
+    assert config["text_cfg"] == {**theirs["text_cfg"], "context_length": 8}
+    assert config["text_cfg"]["vocab_size"] == 32_000
+    assert config["vision_cfg"] == {**theirs["vision_cfg"], "image_size": 84}
+    with pytest.raises(ConfigError, match=r"vocab_size = 32,000, .* has 40,000 pieces"):
+        model_config(settings, 40_000, 84, 8)
+
+
 def test_local_checkpoint_in_clips_own_form_is_loaded_and_resized(tiny_config, tmp_path):
     theirs = {key: value for key, value in tiny_config.items() if key != "custom_text"}
     clip = open_clip.CLIP(**copy.deepcopy(theirs))
@@ -169,28 +219,6 @@ def test_checkpoint_that_is_no_state_dict_is_refused(tiny_config, tmp_path):
         settings = inline(tiny_config, pretrained=str(tmp_path / path))
         with pytest.raises(ConfigError, match=message):
             pretrained_state(settings, model_config(settings, 40, 16, 8))
-
-
-def test_image_positions_are_interpolated_over_the_grid_and_the_class_token_kept(tiny_config):
-    small, large = build(tiny_config), build(tiny_config, image_size=32)
-    state = small.state_dict()
-    before = state["visual.positional_embedding"].clone()
-    resize_positions(state, large)
-    after = state["visual.positional_embedding"]
-    grid = before[1:].T.reshape(1, 32, 2, 2)
-    expected = F.interpolate(grid, (4, 4), mode="bicubic", antialias=True, align_corners=False)
-    assert torch.equal(after[0], before[0])
-    assert torch.allclose(after[1:], expected.reshape(32, 16).T)
-
-
-def test_text_positions_are_interpolated_linearly(tiny_config):
-    short, long = build(tiny_config), build(tiny_config, text_length=16)
-    state = short.state_dict()
-    before = state["text.positional_embedding"].double().numpy()
-    resize_positions(state, long)
-    places = np.clip((np.arange(16) + 0.5) * 8 / 16 - 0.5, 0, 7)  # align_corners=False
-    expected = np.stack([np.interp(places, np.arange(8), column) for column in before.T], axis=1)
-    assert np.allclose(state["text.positional_embedding"].numpy(), expected, atol=1e-6)
 
 
 def test_normalize_is_open_clips_transform():

@@ -259,8 +259,16 @@ def test_expert_of_another_base_is_named(tiny_config):
             grafted(tiny_config, states)
 
 
-def test_text_towers_in_which_padding_is_seen_get_no_experts(tiny_config):
-    tiny_config["text_cfg"]["no_causal_mask"] = True
-    with pytest.raises(ConfigError, match="causal mask"):
-        grafted(tiny_config)
-    grafted(tiny_config, text_layers=[])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "change", [{"no_causal_mask": True, "pool_type": "last"}, {"pool_type": "last"}]
+)
+def test_padding_that_is_seen_is_routed_like_any_token(tiny_config, change, checkpointing):
+    """CLIPA-v2: no mask, features of the last position, which may be padding."""
+    tiny_config["text_cfg"] |= change
+    dense = dense_model(tiny_config)
+    model = grafted(tiny_config, [dense.state_dict()] * E)
+    model.set_grad_checkpointing(checkpointing)
+    assert torch.allclose(model.encode_text(TEXT), dense.encode_text(TEXT), atol=1e-5)
+    for name, routing in routings(model).items():
+        assert len(routing.probs_TE) == TEXT.numel(), name

@@ -1,4 +1,4 @@
-"""open_clip models: their config, their weights, their position tables.
+"""open_clip models: their config and their weights.
 
 Three decisions shape it. Models are always open_clip's `CustomTextCLIP`, made to take texts of any length up to
 their context, with open_clip's parameter names, so that dense models open in open_clip unchanged. A config is a plain
@@ -10,7 +10,6 @@ the name `ViT-B-32` would otherwise run with another activation than they were t
 from __future__ import annotations
 
 import copy
-import difflib
 import logging
 import math
 import os
@@ -23,19 +22,17 @@ import open_clip
 import torch
 from open_clip.convert import convert_state_dict
 from open_clip.factory import load_state_dict
-from open_clip.model import (
-    convert_to_custom_text_state_dict,
-    resize_pos_embed,
-    resize_text_pos_embed,
-)
+from open_clip.model import convert_to_custom_text_state_dict
 from torch import Tensor, nn
 
+from clipgraft.architectures import architecture
 from clipgraft.config import ConfigError
+from clipgraft.models.positions import IMAGE, TEXT, resize_positions
 from clipgraft.recipes import ModelSettings
+from clipgraft.reductions import TEXT_MASKS
 
 log = logging.getLogger(__name__)
 
-POSITIONS = ("visual.positional_embedding", "text.positional_embedding")
 _MLP = re.compile(r"(visual|text)\.transformer\.resblocks\.\d+\.mlp\.")
 
 
@@ -46,7 +43,7 @@ def model_config(
 
     Args:
         settings: architecture by name, or spelled out.
-        vocab_size: rows of the token table; the tokenizer decides, whatever the architecture says.
+        vocab_size: ids of the tokenizer (`token_rows`).
         image_size: side of the image in pixels.
         text_length: tokens, with start and end token.
 
@@ -54,7 +51,7 @@ def model_config(
         `embed_dim`, `vision_cfg`, `text_cfg`, `quick_gelu` and what else the architecture sets.
 
     Raises:
-        ConfigError: if open_clip knows no such architecture, or could not build it.
+        ConfigError: if there is no such architecture, or if open_clip could not build it.
     """
     config = _architecture(settings)
     _check_towers(config)
@@ -62,10 +59,31 @@ def model_config(
     if tag:
         _check_vocabulary(settings, config, vocab_size)
         _adopt_activation(settings, config, tag)
+    rows = token_rows(config["text_cfg"], vocab_size)
     config["custom_text"] = True  # so that open_clip, too, reads the parameter names we write
     config["quick_gelu"] = bool(config.get("quick_gelu", False))
-    config["text_cfg"]["vocab_size"] = vocab_size
+    config["text_cfg"]["vocab_size"] = rows
+    _forget_text_masks(config["text_cfg"])
     return _with_sizes(config, image_size, text_length)
+
+
+def token_rows(text_cfg: Mapping[str, Any], vocab_size: int) -> int:
+    """Rows of the token table.
+
+    The tokenizer decides, whatever the architecture says; those that read WordPiece keep the spare rows they have.
+
+    Raises:
+        ConfigError: if those have too few.
+    """
+    if not text_cfg.get("hf_tokenizer_name"):
+        return vocab_size
+    rows = int(text_cfg.get("vocab_size", vocab_size))
+    if rows < vocab_size:
+        raise ConfigError(
+            f"model: text_cfg.vocab_size = {rows:,}, but the vocabulary of the data has {vocab_size:,} pieces. "
+            "Hint: leave it out, or give the `index.wordpiece` that the model was made for"
+        )
+    return rows
 
 
 def describe(config: dict[str, Any], settings: ModelSettings | None = None) -> dict[str, Any]:
@@ -73,17 +91,22 @@ def describe(config: dict[str, Any], settings: ModelSettings | None = None) -> d
 
     Args:
         config: as `model_config` returns it.
-        settings: public weights of an open_clip tag may want images prepared their own way; without
-            them, and without settings, images are prepared as for OpenAI's CLIP.
+        settings: say how images are prepared, or else public weights of an open_clip tag do; without
+            both they are prepared as for OpenAI's CLIP.
     """
-    tag = _pretrained_tag(settings) if settings else {}
     preprocess = {
         "size": config["vision_cfg"]["image_size"],
-        "mean": list(tag.get("mean", open_clip.OPENAI_DATASET_MEAN)),
-        "std": list(tag.get("std", open_clip.OPENAI_DATASET_STD)),
-        "interpolation": tag.get("interpolation", "bicubic"),
-        "resize_mode": tag.get("resize_mode", "shortest"),
+        "mean": open_clip.OPENAI_DATASET_MEAN,
+        "std": open_clip.OPENAI_DATASET_STD,
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
     }
+    if settings:
+        tag = _pretrained_tag(settings)
+        preprocess |= {key: tag[key] for key in preprocess if tag.get(key) is not None}
+        preprocess |= settings.preprocess.model_dump(exclude_none=True)
+        preprocess["size"] = config["vision_cfg"]["image_size"]
+    preprocess |= {key: list(preprocess[key]) for key in ("mean", "std")}
     return {
         "format": 1,
         "kind": "dense",
@@ -127,12 +150,15 @@ def build(
     return model
 
 
-def pretrained_state(settings: ModelSettings, config: dict[str, Any]) -> dict[str, Tensor]:
+def pretrained_state(
+    settings: ModelSettings, config: dict[str, Any], text_positions: str = "linear"
+) -> dict[str, Tensor]:
     """The weights of `settings.pretrained`, made to fit the model that `config` describes.
 
     Args:
         settings: `pretrained` is an open_clip tag (downloaded) or a checkpoint on this machine.
         config: from `model_config` of the same settings; position tables are resized to its lengths.
+        text_positions: how (`resize_positions`).
 
     Raises:
         ConfigError: if there are no such weights, or if they are of another architecture.
@@ -152,7 +178,7 @@ def pretrained_state(settings: ModelSettings, config: dict[str, Any]) -> dict[st
     if "logit_scale" in state:
         state["logit_scale"] = state["logit_scale"].reshape(model.logit_scale.shape)
     check_fit(state, model, f"model.pretrained: {path}")
-    resize_positions(state, model)
+    resize_positions(state, model, text_positions)
     log.info("pretrained weights from %s", path)
     return dict(state)
 
@@ -175,15 +201,6 @@ def check_fit(state: Mapping[str, Tensor], model: nn.Module, where: str) -> None
             f"{where} holds another architecture: {'; '.join(misfits[:3])}{more}. Hint: the model must "
             "be built from the config that these weights were trained with"
         )
-
-
-def resize_positions(state: dict[str, Tensor], model: nn.Module) -> None:
-    """Resize the position tables in `state` to the lengths of `model`, in place.
-
-    open_clip's own functions: image, bicubic with antialias over the grid, class token kept; text, linear.
-    """
-    resize_pos_embed(state, model)
-    resize_text_pos_embed(state, model)
 
 
 def normalize(images_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -210,21 +227,16 @@ def _cut_mask(
 
 
 def _architecture(settings: ModelSettings) -> dict[str, Any]:
-    if settings.config is not None:
-        return copy.deepcopy(settings.config)
-    config = open_clip.get_model_config(settings.name)
-    if config is None:
-        known = open_clip.list_models()
-        close = difflib.get_close_matches(str(settings.name), known, n=3)
-        hint = (
-            f"did you mean {' or '.join(close)}?"
-            if close
-            else f"one of {', '.join(known[:8])}, ..."
-        )
-        raise ConfigError(
-            f"model.name = {settings.name!r} is no architecture of open_clip. Hint: {hint}"
-        )
-    return dict(config)
+    if settings.name is not None and ":" in settings.name:  # hf-hub: or local-dir:
+        return dict(open_clip.get_model_config(settings.name))
+    return architecture(settings)
+
+
+def _forget_text_masks(text: dict[str, Any]) -> None:
+    """A text reduction is a setting of training: in open_clip it would reduce the prompts of evaluation, too."""
+    for part in (text, text.get("tokenizer_kwargs") or {}):
+        for key in TEXT_MASKS:
+            part.pop(key, None)
 
 
 def _check_towers(config: dict[str, Any]) -> None:
@@ -233,13 +245,21 @@ def _check_towers(config: dict[str, Any]) -> None:
         *(["a timm image tower"] if vision.get("timm_model_name") else []),
         *(["a ResNet image tower"] if isinstance(vision.get("layers"), list | tuple) else []),
         *(["a Hugging Face text tower"] if text.get("hf_model_name") else []),
-        *(["a Hugging Face tokenizer"] if text.get("hf_tokenizer_name") else []),
+        *(["a Hugging Face tokenizer"] if not _is_ours(text) else []),
     ]
     if foreign:
         raise ConfigError(
             f"model: {' and '.join(foreign)} is not supported: experts are grafted into open_clip's "
-            "own transformers, and captions become tokens of CLIP's vocabulary. Hint: e.g. ViT-B-16"
+            "own transformers, and captions become tokens of CLIP's vocabulary, or of BERT's without [SEP]. "
+            "Hint: e.g. ViT-B-16"
         )
+
+
+def _is_ours(text: Mapping[str, Any]) -> bool:
+    """Whether we have the tokenizer: byte pairs, or WordPiece as CLIPA-v2 uses it."""
+    name, options = text.get("hf_tokenizer_name"), text.get("tokenizer_kwargs") or {}
+    is_bert = str(name).split("/")[-1] == "bert-base-uncased"
+    return not name or (is_bert and bool(options.get("strip_sep_token")))
 
 
 def _with_sizes(
@@ -269,7 +289,7 @@ def _pretrained_tag(settings: ModelSettings) -> dict[str, Any]:
 
 def _check_vocabulary(settings: ModelSettings, config: dict[str, Any], vocab_size: int) -> None:
     rows = config["text_cfg"].get("vocab_size", open_clip.CLIPTextCfg.vocab_size)
-    if rows != vocab_size:
+    if rows != token_rows(config["text_cfg"], vocab_size):
         raise ConfigError(
             f"model.pretrained = {settings.pretrained!r}: its token table has {rows:,} rows, the "
             f"vocabulary of the data has {vocab_size:,}. Hint: `index: {{vocabulary: full}}`"
@@ -314,7 +334,7 @@ def _misfits(state: Mapping[str, Tensor], model: nn.Module) -> list[str]:
     misfits = []
     for name in expected.keys() & state.keys():
         ours, theirs = list(expected[name].shape), list(state[name].shape)
-        resizable = name in POSITIONS and len(theirs) == len(ours)
+        resizable = name in (IMAGE, TEXT) and len(theirs) == len(ours)
         if theirs != ours and not (resizable and theirs[1:] == ours[1:]):
             misfits.append(f"{name} is {theirs}, the model has {ours}")
     misfits = sorted(misfits)

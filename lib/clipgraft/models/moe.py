@@ -3,8 +3,8 @@
 Each token goes through the top_k experts that a linear router likes best; their outputs are summed with the
 renormalised probabilities, which add up to 1, so that identical experts are the dense model exactly. Decisions:
 weights of all experts of a layer are stacked, `[E, F, D]`; the router is float32 whatever autocast says; no token
-is ever dropped; padding after the end token is not routed at all and gets a zero (with a causal mask nothing that
-is used later can see it). Towers, not layers, know which tokens are padding and whether this is a real forward or
+is ever dropped; padding after the end token is not routed at all and gets a zero where nothing that is used later
+can see it, and is routed like any token where it can (no causal mask, or features of the last position). Towers, not layers, know which tokens are padding and whether this is a real forward or
 the second one of gradient checkpointing: hooks on the tower tell its layers through a `TowerState`.
 """
 
@@ -43,7 +43,7 @@ class TowerState:
     """What the MoE layers of a tower must know of the forward they are in."""
 
     is_forward: bool = False  # false while gradient checkpointing computes a block again
-    real_BL: Tensor | None = None  # tokens that are not padding; None: all are
+    real_BL: Tensor | None = None  # tokens that are not padding; None: all are, or padding is seen
 
 
 class MoeMlp(nn.Module):
@@ -180,7 +180,7 @@ def insert_experts(
         The arguments, with layers spelled out.
 
     Raises:
-        ConfigError: if a block does not exist, top_k is too large, or padding could be seen by real tokens.
+        ConfigError: if a block does not exist, or top_k is too large.
     """
     # Experts get another number of rows in each layer of each batch, and oneDNN keeps a kernel with its buffers for
     # each of the last 1,024 shapes: gigabytes, and slower than making them anew. Read at a process's first product.
@@ -260,18 +260,15 @@ def _check_plain(mlp: nn.Module, where: str) -> None:
 
 
 def _hook(tower: nn.Module, state: TowerState, *, is_text: bool) -> None:
-    """Tell the layers of a tower which forward they are in, and which tokens are padding."""
-    if is_text and (
-        tower.attn_mask is None or tower.pool_type != "argmax" or tower.cls_emb is not None
-    ):
-        raise ConfigError(
-            "moe: experts in the text tower need a causal mask and features taken at the end token, so that "
-            "padding is never seen. Hint: `text_layers: []`, or an architecture without no_causal_mask, "
-            "embed_cls and pool_type"
-        )
-
+    """Tell the layers of a tower which forward they are in, and which tokens nothing will look at."""
+    is_padding_unseen = (
+        is_text
+        and tower.attn_mask is not None
+        and tower.pool_type == "argmax"
+        and tower.cls_emb is None
+    )
     tower.moe_state = state  # found through the tower, so that a deep copy has its own
-    tower.register_forward_pre_hook(_before_text if is_text else _before)
+    tower.register_forward_pre_hook(_before_text if is_padding_unseen else _before)
     tower.register_forward_hook(_after, always_call=True)
 
 
