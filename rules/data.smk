@@ -62,6 +62,7 @@ rule index:
         settings=settings("index"),
         code=CODE["index"],
         inputs=arguments("index"),
+        sources=sources("index"),
     message:
         "{resources.job}"
     shell:

@@ -26,6 +26,7 @@ rule pretrain:
         runtime=wish("pretrain", "runtime"),
     params:
         settings=settings("pretrain"),
+        sources=sources("pretrain"),
         code=CODE["pretrain"],
         inputs=arguments("pretrain"),
         batch_size=batch_size("pretrain"),

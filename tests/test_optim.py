@@ -5,8 +5,9 @@ from torch import nn
 
 from clipgraft.models.build import build
 from clipgraft.models.moe import upcycle
-from clipgraft.optim import build_optimizer, cosine_lr, parameter_groups
+from clipgraft.optim import build_optimizer, parameter_groups
 from clipgraft.recipes import OptimSettings
+from clipgraft.schedule import cosine_lr
 
 
 def names_of(groups, named) -> list[set[str]]:
@@ -53,7 +54,7 @@ def test_optimizer_is_adamw_with_the_settings():
     gradients = torch.rand(4, 3, 3, generator=generator)
     p = nn.Parameter(start.clone())
     settings = OptimSettings(lr=0.1, weight_decay=0.2, beta1=0.8, beta2=0.9, eps=1e-6)
-    optimizer = build_optimizer({"p": p}, settings)
+    optimizer = build_optimizer({"p": p}, settings, lr=0.1)
     expected, m, v = start.double(), 0.0, 0.0
     for t, gradient in enumerate(gradients, start=1):
         p.grad = gradient.clone()

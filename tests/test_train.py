@@ -21,6 +21,7 @@ from clipgraft.data.index import build_index
 from clipgraft.data.shapes import draw_sample
 from clipgraft.data.shards import write_shards
 from clipgraft.embed import embed
+from clipgraft.models.positions import resize_positions, sincos_table
 from clipgraft.pretrain import pretrain
 from clipgraft.settings import EmbedSettings, IndexJob, PretrainJob, ShardJob
 from clipgraft.sources import TarSource
@@ -144,6 +145,28 @@ def test_a_phase_starts_from_the_one_before_with_positions_interpolated(data, tm
     assert load_model(full).spec["preprocess"]["size"] == 32
 
 
+def test_frozen_positions_stay_and_learned_ones_move(data, tmp_path):
+    """The two phases of CLIPA v1, then a recomputed table as in v2."""
+    name, outs = "visual.positional_embedding", [folder(tmp_path / each) for each in "abc"]
+    changes = {"samples_seen": 48, "optim": {"lr": 1e-2, "weight_decay": 0.5}}
+    pretrain(phase(**changes, pos_embed="sincos_frozen"), *data, None, outs[0])
+    frozen = read_weights(outs[0])[name]
+    assert torch.equal(frozen, sincos_table(32, 2, "mae"))
+    facts = pretrain(phase(**changes, image_size=32, pos_embed="learned"), *data, outs[0], outs[1])
+    state = {name: frozen, "text.positional_embedding": torch.zeros(12, 32)}
+    loaded = load_model(outs[1])
+    resize_positions(state, loaded.model)
+    moved = (read_weights(outs[1])[name] - state[name])[1:].abs().mean(dim=1)
+    assert (moved > 1e-4).all() and moved.max() < 0.2
+    assert loaded.model.visual.positional_embedding.requires_grad
+    done = {"pos_embed": "learned", "image": "interpolate", "sincos_form": None, "text": "linear"}
+    assert facts["positions"] == loaded.spec["positions"] == done
+    rules = {"pos_embed": "sincos_frozen", "pos_resize": "recompute", "sincos_form": "moco"}
+    pretrain(phase(**changes, image_size=24, **rules), *data, outs[1], outs[2])
+    assert torch.equal(read_weights(outs[2])[name], sincos_table(32, 3, "moco"))
+    assert not load_model(outs[2]).model.visual.positional_embedding.requires_grad
+
+
 def test_a_loss_that_is_not_finite_stops_and_names_the_steps(data, tmp_path, monkeypatch):
     def broken(*_: object, **__: object) -> torch.Tensor:
         return torch.tensor(float("nan"), requires_grad=True)
@@ -173,7 +196,7 @@ def test_embeddings_are_unit_rows_in_sample_order_and_average_the_captions(data,
     np.testing.assert_allclose(np.linalg.norm(image_ND, axis=1), 1, atol=2e-3)
     loaded, samples = load_model(model), Samples.open(data[0])
     tokens_CL = torch.from_numpy(
-        Tokenizer(loaded.merges).encode_batch(samples.captions(7), text_length=12)
+        Tokenizer(loaded.tokenizer).encode_batch(samples.captions(7), text_length=12)
     )
     with torch.no_grad():
         features_CD = loaded.model.eval().encode_text(tokens_CL, normalize=True)
@@ -200,6 +223,86 @@ def test_augmented_training_on_shuffled_blocks_does_not_depend_on_threads(data, 
         pretrain(settings, *data, None, out, threads=threads)
         weights.append((out / "model.safetensors").read_bytes())
     assert weights[0] == weights[1] != weights[2]
+
+
+IMAGE_REDUCTIONS = {"resize": 16, "random": 8, "grid": 4, "block": 4}  # of 16 patches
+TEXT_REDUCTIONS = ["truncate", "random", "block", "syntax", "frequency"]
+
+
+def small_patches(**changes: object) -> PretrainJob:
+    model = phase().model.model_dump()
+    model["config"]["vision_cfg"]["patch_size"] = 4
+    return phase(text_length=6, model=model, **changes)
+
+
+@pytest.mark.parametrize("text", TEXT_REDUCTIONS)
+@pytest.mark.parametrize("image", IMAGE_REDUCTIONS)
+def test_any_image_reduction_goes_with_any_text_reduction(data, tmp_path, caplog, image, text):
+    settings = small_patches(samples_seen=32, image_reduction=image, text_reduction=text)
+    with caplog.at_level("INFO", logger="clipgraft.train"):
+        facts = pretrain(settings, *data, None, folder(tmp_path / "out"))
+    kept = IMAGE_REDUCTIONS[image]
+    assert (facts["image_tokens"], facts["text_tokens"]) == (1 + kept, 6)
+    assert math.isfinite(facts["metrics"]["loss"])
+    share = "16" if image == "resize" else f"{kept} of 16"
+    assert f"image 16 px = {share} patches, text 6 tokens" in caplog.text
+
+
+def test_dropped_patches_and_words_are_the_same_again_with_other_threads_and_another_start(
+    data, tmp_path, monkeypatch
+):
+    changes = {"image_reduction": "random", "text_reduction": "frequency", "samples_seen": 96}
+    outs = {name: folder(tmp_path / name) for name in ("one", "three", "later", "other")}
+    pretrain(small_patches(**changes), *data, None, outs["one"], threads=1)
+    pretrain(small_patches(**changes), *data, None, outs["three"], threads=3)
+    pretrain(small_patches(**changes, seed=1), *data, None, outs["other"])
+    answers = iter([False, False, True, *[False] * 20])  # asked twice a step: stop after the second
+    state = TrainingState(tmp_path / "resume", "tag")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(dist, "any_true", lambda *_: next(answers))
+        pretrain(small_patches(**changes), *data, None, outs["later"], state=state)
+    pretrain(small_patches(**changes), *data, None, outs["later"], state=state)
+    state.close()
+    bytes_of = {name: (out / "model.safetensors").read_bytes() for name, out in outs.items()}
+    assert bytes_of["one"] == bytes_of["three"] == bytes_of["later"] != bytes_of["other"]
+
+
+def test_a_reduced_phase_writes_a_whole_model(data, tmp_path):
+    out = folder(tmp_path / "out")
+    pretrain(small_patches(image_reduction="grid", samples_seen=32), *data, None, out)
+    loaded = load_model(out).model
+    assert loaded.visual.positional_embedding.shape == (1 + 16, 32)
+    with torch.no_grad():
+        loaded.train().encode_image(torch.zeros(2, 3, 16, 16))  # drops nothing, needs no draws
+
+
+PHASE = """
+import sys, json
+from pathlib import Path
+from clipgraft.pretrain import pretrain
+from clipgraft.settings import PretrainJob
+settings, index, shard, out = sys.argv[1:]
+pretrain(PretrainJob(**json.loads(settings)), Path(index), Path(shard), None, Path(out))
+"""
+
+
+def test_two_processes_drop_the_patches_that_one_does(data, tmp_path):
+    script = tmp_path / "phase.py"
+    script.write_text(PHASE)
+    settings = small_patches(image_reduction="random", text_reduction="random", samples_seen=64)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    one, two = folder(tmp_path / "one"), folder(tmp_path / "two")
+    pretrain(settings, *data, None, one)
+    words = [settings.model_dump_json(), *map(str, data), str(two)]
+    subprocess.run([*torchrun, script, *words], check=True, capture_output=True)
+    losses = [
+        [json.loads(row)["loss"] for row in (out / "metrics.jsonl").read_text().splitlines()]
+        for out in (one, two)
+    ]
+    whole = small_patches(text_reduction="random", samples_seen=64)
+    facts = pretrain(whole, *data, None, folder(tmp_path / "whole"))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert facts["metrics"]["loss"] != pytest.approx(losses[0][-1], rel=1e-3)
 
 
 TWO = """

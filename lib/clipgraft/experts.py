@@ -80,7 +80,7 @@ def finetune_expert(
         facts = fit.run(out)
         if world.is_first:
             spec = spec | {"samples_seen": spec["samples_seen"] + facts["samples_seen"]}
-            save_model(out, model, spec, loaded.merges, only=list(trained), base=init)
+            save_model(out, model, spec, loaded.tokenizer, only=list(trained), base=init)
         return facts
 
 

@@ -1,8 +1,7 @@
-"""AdamW and its schedule: which parameters decay, and the learning rate as a pure function of the step."""
+"""AdamW: which parameters decay."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,25 +36,15 @@ def parameter_groups(
 
 
 def build_optimizer(
-    named_parameters: Mapping[str, nn.Parameter], settings: OptimSettings
+    named_parameters: Mapping[str, nn.Parameter], settings: OptimSettings, lr: float
 ) -> torch.optim.AdamW:
-    """AdamW over the parameters that want a gradient; the learning rate is set per step by the caller."""
+    """AdamW over the parameters that want a gradient; the caller sets the learning rate of each step."""
     groups = parameter_groups(named_parameters, settings.weight_decay)
     devices = {p.device.type for group in groups for p in group["params"]}
     return torch.optim.AdamW(
         groups,
-        lr=settings.lr,
+        lr=lr,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
         fused=devices <= {"cuda", "cpu"},
     )
-
-
-def cosine_lr(
-    step: int, num_steps: int, warmup_steps: int, lr: float, lr_min: float = 0.0
-) -> float:
-    """Learning rate of step `step` (from 0): linear up to `lr` over the warm-up, then a half cosine to `lr_min`."""
-    if step < warmup_steps:
-        return lr * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
-    return lr_min + (lr - lr_min) * (1 + math.cos(math.pi * progress)) / 2

@@ -6,7 +6,7 @@ Part of `settings`, in a file of its own like `sources`.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -18,6 +18,15 @@ from pydantic import (
     model_validator,
 )
 
+from clipgraft.reductions import (
+    RESIZE,
+    TEXT_MASKS,
+    TRUNCATE,
+    ImageReduction,
+    TextReduction,
+    text_mask_of,
+)
+from clipgraft.schedule import num_steps, num_warmup_steps
 from clipgraft.sources import Fraction, Name, Settings
 
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
@@ -47,16 +56,31 @@ TEXT_KEYS = """
 """.split()
 
 
-class ModelSettings(Settings):
-    """An open_clip architecture: by name, or spelled out as open_clip's own model config."""
+class PreprocessSettings(Settings):
+    """How a model wants its images; what is not given is as for the weights it starts from, or OpenAI's CLIP."""
 
-    name: str | None = Field(None, description="An open_clip model name, e.g. ViT-B-16.")
+    mean: tuple[Fraction, Fraction, Fraction] | None = None
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    interpolation: Literal["bicubic", "bilinear"] | None = None
+    resize_mode: Literal["shortest", "squash"] | None = Field(
+        None,
+        description="shortest: resize the short side, take the middle; squash: resize to a square.",
+    )
+
+
+class ModelSettings(Settings):
+    """An architecture of open_clip's transformers: by name, or spelled out as its own model config."""
+
+    name: str | None = Field(
+        None, description="One of presets/models, or an open_clip model name, e.g. ViT-B-16."
+    )
     config: dict[str, Any] | None = Field(
         None, description="embed_dim, vision_cfg, text_cfg as in open_clip's model JSONs."
     )
     pretrained: str | None = Field(
         None, description="open_clip tag or local checkpoint to start from; needs `name`."
     )
+    preprocess: PreprocessSettings = PreprocessSettings()
 
     @model_validator(mode="after")
     def _one_of(self) -> ModelSettings:
@@ -75,22 +99,51 @@ class ModelSettings(Settings):
             if not isinstance(part, dict):
                 raise ValueError(f"{where} must be a mapping, got {part!r}")
             for key in part:
-                if key not in keys:
+                if key not in keys and not (section == "text_cfg" and key in TEXT_MASKS):
                     raise ValueError(f"unknown key `{key}` in model.{where}{hint(str(key), keys)}")
+        text_mask_of(config)
         return self
 
 
 class OptimSettings(Settings):
     """AdamW with linear warm-up and cosine decay."""
 
-    lr: PositiveFloat = Field(description="Peak learning rate.")
+    lr: PositiveFloat | None = Field(
+        None, description="Peak learning rate; either this or `lr_per_256`."
+    )
+    lr_per_256: PositiveFloat | None = Field(
+        None, description="Peak learning rate for a batch of 256; grows with the batch (CLIPA)."
+    )
     lr_min: NonNegativeFloat = 0.0
-    warmup: Fraction = Field(0.05, description="Share of the steps with a rising learning rate.")
+    warmup: Fraction | None = Field(
+        None,
+        description="Share of the steps with a rising learning rate; 0.05 unless a warm-up is given.",
+    )
+    warmup_steps: NonNegativeInt | None = Field(None, description="The same in steps.")
+    warmup_samples: NonNegativeInt | None = Field(
+        None, description="The same in samples; the last step of it is a whole one."
+    )
     weight_decay: NonNegativeFloat = 0.2
     beta1: BelowOne = 0.9
     beta2: BelowOne = 0.98
     eps: PositiveFloat = 1e-6
     max_grad_norm: PositiveFloat | None = Field(None, description="Clip gradients to this norm.")
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> OptimSettings:
+        rates = self._given("lr", "lr_per_256")
+        warmups = self._given("warmup", "warmup_steps", "warmup_samples")
+        removed = "Hint: an overlay removes a setting with null, e.g. `lr: null`"
+        if len(rates) != 1:
+            got = " and ".join(rates) or "neither"
+            raise ValueError(f"give either `lr` or `lr_per_256`, got {got}. {removed}")
+        if len(warmups) > 1:
+            raise ValueError(f"give one warm-up, got {' and '.join(warmups)}. {removed}")
+        return self
+
+    def _given(self, *names: str) -> list[str]:
+        values = {name: getattr(self, name) for name in names}
+        return [f"{name} = {value}" for name, value in values.items() if value is not None]
 
 
 class TrainSettings(Settings):
@@ -113,8 +166,10 @@ class TrainSettings(Settings):
         description="How often a visit draws each kind of caption, e.g. {caption: 1, recaption: 4}; "
         "empty: all captions of a sample alike.",
     )
-    text_reduction: Literal["truncate", "random", "block", "syntax"] = Field(
-        "truncate", description="Which tokens of a caption that is too long are kept (CLIPA)."
+    text_reduction: TextReduction = Field(
+        TRUNCATE,
+        description="Which tokens of a caption that is too long are kept (CLIPA): truncate, random, block, syntax or "
+        "frequency, or a mapping of `kind` and options. Unless given, phases do what model.config asks for.",
     )
     source_weights: dict[Name, NonNegativeFloat] = Field(
         default_factory=dict,
@@ -126,6 +181,17 @@ class TrainSettings(Settings):
         "reads a slow disk in order.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _text_masks(cls, raw: Any) -> Any:
+        """Read the names that CLIPA and open_clip have for `text_reduction`."""
+        if not isinstance(raw, Mapping):
+            return raw
+        given = [key for key in ("text_reduction", *TEXT_MASKS) if key in raw]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are the same setting. Hint: keep {given[0]}")
+        return {"text_reduction" if key in given else key: value for key, value in raw.items()}
+
     @model_validator(mode="after")
     def _crop(self) -> TrainSettings:
         low, high = self.crop_scale
@@ -133,16 +199,102 @@ class TrainSettings(Settings):
             raise ValueError(f"crop_scale = [{low}, {high}] must be above 0 and rising")
         return self
 
+    @model_validator(mode="after")
+    def _warmup(self) -> TrainSettings:
+        if num_warmup_steps(self) > num_steps(self):
+            raise ValueError(
+                f"optim: a warm-up of {num_warmup_steps(self):,} steps is longer than training: samples_seen = "
+                f"{self.samples_seen:,} in batches of {self.batch_size:,} are {num_steps(self):,} steps. "
+                "Hint: a shorter warm-up, or `warmup` as a share of the steps"
+            )
+        return self
+
 
 class PhaseSettings(TrainSettings):
-    """One phase of pretraining. Position tables are interpolated from the phase before."""
+    """One phase of pretraining. Position tables are carried over from the phase before."""
 
     name: Name
     image_size: PositiveInt
     text_length: Annotated[int, Field(ge=3)] = Field(
         description="Tokens, with start and end token."
     )
+    image_reduction: ImageReduction = Field(
+        RESIZE,
+        description="Which patches are kept in training (CLIPA): resize (all), random, grid or block, or a mapping of "
+        "`kind` and options.",
+    )
     temperature: Tau = Field(0.07, description="Initial tau of the first phase.")
+    pos_embed: Literal["learned", "sincos_frozen", "sincos_init"] | None = Field(
+        None,
+        description="Image positions: learned, sines and cosines that stay, or those as the start of learning; "
+        "null: as the model's pos_embed_type says.",
+    )
+    sincos_form: Literal["mae", "moco"] = Field(
+        "mae", description="Frequencies of sines and cosines: MAE's (open_clip) or MoCo v3's (JAX)."
+    )
+    pos_resize: Literal["interpolate", "recompute"] = Field(
+        "interpolate",
+        description="Image positions of the phase before, or of public weights: interpolated to the new grid "
+        "(CLIPA v1), or computed afresh (v2; sines and cosines only).",
+    )
+    text_pos_resize: Literal["linear", "pad", "none"] = Field(
+        "linear",
+        description="Text positions at another length: interpolated, or kept with what is missing drawn anew, or all "
+        "drawn anew.",
+    )
+
+
+def position_kind(phase: PhaseSettings, was_frozen: bool) -> str:
+    """What image positions are in a phase: `learned`, `sincos_frozen` or `sincos_init`.
+
+    Args:
+        phase: may leave it to the model.
+        was_frozen: whether the table before was sines and cosines, or the model's `pos_embed_type` is `sin_cos_2d`.
+    """
+    return phase.pos_embed or ("sincos_frozen" if was_frozen else "learned")
+
+
+def position_misfit(phase: PhaseSettings, was_frozen: bool, is_carried: bool) -> str:
+    """Why a phase cannot have its image positions; empty if it can.
+
+    Args:
+        phase: what it asks for.
+        was_frozen: as in `position_kind`.
+        is_carried: whether the table comes from a phase before, or with public weights.
+    """
+    kind, recompute = position_kind(phase, was_frozen), phase.pos_resize == "recompute"
+    if recompute and kind == "learned":
+        return (
+            f"pretrain.{phase.name}.pos_resize = recompute: the position table is learned, so there is nothing to "
+            "compute it from. Hint: pos_resize: interpolate, or pos_embed: sincos_frozen or sincos_init"
+        )
+    if is_carried and kind == "sincos_frozen" and not was_frozen and not recompute:
+        return (
+            f"pretrain.{phase.name}.pos_embed = sincos_frozen: the table before was learned, and interpolation would "
+            "freeze what is no sin-cos table. Hint: pos_resize: recompute, or pos_embed: learned"
+        )
+    return ""
+
+
+def vocabulary_misfit(text_cfg: dict[str, Any], vocabulary: str) -> str:
+    """Why a text tower cannot read the captions of an index; empty if it can.
+
+    Args:
+        text_cfg: as in open_clip's model configs.
+        vocabulary: `corpus`, `full` or `wordpiece`.
+    """
+    tokenizer, pool = text_cfg.get("hf_tokenizer_name"), text_cfg.get("pool_type", "argmax")
+    if vocabulary == "wordpiece" and pool not in ("first", "last"):
+        return (
+            f"text_cfg.pool_type = {pool} takes the feature at the end token, and index.vocabulary = wordpiece has "
+            "none. Hint: text_cfg: {pool_type: last, no_causal_mask: true}"
+        )
+    if vocabulary != "wordpiece" and tokenizer is not None:
+        return (
+            f"text_cfg.hf_tokenizer_name = {tokenizer} is not what index.vocabulary = {vocabulary} gives. "
+            "Hint: index: {vocabulary: wordpiece}"
+        )
+    return ""
 
 
 def hint(word: str, known: Iterable[str]) -> str:

@@ -77,7 +77,7 @@ def finetune_router(
         facts = fit.run(out)
         if world.is_first:
             spec = spec | {"samples_seen": spec["samples_seen"] + facts["samples_seen"]}
-            save_model(out, model, spec, loaded.merges)
+            save_model(out, model, spec, loaded.tokenizer)
         return facts
 
 

@@ -37,8 +37,10 @@ from clipgraft.job import REQUEUE
 from clipgraft.losses.contrastive import contrastive_loss
 from clipgraft.meter import Meter
 from clipgraft.models.build import normalize
-from clipgraft.optim import build_optimizer, cosine_lr
+from clipgraft.models.patches import PartialVisionTransformer, num_patches
+from clipgraft.optim import build_optimizer
 from clipgraft.recipes import TrainSettings
+from clipgraft.schedule import cosine_lr, num_steps, num_warmup_steps, peak_lr
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +126,7 @@ class Fit:
     @property
     def num_steps(self) -> int:
         """Optimizer steps in all."""
-        return math.ceil(self.settings.samples_seen / self.settings.batch_size)
+        return num_steps(self.settings)
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -144,7 +146,7 @@ class Fit:
                 f"Hint: {self.settings.batch_size // self.world.size * self.world.size}"
             )
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        optimizer = build_optimizer(trained, self.settings.optim)
+        optimizer = build_optimizer(trained, self.settings.optim, peak_lr(self.settings))
         with (
             _stop_requests() as stop
         ):  # from here on: one that comes early is heard after the first step
@@ -160,6 +162,8 @@ class Fit:
         return {
             "samples_seen": seen,
             "num_steps": self.num_steps,
+            "image_tokens": 1 + num_patches(self.model)[0],
+            "text_tokens": self.text_length,
             "train_seconds": self.rows[-1]["seconds"] if self.rows else 0.0,
             "precision": str(self.dtype).removeprefix("torch."),
             "num_processes": self.world.size,
@@ -192,6 +196,7 @@ class Fit:
             captions=self.settings.captions,
             text_reduction=self.settings.text_reduction,
             augment=augments(self.settings),
+            drops_patches=isinstance(self.model.visual, PartialVisionTransformer),
             pin_memory=self.world.device.type == "cuda",
         )
         logit_scale = self.model.logit_scale
@@ -227,9 +232,8 @@ class Fit:
         step: int,
     ) -> tuple[Tensor, float, dict[str, Tensor]]:
         optim, device = self.settings.optim, self.world.device
-        lr = cosine_lr(
-            step, self.num_steps, round(optim.warmup * self.num_steps), optim.lr, optim.lr_min
-        )
+        warmup_steps, peak = num_warmup_steps(self.settings), peak_lr(self.settings)
+        lr = cosine_lr(step, self.num_steps, warmup_steps, peak, optim.lr_min)
         for group in optimizer.param_groups:
             group["lr"] = lr
         pixels = batch.images_BCHW.to(device, non_blocking=True)
@@ -237,6 +241,8 @@ class Fit:
         if uniform_BK is not None:
             uniform_BK = uniform_BK.to(device, non_blocking=True)
         pixels = augment(pixels, uniform_BK, self.settings)
+        if batch.image_bits_B is not None:
+            self.model.visual.image_bits_B = batch.image_bits_B.to(device, non_blocking=True)
         images = normalize(pixels, self.preprocess["mean"], self.preprocess["std"])
         with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             loss, extras = self.step_fn(model, images, batch)
@@ -282,7 +288,11 @@ class Fit:
         count = sum(p.numel() for p in trained.values())
         size, num = self.settings.batch_size, len(self.data.shards)
         log.info("%s params, %s trained   %s samples", _human(total), _human(count), f"{num:,}")
-        log.info("image %d px, text %d tokens", self.image_size, self.text_length)
+        kept, patches = num_patches(self.model)
+        share = f"{kept} of {patches}" if kept < patches else f"{patches}"
+        log.info(
+            "image %d px = %s patches, text %d tokens", self.image_size, share, self.text_length
+        )
         passes = self.num_steps * size / num
         log.info(
             "batch %s = %d %s x %d   %s steps = %.1f passes   %s on %s",
