@@ -1,0 +1,138 @@
+"""What a phase costs: tokens, multiply-accumulates, parameters and memory, by arithmetic on configs, without torch.
+
+Counted are the matrix products of open_clip's transformers, as torch's FLOP counter counts them: stem, blocks and
+final projections; attention as if nothing were masked. Norms, softmax and activations are left out (under 1 %).
+A training step costs three forward passes, and a multiply-accumulate is two FLOPs; what gradient checkpointing
+would compute a second time is no progress and never counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from clipgraft.config import ConfigError
+from clipgraft.recipes import PhaseSettings
+from clipgraft.reductions import num_kept
+
+FLOPS_PER_MAC = 6  # in training: 2, times a forward pass and a backward pass of twice its cost
+STATE_BYTES = 18  # per parameter: fp32 weight, gradient and Adam's two moments; bf16 weight
+PAIR_BYTES = 16  # per pair of the batch: fp32 logits and log-softmax, both directions
+
+# open_clip's defaults (tests/test_cost.py holds them against open_clip's own).
+VISION = {"layers": 12, "width": 768, "mlp_ratio": 4.0, "patch_size": 16, "no_ln_pre": False}
+TEXT = {"layers": 12, "width": 512, "mlp_ratio": 4.0, "vocab_size": 49408}
+UNCOUNTED = """
+    timm_model_name attentional_pool ls_init_value qk_norm scale_heads scale_attn_inner
+    scale_attn scale_fc block_type hf_model_name embed_cls proj_bias
+""".split()
+
+
+def tower_macs(depth: int, width: int, length: int, mlp_ratio: float = 4.0) -> float:
+    """Multiply-accumulates of the blocks of a transformer for one sequence.
+
+    Args:
+        depth: blocks.
+        width: of a token.
+        length: tokens.
+        mlp_ratio: hidden width of the MLP over `width`.
+    """
+    products = 4 * width**2 + 2 * width * int(width * mlp_ratio)  # q, k, v, out; MLP
+    return depth * (products * length + 2 * width * length**2)
+
+
+def forward_macs(config: Mapping[str, Any], image_tokens: int, text_tokens: int) -> float:
+    """Multiply-accumulates of a forward pass of both towers for one sample.
+
+    Args:
+        config: in open_clip's form.
+        image_tokens: with the class token; the stem is paid for the others.
+        text_tokens: with start and end token.
+
+    Raises:
+        ConfigError: if the model has parts that are not counted.
+    """
+    vision, text = _towers(config)
+    stem = 3 * vision["patch_size"] ** 2 * vision["width"] * (image_tokens - 1)
+    projections = (vision["width"] + text["width"]) * config["embed_dim"]
+    lengths = ((vision, image_tokens), (text, text_tokens))
+    blocks = sum(tower_macs(x["layers"], x["width"], n, x["mlp_ratio"]) for x, n in lengths)
+    return float(blocks + stem + projections)
+
+
+def image_tokens(config: Mapping[str, Any], phase: PhaseSettings) -> int:
+    """Tokens of an image in training, after reduction, with the class token (open_clip's models have one)."""
+    return 1 + num_patches(config, phase)
+
+
+def num_patches(config: Mapping[str, Any], phase: PhaseSettings) -> int:
+    """Patches of an image that training sees."""
+    side = phase.image_size // int(_towers(config)[0]["patch_size"])
+    return num_kept(phase.image_reduction, side, side)
+
+
+def phase_macs(config: Mapping[str, Any], phase: PhaseSettings) -> float:
+    """Multiply-accumulates of a forward pass for one sample of a phase."""
+    return forward_macs(config, image_tokens(config, phase), phase.text_length)
+
+
+def training_macs(config: Mapping[str, Any], phase: PhaseSettings) -> float:
+    """Multiply-accumulates of the forward passes of all samples of a phase; `FLOPS_PER_MAC` makes it FLOPs."""
+    return phase_macs(config, phase) * phase.samples_seen
+
+
+def num_parameters(config: Mapping[str, Any], phase: PhaseSettings) -> tuple[int, int]:
+    """Parameters of the image and of the text tower, with position tables of the phase's sizes."""
+    vision, text = _towers(config)
+    width, patch = vision["width"], vision["patch_size"]
+    positions = (phase.image_size // patch) ** 2 + 1
+    norms = 2 * width * (1 if vision["no_ln_pre"] else 2)
+    image = 3 * patch**2 * width + width + positions * width + norms + width * config["embed_dim"]
+    words = text["vocab_size"] + phase.text_length + 2 + config["embed_dim"]  # 2: last norm
+    return image + _block_parameters(vision), words * text["width"] + _block_parameters(text)
+
+
+def activation_bytes(config: Mapping[str, Any], image_tokens: int, text_tokens: int) -> float:
+    """What the blocks keep of one sample for the backward pass, in bf16 and without checkpointing.
+
+    Per token, with width w and hidden width h: input and output of both norms, q, k, v and the attention's output
+    (8 w), the MLP before and after its activation (2 h).
+    """
+    vision, text = _towers(config)
+    kept = [
+        x["layers"] * length * (8 * x["width"] + 2 * int(x["width"] * x["mlp_ratio"]))
+        for x, length in ((vision, image_tokens), (text, text_tokens))
+    ]
+    return float(2 * sum(kept))
+
+
+def memory_bytes(config: Mapping[str, Any], phase: PhaseSettings, num_gpus: int) -> float:
+    """Estimated memory of each GPU in training, weights and optimizer on every one of them.
+
+    `STATE_BYTES` per parameter, `activation_bytes` per sample on the GPU, `PAIR_BYTES` per pair of a sample on
+    the GPU and one of the global batch. What libraries and the allocator take comes on top.
+    """
+    on_gpu = math.ceil(phase.batch_size / num_gpus)
+    activations = activation_bytes(config, image_tokens(config, phase), phase.text_length)
+    state = STATE_BYTES * sum(num_parameters(config, phase))
+    return float(state + on_gpu * (activations + PAIR_BYTES * phase.batch_size))
+
+
+def _block_parameters(tower: Mapping[str, Any]) -> int:
+    width, hidden = tower["width"], int(tower["width"] * tower["mlp_ratio"])
+    weights = 4 * width**2 + 2 * width * hidden
+    return int(tower["layers"] * (weights + 9 * width + hidden))  # biases and two norms
+
+
+def _towers(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    for name in ("vision_cfg", "text_cfg"):
+        odd = [key for key in UNCOUNTED if config[name].get(key)]
+        if isinstance(config[name].get("layers"), list):
+            odd.append("layers")
+        if odd:
+            raise ConfigError(
+                f"model: the cost of {name}.{odd[0]} = {config[name][odd[0]]!r} is not known. "
+                "Hint: only plain transformers are counted, e.g. ViT-B-16"
+            )
+    return {**VISION, **config["vision_cfg"]}, {**TEXT, **config["text_cfg"]}

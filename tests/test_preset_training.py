@@ -1,0 +1,91 @@
+"""Every preset trains: its phases, on a small model of its family, with a few samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from open_clip.transformer import ResidualAttentionBlock
+
+from clipgraft import plan
+from clipgraft.architectures import architecture
+from clipgraft.checkpoint import load_model
+from clipgraft.cost import image_tokens
+from clipgraft.data.download import download
+from clipgraft.data.index import build_index
+from clipgraft.data.shards import write_shards
+from clipgraft.pretrain import pretrain
+from clipgraft.settings import IndexJob, PretrainJob, ShardJob
+from clipgraft.sources import ShapesSource
+
+ROOT = Path(__file__).resolve().parent.parent
+PRESETS = sorted((ROOT / "presets").glob("clipa_*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def indexes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A few pictures, once for each vocabulary that presets ask for."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "download").mkdir()
+    source = ShapesSource(kind="shapes", num_samples=24, image_size=32)
+    download(source, folder / "download", threads=1)
+    for vocabulary in ("full", "wordpiece"):
+        (folder / vocabulary).mkdir()
+        settings = IndexJob(tokenize=True, vocabulary=vocabulary)
+        build_index(settings, folder / "download", folder / vocabulary, threads=1)
+    return {vocabulary: folder / vocabulary for vocabulary in ("full", "wordpiece")}
+
+
+def shrunk(config: dict[str, Any]) -> dict[str, Any]:
+    """A model of the family, one narrow block in each tower."""
+    small = {"width": 32, "layers": 1, "mlp_ratio": 2.0}
+    config["vision_cfg"] |= {**small, "head_width": 16}
+    config["text_cfg"] |= {**small, "heads": 2}
+    config["text_cfg"].pop("vocab_size")
+    return {**config, "embed_dim": 16}
+
+
+@pytest.fixture
+def lengths() -> Iterator[set[int]]:
+    """Lengths of the sequences that reach a block."""
+    seen: set[int] = set()
+
+    def look(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+        if isinstance(module, ResidualAttentionBlock):
+            seen.add(arguments[0].shape[1])
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(look)
+    yield seen
+    hook.remove()
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_every_preset_trains_on_as_many_tokens_as_it_says(
+    path, indexes, lengths, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("CLIPGRAFT_PRECISION", "fp32")
+    ((model, phases),) = plan.read([path]).values()
+    config = shrunk(architecture(model))
+    index = indexes["wordpiece" if "v2" in path.stem else "full"]
+    init = None
+    for phase in phases:
+        shard, out = tmp_path / f"shard_{phase.name}", tmp_path / phase.name
+        shard.mkdir(), out.mkdir()
+        write_shards(ShardJob(image_size=phase.image_size), index, shard, threads=1)
+        few = {"samples_seen": 8, "batch_size": 4, "seed": 0}
+        few["optim"] = {**phase.optim.model_dump(), "warmup_steps": 1, "warmup_samples": None}
+        few["model"] = {"config": config, "preprocess": model.preprocess.model_dump()}
+        job = PretrainJob(**{**phase.model_dump(), **few})
+        lengths.clear()
+        facts = pretrain(job, index, shard, init, out)
+        assert lengths == {image_tokens(config, phase), phase.text_length}
+        assert math.isfinite(facts["metrics"]["loss"])
+        init = out
+    loaded = load_model(init)
+    side = phases[-1].image_size // config["vision_cfg"]["patch_size"]
+    assert loaded.model.visual.positional_embedding.shape == (side**2 + 1, 32)
+    assert loaded.spec["preprocess"]["size"] == phases[-1].image_size
