@@ -1,7 +1,7 @@
 # Helpers of the rules: the plan of all runs, and functions that look a job up by its version.
 #
 # JOBS    (stage, version) -> PlannedJob, over all runs; runs that share a prefix share jobs
-# RUNS    run name -> its jobs
+# RUNS    run name -> its jobs; `sweep` -> the page of the sweep
 # CODE    stage -> fingerprint of the code its script reaches
 
 import json
@@ -9,19 +9,22 @@ from shlex import quote
 
 from snakemake.exceptions import WorkflowError
 
-from clipgraft.config import ConfigError, load_config
+from clipgraft.config import ConfigError, load_config, sweep_points
 from clipgraft.runs import show
 from clipgraft.settings import STAGES
-from clipgraft.versions import fingerprint, plan_run
+from clipgraft.versions import SWEEP, fingerprint, plan_runs
 
 try:
     SETTINGS = load_config(config)
-    RUNS = {name: plan_run(name, settings) for name, settings in SETTINGS.items()}
+    POINTS = sweep_points(config)
+    RUNS = plan_runs(SETTINGS, POINTS)
 except ConfigError as error:
     raise WorkflowError(f"config: {error}") from None
 JOBS = {(job.stage, job.version): job for jobs in RUNS.values() for job in jobs}
 WISHES = {
-    (job.stage, job.version): SETTINGS[run].resources_of(job.stage)
+    (job.stage, job.version): SETTINGS.get(
+        run, next(iter(SETTINGS.values()))
+    ).resources_of(job.stage)
     for run, jobs in reversed(RUNS.items())
     for job in jobs
 }
@@ -81,7 +84,7 @@ def batch_size(stage):
 
 
 def sources(stage):
-    """Names and sizes of the files that a download reads."""
+    """Names and sizes of the files that a job reads, of ours or of the user."""
     return lambda wildcards: list(planned(stage, wildcards).sources)
 
 
@@ -109,12 +112,12 @@ def gres(stage):
     return per_node
 
 
-def run_report(wildcards):
-    """Manifest of the report, which reads all others."""
+def run_page(wildcards):
+    """Manifest of the page, which reads all others."""
     return [
         f"results/{job.folder}/manifest.json"
         for job in RUNS[wildcards.run]
-        if job.stage == "report"
+        if job.stage in ("report", "scaling")
     ]
 
 
@@ -123,7 +126,8 @@ def run_versions(wildcards):
 
 
 def show_results():
-    """Print the tables of all runs, if the report was among what was asked for."""
-    for run in RUNS:
-        if Path(f"results/runs/{run}/report/results.txt").exists():
+    """Print the tables of all runs, if their pages were among what was asked for; of a sweep its own."""
+    for run in (run for run in RUNS if run not in POINTS):
+        page = "scaling" if run == SWEEP else "report"
+        if Path(f"results/runs/{run}/{page}/results.txt").exists():
             print(show(run), file=sys.stderr)

@@ -1,7 +1,7 @@
-# Report: one page per run, and links for people.
+# Report: one page per run, one per sweep, and links for people.
 #
-# REQUIRED INPUTS: all manifests of a run
-# OUTPUTS: results/report/{version}/report.html, results/runs/{run}/
+# REQUIRED INPUTS: all manifests of a run; phases and their results of all runs of a sweep
+# OUTPUTS: results/report/{version}/report.html, results/scaling/{version}/scaling.html, results/runs/{run}/
 
 
 rule report:
@@ -30,6 +30,32 @@ rule report:
         "{params.inputs} --out results/report/{wildcards.version} --threads {threads} --log {log}"
 
 
+rule scaling:
+    """Draw the inverse scaling law of a sweep."""
+    input:
+        manifest_list("scaling"),
+    output:
+        "results/scaling/{version}/manifest.json",
+    log:
+        "logs/scaling/{version}.log",
+    benchmark:
+        "logs/scaling/{version}.tsv"
+    threads: wish("scaling", "threads")
+    resources:
+        job=name("scaling"),
+        mem_mb=wish("scaling", "mem_mb"),
+        runtime=wish("scaling", "runtime"),
+    params:
+        settings=settings("scaling"),
+        code=CODE["scaling"],
+        inputs=arguments("scaling"),
+    message:
+        "{resources.job}"
+    shell:
+        "{PYTHON} {SCRIPTS}/scaling.py --name {resources.job} --settings {params.settings:q} "
+        "{params.inputs} --out results/scaling/{wildcards.version} --threads {threads} --log {log}"
+
+
 localrules:
     link,
 
@@ -37,7 +63,7 @@ localrules:
 rule link:
     """Link a run's versions under results/runs/, and write its lock."""
     input:
-        run_report,
+        run_page,
     output:
         "results/runs/{run}/versions.json",
     params:

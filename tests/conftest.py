@@ -69,7 +69,7 @@ class Workflow:
 
 def copy_workflow(target: Path) -> Workflow:
     """Copy what git would bring to a fresh clone and the workflow needs."""
-    for folder in ("lib", "scripts", "rules", "workflow"):
+    for folder in ("lib", "scripts", "rules", "workflow", "presets"):
         ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
         shutil.copytree(ROOT / folder, target / folder, ignore=ignore)
     shutil.copy(ROOT / "tests/config/small.yaml", target / "small.yaml")

@@ -12,7 +12,22 @@ import pytest
 LIBRARY = Path(__file__).resolve().parent.parent / "lib" / "clipgraft"
 SCRIPTS = LIBRARY.parent.parent / "scripts"
 FLOORS = [
-    {"settings", "recipes", "sources", "config", "versions", "job", "provenance", "log", "runs"},
+    {
+        "settings",
+        "recipes",
+        "reductions",
+        "schedule",
+        "sources",
+        "config",
+        "versions",
+        "job",
+        "provenance",
+        "log",
+        "runs",
+        "architectures",
+        "cost",
+        "plan",
+    },
     {"dist", "launch"},
     {"data", "models", "losses"},
     {"checkpoint", "optim", "meter"},

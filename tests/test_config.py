@@ -56,6 +56,23 @@ def changed(path: str, value: Any) -> dict[str, Any]:
             ["pretrain.short.image_size = 20", "patch size 8", "16 or 24"],
         ),
         ("pretrain.0.batch_size", 97, ["pretrain.short.batch_size = 97", "num_samples = 96"]),
+        ("pretrain.0.image_reduction", "mesh", ["pretrain.0.image_reduction", "mesh", "'grid'"]),
+        (
+            "pretrain.0.image_reduction",
+            {"kind": "random", "kep": 0.5},
+            ["unknown key `kep` in pretrain.0.image_reduction", "`keep`"],
+        ),
+        (
+            "pretrain.0.image_reduction",
+            {"kind": "block", "keep": 0},
+            ["pretrain.0.image_reduction.keep = 0", "greater than 0"],
+        ),
+        ("pretrain.0.text_reduction", "shuffle", ["pretrain.0.text_reduction", "'frequency'"]),
+        (
+            "pretrain.1.text_reduction",
+            {"kind": "syntax", "ti": "random"},
+            ["unknown key `ti` in pretrain.1.text_reduction", "`tie`"],
+        ),
         ("finetune_router.batch_size", 1000, ["finetune_router.batch_size = 1000", "96"]),
         (
             "pretrain.0.source_weights",
@@ -74,6 +91,30 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("model.config.text_cfg", 3, ["config.text_cfg must be a mapping"]),
         ("model.config.embd_dim", 3, ["unknown key `embd_dim`", "did you mean `embed_dim`"]),
         ("download.train.mention", {"color": 0.5}, ["download.train.mention.color", "colour"]),
+        (
+            "index.vocabulary",
+            "wordpiece",
+            ["model.config.text_cfg.pool_type = argmax", "end token", "pool_type: last"],
+        ),
+        (
+            "model.config.text_cfg.hf_tokenizer_name",
+            "bert-base-uncased",
+            ["hf_tokenizer_name = bert-base-uncased", "index.vocabulary = corpus", "wordpiece"],
+        ),
+        ("index.wordpiece", "vocab.txt", ["wordpiece = 'vocab.txt'", "vocabulary is corpus"]),
+        ("model.preprocess", {"resize_mod": "x"}, ["`resize_mod`", "`resize_mode`"]),
+        (
+            "pretrain.1.pos_embed",
+            "sincos_frozen",
+            ["pretrain.full.pos_embed", "before was learned"],
+        ),
+        (
+            "pretrain.0.pos_resize",
+            "recompute",
+            ["pretrain.short.pos_resize = recompute", "learned"],
+        ),
+        ("pretrain.0.pos_embed", "sincos", ["pretrain.0.pos_embed", "sincos_frozen"]),
+        ("pretrain.0.optim.lr_per_256", 1.0e-5, ["either `lr` or `lr_per_256`", "null"]),
         ("moe.image_layers", [2], ["moe.image_layers = [2]", "has 2 layers", "0 to 1"]),
         ("evaluate.tasks.renders.zero_shot", [{"label": "color"}], ["'color'", "`colour`"]),
         (
@@ -133,6 +174,59 @@ def test_an_overlay_changes_only_what_it_names():
     assert runs["one"].pretrain == runs["small"].pretrain
 
 
+def test_an_overlay_lays_a_phase_over_the_one_of_that_name():
+    runs = load_config(changed("runs.wide", {"pretrain": {"short": {"optim": {"lr": 0.5}}}}))
+    before, after = runs["small"].pretrain, runs["wide"].pretrain
+    assert after[0].optim.lr == 0.5 and after[0].optim.warmup == before[0].optim.warmup
+    assert after[0].image_size == before[0].image_size and after[1] == before[1]
+    other = [SMALL["pretrain"][1]]
+    assert len(load_config(changed("runs.one", {"pretrain": other}))["one"].pretrain) == 1
+
+
+def test_two_axes_may_change_the_same_phase():
+    sweep = {
+        "image": {"i8": {"pretrain": {"short": {"image_size": 8}}}},
+        "text": {"t6": {"pretrain": {"short": {"text_length": 6}}}, "t12": None},
+        "seed": {0: {"seed": 0}, 1: {"seed": 1}},
+    }
+    runs = load_config(changed("sweep", sweep))
+    assert list(runs) == ["i8-t6-0", "i8-t6-1", "i8-t12-0", "i8-t12-1", "small"]
+    found = {
+        name: (run.pretrain[0].image_size, run.pretrain[0].text_length, run.seed)
+        for name, run in runs.items()
+    }
+    assert found["i8-t6-1"] == (8, 6, 1) and found["i8-t12-0"] == (8, 12, 0)
+    assert found["small"] == (16, 12, 0)
+    alone = {key: value for key, value in changed("sweep", sweep).items() if key != "runs"}
+    assert list(load_config(alone)) == list(runs)[:-1]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("runs.x", {"pretrain": {"shrt": {}}}, ["run 'x'", "`shrt` in pretrain", "`short`"]),
+        ("sweep.a.x", {"pretrain": {"fll": {}}}, ["run 'x'", "`fll` in pretrain", "`full`"]),
+        ("sweep", ["a"], ["sweep must map names to overlays", "['a']"]),
+        ("sweep.a", {}, ["sweep.a has no points"]),
+        ("sweep.a.x", 3, ["sweep.a.x must be a mapping", "3"]),
+        ("sweep.a.x-y", {}, ["sweep.a", "'x-y'", "joins"]),
+        ("sweep.a.small", {"seed": 1}, ["runs.small", "the sweep has that name"]),
+        ("runs.sweep", {}, ["runs.sweep", "the sweep has that name"]),
+        ("sweep.a.x", {"scaling": {"title": "x"}}, ["sweep.a.x sets `scaling`"]),
+        ("scaling.task", "render", ["scaling.task = 'render'", "`renders`"]),
+        ("scaling.label", "color", ["scaling.label = 'color'", "`colour`"]),
+        ("finetune_router", None, ["missing key `finetune_router`", "moe: null"]),
+        ("pretrain", {"short": {"image_size": 8}}, ["pretrain = ", "valid list", "overlays"]),
+    ],
+)
+def test_a_mistake_in_a_sweep_is_named(path, value, words):
+    with pytest.raises(ConfigError) as error:
+        load_config(changed(path, value))
+    for word in words:
+        assert word in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
 def test_another_kind_of_source_replaces_the_settings_of_the_first():
     merged = merge({"kind": "shapes", "num_samples": 3}, {"kind": "folder", "folder": "x"})
     assert merged == {"kind": "folder", "folder": "x"}
@@ -144,9 +238,25 @@ def test_settings_cannot_be_changed_after_validation():
         run.seed = 3
 
 
-@pytest.mark.parametrize("path", [*sorted(ROOT.glob("tests/config/*.yaml")), ROOT / "config.yaml"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        *sorted(ROOT.glob("tests/config/*.yaml")),
+        ROOT / "config.yaml",
+        ROOT / "presets/inverse_scaling.yaml",
+    ],
+)
 def test_every_config_of_the_repository_is_valid(path: Path):
     assert read_config(path)
+
+
+def test_positions_follow_from_phase_to_phase():
+    raw = changed("pretrain.0.pos_embed", "sincos_frozen")
+    raw["pretrain"][1]["pos_resize"] = "recompute"
+    load_config(raw)
+    raw["pretrain"][1]["pos_embed"] = "learned"
+    with pytest.raises(ConfigError, match=r"pretrain.full.pos_resize = recompute"):
+        load_config(raw)
 
 
 def test_a_file_that_is_not_there_or_not_yaml_is_named(tmp_path: Path):
@@ -169,4 +279,64 @@ def test_weights_name_sources_of_the_training_set():
     load_config(raw)
     raw["finetune_expert"]["source_weights"] = {"owns": 1}
     with pytest.raises(ConfigError, match=r"finetune_expert\.source_weights: 'owns'.*mean `own`"):
+        load_config(raw)
+
+
+# --- reductions -----------------------------------------------------------------------------------------------
+
+
+def test_a_name_alone_is_a_reduction_with_its_defaults():
+    for key, name, spelled_out in (
+        ("image_reduction", "random", {"kind": "random", "keep": 0.5}),
+        ("image_reduction", "grid", {"kind": "grid", "cell": "random"}),
+        ("image_reduction", "block", {"kind": "block", "keep": 0.25}),
+        ("text_reduction", "block", {"kind": "block"}),
+        ("text_reduction", "syntax", {"kind": "syntax", "tie": "first", "compat": None}),
+        ("text_reduction", "frequency", {"kind": "frequency", "threshold": 1e-4}),
+    ):
+        for raw in (name, spelled_out):
+            phase = load_config(changed(f"pretrain.0.{key}", raw))["small"].pretrain[0]
+            assert phase.model_dump()[key] == spelled_out
+
+
+@pytest.mark.parametrize("key", ["text_mask", "reduction_mask"])
+@pytest.mark.parametrize(("value", "kind"), [("simple", "block"), ("syntax", "syntax")])
+def test_the_words_of_clipa_and_open_clip_are_read(key, value, kind):
+    text_cfg = "model.config.text_cfg"
+    for path, raw in (
+        (f"pretrain.0.{key}", value),
+        (f"{text_cfg}.{key}", value),
+        (f"{text_cfg}.tokenizer_kwargs", {key: value}),
+    ):
+        first, second = load_config(changed(path, raw))["small"].pretrain
+        assert first.text_reduction.kind == kind
+        # What a model config asks for, it asks for in all phases.
+        assert second.text_reduction.kind == (kind if text_cfg in path else "truncate")
+
+
+def test_a_phase_overrides_what_the_model_config_asks_for():
+    raw = changed("model.config.text_cfg.text_mask", "syntax")
+    raw["pretrain"][1]["reduction_mask"] = "random"
+    phases = load_config(raw)["small"].pretrain
+    assert [phase.text_reduction.kind for phase in phases] == ["syntax", "random"]
+
+
+def test_two_words_for_one_reduction_are_refused():
+    raw = changed("pretrain.0.text_mask", "block")
+    raw["pretrain"][0]["text_reduction"] = "block"
+    with pytest.raises(
+        ConfigError, match=r"pretrain\.0: text_reduction and text_mask are the same"
+    ):
+        load_config(raw)
+    raw = changed("model.config.text_cfg.text_mask", "block")
+    raw["model"]["config"]["text_cfg"]["tokenizer_kwargs"] = {"reduction_mask": "random"}
+    with pytest.raises(ConfigError, match="asks for several text reductions"):
+        load_config(raw)
+
+
+def test_a_grid_that_windows_do_not_fill_is_found_before_anything_runs():
+    raw = changed("pretrain.0.image_reduction", "grid")
+    assert load_config(raw)["small"].pretrain[0].image_reduction.kind == "grid"  # 16 px: 2 x 2
+    raw["pretrain"][0]["image_size"] = 24
+    with pytest.raises(ConfigError, match=r"pretrain\.short\.image_reduction: grid .* not 3 x 3"):
         load_config(raw)

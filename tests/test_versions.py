@@ -8,13 +8,15 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import yaml
 
-from clipgraft.config import ConfigError, load_config, merge
-from clipgraft.versions import local_files, plan_run
+from clipgraft.config import ConfigError, load_config, merge, sweep_points
+from clipgraft.settings import IndexJob
+from clipgraft.versions import _sources, local_files, plan_run, plan_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = yaml.safe_load((ROOT / "tests/config/small.yaml").read_text())
@@ -92,6 +94,63 @@ def test_every_model_meets_every_task_and_inputs_come_before_users():
         seen.add(job.name)
 
 
+def test_a_run_without_experts_stops_at_the_base_and_shares_it():
+    raw = {key: value for key, value in SMALL.items() if not key.startswith("finetune")}
+    raw["moe"] = None
+    jobs = {job.name: job.version for job in plan_run("small", load_config(raw)["small"])}
+    stages = {name.split("/")[0] for name in jobs}
+    assert stages == {"download", "index", "shard", "pretrain", "evaluate", "report"}
+    evaluated = {name for name in jobs if name.startswith("evaluate")}
+    assert evaluated == {"evaluate/short/renders", "evaluate/base/renders"}
+    whole = versions({})
+    assert {name for name in jobs if jobs[name] != whole[name]} == {"report"}
+    assert plan_run("small", load_config(merge(SMALL, {"moe": None}))["small"]) == plan_run(
+        "small", load_config(raw)["small"]
+    )
+
+
+WIDER = {"model": {"config": {"vision_cfg": {"width": 64}}}}
+SWEEP = {
+    "size": {"one": None, "two": WIDER},
+    "image": {"i16": {}, "i8": {"pretrain": {"short": {"image_size": 8}}}},
+    "seed": {"s0": {"seed": 0}, "s1": {"seed": 1}},
+}
+
+
+def planned_sweep() -> dict[str, list]:
+    raw = {**copy.deepcopy(SMALL), "moe": None, "sweep": SWEEP}
+    return plan_runs(load_config(raw), sweep_points(raw))
+
+
+def test_runs_of_a_sweep_share_their_data_and_differ_in_training():
+    plans = planned_sweep()
+    jobs = {(job.stage, job.version): job for plan in plans.values() for job in plan}
+    counts = Counter(stage for stage, _ in jobs)
+    # `small` is a run beside the sweep, and is one of its points: it adds a report only.
+    assert counts == {
+        "download": 2,
+        "index": 2,
+        "shard": 3,  # 8, 16 and 32 px
+        "pretrain": 16,
+        "evaluate": 16,
+        "report": 9,
+        "scaling": 1,
+    }
+
+
+def test_the_page_of_a_sweep_reads_the_phases_of_its_runs_and_how_they_did():
+    plans = planned_sweep()
+    [page] = plans.pop("sweep")
+    points = {each["run"]: each["point"] for each in page.settings["runs"]}
+    assert points["two-i8-s1"] == {"size": "two", "image": "i8", "seed": "s1"}
+    assert list(points)[:2] == ["one-i16-s0", "one-i16-s1"] and len(points) == 8
+    wanted = ("pretrain/short", "pretrain/full", "evaluate/short/renders", "evaluate/base/renders")
+    assert set(page.inputs) == {f"{run}/{job}" for run in points for job in wanted}
+    for name, job in page.inputs.items():
+        run, _, rest = name.partition("/")
+        assert job in plans[run] and job.name == rest
+
+
 @pytest.fixture
 def code(tmp_path: Path) -> Path:
     for folder in ("lib", "scripts"):
@@ -141,6 +200,7 @@ def test_code_reaches_exactly_the_stages_that_use_it(code: Path):
     assert edit("scripts/embed.py") == {"embed"}
     assert edit("lib/clipgraft/losses/balance.py") == {"finetune_router"}
     assert edit("lib/clipgraft/report/report.py") == {"report"}
+    assert edit("lib/clipgraft/report/scaling.py") == {"scaling"}
     assert edit("lib/clipgraft/cluster.py") == {"cluster"}
     assert edit("lib/clipgraft/models/moe.py") == {"assemble", "finetune_router", "evaluate"}
     assert edit("lib/clipgraft/experts.py") == {"finetune_expert"}
@@ -185,3 +245,16 @@ def test_what_is_remembered_of_code_is_dropped_when_the_file_changes(tmp_path):
     module.write_text(module.read_text().removesuffix("y = 1\n"))
     memo.write_text("{broken")
     assert told("import clipgraft.losses.balance\nx = 1\n") == first
+
+
+def test_a_changed_vocabulary_is_another_source_of_the_index(tmp_path):
+    vocabulary = tmp_path / "vocab.txt"
+    told = []
+    for text in ("[PAD]\na\n", "[PAD]\nb\n"):
+        vocabulary.write_text(text)
+        settings = IndexJob(tokenize=True, vocabulary="wordpiece", wordpiece=str(vocabulary))
+        told.append(list(_sources(settings)))
+    assert len(told[0]) == 1 and told[0] != told[1]
+    vocabulary.unlink()
+    with pytest.raises(ConfigError, match=r"no file matches.*vocab\.txt"):
+        list(_sources(settings))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from functools import reduce
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from clipgraft.recipes import hint
+from clipgraft.reductions import REDUCTION_KINDS
 from clipgraft.settings import RunSettings, S
 from clipgraft.sources import SOURCE_KINDS
 
@@ -24,26 +27,79 @@ def load_config(raw: Mapping[str, Any]) -> dict[str, RunSettings]:
     """Validate a config as read from YAML and return the settings of each run.
 
     Args:
-        raw: the mapping of `config.yaml`; `runs` holds overlays by run name (default: one run `main`).
+        raw: the mapping of `config.yaml`; `runs` holds overlays by run name, `sweep` overlays by axis and
+            point. With neither there is one run, `main`.
 
     Raises:
         ConfigError: names the key, the value and a hint; also says in which run an overlay is wrong.
     """
-    shared = {key: value for key, value in raw.items() if key != "runs"}
-    overlays = raw.get("runs") or {"main": {}}
-    if not isinstance(overlays, Mapping):
+    shared = {key: value for key, value in raw.items() if key not in ("runs", "sweep")}
+    axes = _axes(raw)
+    layers = {
+        run: [axes[axis][name] for axis, name in point.items()]
+        for run, point in sweep_points(raw).items()
+    }
+    for name, overlay in _overlays(
+        "runs", raw.get("runs") or ({} if axes else {"main": {}})
+    ).items():
+        if name in layers or name == "sweep":
+            raise ConfigError(f"runs.{name}: the sweep has that name. Hint: call the run otherwise")
+        layers[name] = [overlay]
+    return {name: _run_of(name, shared, overlays) for name, overlays in layers.items()}
+
+
+def sweep_points(raw: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """The runs of `sweep`, all points of an axis with all points of the others: run to axis to point.
+
+    Raises:
+        ConfigError: if an axis is no mapping of names to overlays.
+    """
+    axes = _axes(raw)
+    points = product(*axes.values()) if axes else ()
+    return {"-".join(point): dict(zip(axes, point, strict=True)) for point in points}
+
+
+def _axes(raw: Mapping[str, Any]) -> dict[str, dict[str, Mapping[str, Any]]]:
+    sweep = _overlays("sweep", raw.get("sweep") or {})
+    axes = {axis: _overlays(f"sweep.{axis}", points) for axis, points in sweep.items()}
+    for axis, points in axes.items():
+        if not points:
+            raise ConfigError(
+                f"sweep.{axis} has no points. Hint: map names to overlays, or leave it out"
+            )
+        for name, overlay in points.items():
+            if "-" in name:
+                raise ConfigError(
+                    f"sweep.{axis}: point {name!r}: `-` joins the points of a run's name. Hint: _"
+                )
+            if "scaling" in overlay:
+                raise ConfigError(
+                    f"sweep.{axis}.{name} sets `scaling`, which all runs share. Hint: move it to the top"
+                )
+    return axes
+
+
+def _overlays(where: str, given: Any) -> dict[str, Mapping[str, Any]]:
+    """Overlays by name, checked; nothing stands for an empty one."""
+    if not isinstance(given, Mapping):
         raise ConfigError(
-            f"runs must map names to overlays, got {type(overlays).__name__} {overlays!r}"
+            f"{where} must map names to overlays, got {type(given).__name__} {given!r}"
         )
-    runs = {}
-    for name, overlay in overlays.items():
+    for name, overlay in given.items():
         if not re.fullmatch(r"[A-Za-z0-9_-]+", str(name)):
-            raise ConfigError(f"run name {name!r}: use letters, digits, - and _ only")
+            raise ConfigError(f"{where}: name {name!r}: use letters, digits, - and _ only")
         if overlay is not None and not isinstance(overlay, Mapping):
-            raise ConfigError(f"runs.{name} must be a mapping of settings, got {overlay!r}")
-        where = f"run {name!r}: " if overlay else ""
-        runs[str(name)] = validate(RunSettings, merge(shared, overlay or {}), where)
-    return runs
+            raise ConfigError(f"{where}.{name} must be a mapping of settings, got {overlay!r}")
+    return {str(name): overlay or {} for name, overlay in given.items()}
+
+
+def _run_of(name: str, shared: Any, overlays: list[Mapping[str, Any]]) -> RunSettings:
+    where = f"run {name!r}: " if any(overlays) else ""
+    try:
+        merged = reduce(merge, overlays, shared)
+    except ConfigError as error:
+        raise ConfigError(f"{where}{error}") from None
+    return validate(RunSettings, merged, where)
 
 
 def read_config(*paths: str | Path) -> dict[str, RunSettings]:
@@ -60,14 +116,40 @@ def read_config(*paths: str | Path) -> dict[str, RunSettings]:
     return load_config(raw)
 
 
-def merge(base: Any, overlay: Any) -> Any:
-    """Lay one nested mapping over another; lists and scalars are replaced."""
-    if not isinstance(base, Mapping) or not isinstance(overlay, Mapping):
+def merge(base: Any, overlay: Any, where: str = "") -> Any:
+    """Lay one nested mapping over another; lists and scalars are replaced.
+
+    A mapping over a list whose items have names, such as `pretrain`, is laid over the items of its keys.
+
+    Raises:
+        ConfigError: if the list has no item of that name; `where` is its path.
+    """
+    if not isinstance(overlay, Mapping):
+        return overlay
+    names = _names(base)
+    if names:
+        for name in overlay:
+            if name not in names:
+                raise ConfigError(f"unknown name `{name}` in {where}{hint(str(name), names)}")
+        items = zip(names, base, strict=True)
+        return [merge(item, overlay.get(name, {}), f"{where}.{name}") for name, item in items]
+    if not isinstance(base, Mapping):
         return overlay
     kind = overlay.get("kind", base.get("kind"))
     if kind != base.get("kind"):
         return overlay  # another kind of source has other keys
-    return {**base, **{key: merge(base.get(key), value) for key, value in overlay.items()}}
+    inner = {
+        key: merge(base.get(key), value, f"{where}.{key}" if where else str(key))
+        for key, value in overlay.items()
+    }
+    return {**base, **inner}
+
+
+def _names(items: Any) -> list[str]:
+    """Names of the items of a list, or nothing where it has others."""
+    if not isinstance(items, list) or not all(isinstance(item, Mapping) for item in items):
+        return []
+    return [str(item["name"]) for item in items if "name" in item]
 
 
 def validate(model: type[S], raw: Any, where: str = "") -> S:
@@ -88,8 +170,19 @@ def validate(model: type[S], raw: Any, where: str = "") -> S:
 def schema() -> dict[str, Any]:
     """The JSON schema of `config.yaml`, for editors; written to workflow/schemas by `make schema`."""
     run = RunSettings.model_json_schema()
-    overlay = {"type": "object", "additionalProperties": {"type": ["object", "null"]}}
-    run["properties"]["runs"] = {"description": "Named overlays on the shared settings.", **overlay}
+    overlays = {"type": "object", "additionalProperties": {"type": ["object", "null"]}}
+    about = (
+        "Named overlays on the shared settings; in them `pretrain` may map phases to what changes."
+    )
+    run["properties"]["runs"] = {"description": about, **overlays}
+    about = (
+        "Axes: each maps its points to overlays; all combinations are runs, named by their points."
+    )
+    run["properties"]["sweep"] = {
+        "description": about,
+        "type": "object",
+        "additionalProperties": overlays,
+    }
     run["title"] = "clipgraft config"
     return run
 
@@ -108,15 +201,18 @@ def _explain(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{where}: {message}" if where else message
+    if problem["type"] == "list_type" and isinstance(value, Mapping):
+        message += ". Hint: names stand for items in the overlays of `runs` and `sweep` only"
     return f"{where} = {_short(value)}: {message[0].lower()}{message[1:]}"
 
 
 def _file_path(path: tuple[Any, ...]) -> list[Any]:
-    """Without the kinds of sources, which stand in pydantic's path but not in the file."""
+    """Without the kinds of sources and reductions, which stand in pydantic's path but not in the file."""
     return [
         part
         for before, part in zip((None, *path), path, strict=False)
-        if part not in SOURCE_KINDS or before == "download"
+        if (part not in SOURCE_KINDS or before == "download")
+        and part not in REDUCTION_KINDS.get(str(before), ())
     ]
 
 
@@ -126,8 +222,9 @@ def _known_keys(model: type[BaseModel], path: tuple[Any, ...]) -> Iterator[str]:
     node: Any = root
     for part in path:
         node = _deref(root, node)
-        if part in SOURCE_KINDS and "discriminator" in node:
-            node = {"$ref": node["discriminator"]["mapping"][part]}
+        kinds = [each["discriminator"] for each in _choices(node) if "discriminator" in each]
+        if kinds and part in kinds[0]["mapping"]:
+            node = {"$ref": kinds[0]["mapping"][part]}
         elif isinstance(part, int):
             node = node.get("items", {})
         else:
@@ -138,7 +235,14 @@ def _known_keys(model: type[BaseModel], path: tuple[Any, ...]) -> Iterator[str]:
     yield from _deref(root, node).get("properties", {})
 
 
+def _choices(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A node, and what else it may be: the mapping of a setting that may also be a name."""
+    return [node, *node.get("anyOf", [])]
+
+
 def _deref(root: Mapping[str, Any], node: Any) -> Any:
+    optional = node.get("anyOf", []) if isinstance(node, Mapping) else []
+    node = next((each for each in optional if "$ref" in each), node)  # a section, or null
     while isinstance(node, Mapping) and "$ref" in node:
         node = root["$defs"][node["$ref"].rsplit("/", 1)[1]]
     return node if isinstance(node, Mapping) else {}

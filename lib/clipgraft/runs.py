@@ -46,9 +46,10 @@ def unused(results: Path = RESULTS) -> Iterator[Path]:
 
 
 def show(run: str, results: Path = RESULTS) -> str:
-    """The results of a run as a table, and where its report is."""
-    folder = results / "runs" / run / "report"
-    return f"\n{(folder / 'results.txt').read_text()}\nreport: {folder / 'report.html'}"
+    """The results of a run as a table, and where its page is; of a sweep what it shows."""
+    page = "scaling" if (results / "runs" / run / "scaling").exists() else "report"
+    folder = results / "runs" / run / page
+    return f"\n{(folder / 'results.txt').read_text()}\n{page}: {folder / f'{page}.html'}"
 
 
 def main() -> None:

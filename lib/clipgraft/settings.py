@@ -7,6 +7,7 @@ only. Everything here is science: it changes results, so it is hashed into versi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
@@ -19,7 +20,16 @@ from pydantic import (
     model_validator,
 )
 
-from clipgraft.recipes import ModelSettings, PhaseSettings, TrainSettings, hint
+from clipgraft.recipes import (
+    ModelSettings,
+    PhaseSettings,
+    TrainSettings,
+    hint,
+    position_kind,
+    position_misfit,
+    vocabulary_misfit,
+)
+from clipgraft.reductions import TEXT_MASKS, num_kept, text_mask_of
 from clipgraft.sources import (
     Attribute,
     Fraction,
@@ -43,10 +53,15 @@ class IndexSettings(Settings):
     max_megapixels: PositiveFloat = Field(
         100.0, description="Reject larger images before decoding."
     )
-    vocabulary: Literal["corpus", "full"] = Field(
+    vocabulary: Literal["corpus", "full", "wordpiece"] = Field(
         "corpus",
         description="corpus: keep only the merges of CLIP's BPE that the training captions use, so small "
-        "models need no 49,408 row token table; full: CLIP's own vocabulary (for public weights).",
+        "models need no 49,408 row token table; full: CLIP's own vocabulary (for public weights); "
+        "wordpiece: BERT's words and pieces, without an end token (CLIPA-v2).",
+    )
+    wordpiece: str | None = Field(
+        None,
+        description="A BERT vocab.txt for `vocabulary: wordpiece`; null: one is made from the training captions.",
     )
     tagger: Literal["textblob", "nltk"] = Field(
         "textblob",
@@ -64,6 +79,15 @@ class IndexSettings(Settings):
         default_factory=list,
         description="Training set: reject images that are in these data sets (names under download).",
     )
+
+    @model_validator(mode="after")
+    def _wordpiece(self) -> IndexSettings:
+        if self.wordpiece is not None and self.vocabulary != "wordpiece":
+            raise ValueError(
+                f"wordpiece = {self.wordpiece!r}, but vocabulary is {self.vocabulary}. "
+                "Hint: vocabulary: wordpiece"
+            )
+        return self
 
 
 class ShardSettings(Settings):
@@ -183,6 +207,23 @@ class ReportSettings(Settings):
     num_pictures: NonNegativeInt = Field(32, description="Pictures on a sample sheet.")
 
 
+class ScalingSettings(Settings):
+    """The page of a sweep: what shorter sequences cost, by the size of the model."""
+
+    title: str = "The inverse scaling law"
+    task: Name | None = Field(
+        None, description="A task of `evaluate`; null: the first with retrieval, else the first."
+    )
+    label: str | None = Field(
+        None,
+        description="Zero-shot accuracy of this label is the metric; null: mean R@1, or the first label where the "
+        "task has no retrieval.",
+    )
+    num_resamples: PositiveInt = Field(
+        2000, description="Of the bootstrap behind the intervals of the slopes."
+    )
+
+
 class ResourceSettings(Settings):
     """What a job of a stage wishes for. Never part of a version: results do not depend on it."""
 
@@ -205,6 +246,7 @@ Stage = Literal[
     "finetune_router",
     "evaluate",
     "report",
+    "scaling",
 ]
 STAGES: tuple[str, ...] = get_args(Stage)
 
@@ -220,12 +262,34 @@ class RunSettings(Settings):
     pretrain: Annotated[list[PhaseSettings], Field(min_length=1)]
     embed: EmbedSettings = EmbedSettings()
     cluster: ClusterSettings = ClusterSettings()
-    finetune_expert: ExpertSettings
-    moe: MoeSettings = MoeSettings()
-    finetune_router: RouterSettings
+    finetune_expert: ExpertSettings | None = None
+    moe: MoeSettings | None = Field(
+        MoeSettings(),
+        description="null: the run stops at the base; what is set for experts and routers is then not used.",
+    )
+    finetune_router: RouterSettings | None = None
     evaluate: EvaluateSettings
     report: ReportSettings = ReportSettings()
+    scaling: ScalingSettings = ScalingSettings()
     resources: dict[Stage, ResourceSettings] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mask_of_model(cls, raw: Any) -> Any:
+        """A model config that names a text reduction names it for all phases that do not."""
+        model, phases = (raw.get(key) for key in ("model", "pretrain"))
+        config = model.get("config") if isinstance(model, Mapping) else None
+        mask = text_mask_of(config) if isinstance(config, Mapping) else None
+        if mask is None or not isinstance(phases, list):
+            return raw
+        keys = {"text_reduction", *TEXT_MASKS}
+        masked = [
+            {**phase, "text_reduction": mask}
+            if isinstance(phase, Mapping) and not keys & phase.keys()
+            else phase
+            for phase in phases
+        ]
+        return {**raw, "pretrain": masked}
 
     @model_validator(mode="after")
     def _crosscheck(self) -> RunSettings:
@@ -250,19 +314,40 @@ class RunSettings(Settings):
                 )
         if self.resources_of("evaluate").gpu > 1:
             raise ValueError("resources.evaluate.gpu: a job uses one device. Hint: 0 or 1")
+        self._check_sections()
         self._check_names()
         self._check_tasks()
+        self._check_scaling()
         self._check_patches()
+        self._check_vocabulary()
+        self._check_positions()
         self._check_layers()
         self._check_batches()
         self._check_source_weights()
         return self
 
+    @property
+    def tuned(self) -> dict[str, TrainSettings]:
+        """The sections of the trainings that follow the base, by name; none without experts."""
+        sections: dict[str, TrainSettings | None] = {
+            "finetune_expert": self.finetune_expert,
+            "finetune_router": self.finetune_router,
+        }
+        return {name: section for name, section in sections.items() if section and self.moe}
+
+    def _check_sections(self) -> None:
+        for name in ("finetune_expert", "finetune_router"):
+            if self.moe and name not in self.tuned:
+                raise ValueError(
+                    f"missing key `{name}`. Hint: with `moe: null` the run stops at the base"
+                )
+
     def _check_names(self) -> None:
         """Phases, controls and the models of every run are evaluated side by side, by name."""
-        experts = [f"expert_{k}" for k in range(self.moe.num_experts)]
+        experts = [f"expert_{k}" for k in range(self.moe.num_experts if self.moe else 0)]
+        controls = self.finetune_expert.controls if self.finetune_expert and self.moe else {}
         phases = [phase.name for phase in self.pretrain[:-1]]
-        names = ["base", *experts, "upcycled", "moe", *phases, *self.finetune_expert.controls]
+        names = ["base", *experts, "upcycled", "moe", *phases, *controls]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(
@@ -290,7 +375,30 @@ class RunSettings(Settings):
                     if "{c}" not in template:
                         raise ValueError(f"{where}: template {template!r} has no {{c}}")
 
+    @property
+    def scaling_task(self) -> str:
+        """The task that the scaling page is about."""
+        with_retrieval = (name for name, task in self.evaluate.tasks.items() if task.retrieval)
+        return self.scaling.task or next(with_retrieval, None) or next(iter(self.evaluate.tasks))
+
+    def _check_scaling(self) -> None:
+        if not self.evaluate.tasks:
+            return
+        tasks, name, label = self.evaluate.tasks, self.scaling.task, self.scaling.label
+        if name is not None and name not in tasks:
+            raise ValueError(
+                f"scaling.task = {name!r} is no task of evaluate.tasks{hint(name, tasks)}"
+            )
+        labels = [measure.label for measure in tasks[self.scaling_task].zero_shot]
+        if label is not None and label not in labels:
+            raise ValueError(
+                f"scaling.label = {label!r} is no zero_shot label of evaluate.tasks.{self.scaling_task}"
+                f"{hint(label, labels)}"
+            )
+
     def _check_layers(self) -> None:
+        if self.moe is None:
+            return
         config = self.model.config or {}
         for tower, layers in (("vision", self.moe.image_layers), ("text", self.moe.text_layers)):
             depth = (config.get(f"{tower}_cfg") or {}).get("layers")
@@ -312,6 +420,27 @@ class RunSettings(Settings):
                     f"pretrain.{phase.name}.image_size = {phase.image_size} is not divisible by the patch size "
                     f"{patch} of model.config.vision_cfg. Hint: {lower or patch} or {lower + patch}"
                 )
+            side = phase.image_size // patch
+            try:
+                num_kept(phase.image_reduction, side, side)
+            except ValueError as error:
+                raise ValueError(f"pretrain.{phase.name}.{error}") from None
+
+    def _check_vocabulary(self) -> None:
+        if self.model.config is not None:  # of named architectures, training knows
+            misfit = vocabulary_misfit(self.model.config["text_cfg"], self.index.vocabulary)
+            if misfit:
+                raise ValueError(f"model.config.{misfit}")
+
+    def _check_positions(self) -> None:
+        if self.model.config is None:  # of named architectures, training knows
+            return
+        was_frozen = self.model.config["vision_cfg"].get("pos_embed_type") == "sin_cos_2d"
+        for number, phase in enumerate(self.pretrain):
+            misfit = position_misfit(phase, was_frozen, is_carried=number > 0)
+            if misfit:
+                raise ValueError(misfit)
+            was_frozen = position_kind(phase, was_frozen) == "sincos_frozen"
 
     def _check_batches(self) -> None:
         train = self.download["train"]
@@ -320,10 +449,7 @@ class RunSettings(Settings):
         sections: dict[str, TrainSettings] = {
             f"pretrain.{phase.name}": phase for phase in self.pretrain
         }
-        sections |= {
-            "finetune_expert": self.finetune_expert,
-            "finetune_router": self.finetune_router,
-        }
+        sections |= self.tuned
         for where, section in sections.items():
             if section.batch_size > train.num_samples:
                 raise ValueError(
@@ -335,8 +461,7 @@ class RunSettings(Settings):
         train = self.download["train"]
         names = list(train.sources) if isinstance(train, MixedSource) else []
         sections = [(f"pretrain.{phase.name}", phase.source_weights) for phase in self.pretrain]
-        for name in ("finetune_expert", "finetune_router"):
-            sections.append((name, getattr(self, name).source_weights))
+        sections += [(name, section.source_weights) for name, section in self.tuned.items()]
         for where, weights in sections:
             for name in weights:
                 if name not in names:
@@ -415,3 +540,18 @@ class ReportJob(ReportSettings):
     """Settings of one `report` job."""
 
     run: str
+
+
+class SweepRun(Settings):
+    """One run of a sweep, and where it stands: axis to the name of its point."""
+
+    run: str
+    point: dict[str, str]
+
+
+class ScalingJob(ScalingSettings):
+    """Settings of one `scaling` job."""
+
+    task: Name
+    runs: list[SweepRun] = Field(description="In the order of the axes, which says what is first.")
+    seed: NonNegativeInt

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from clipgraft import settings as cfg
+from clipgraft.architectures import our_file
 from clipgraft.config import ConfigError
 from clipgraft.sources import MixedSource, Settings
 
 LIBRARY = Path(__file__).resolve().parent
+SWEEP = "sweep"  # stands among the runs, and is the key of the config
 _MEMO = LIBRARY / "__pycache__" / "fingerprints.json"
 
 # Floor 0 and the launcher move settings and bytes, never values: editing them re-runs nothing.
@@ -42,6 +44,9 @@ PLUMBING = {
             "log",
             "runs",
             "launch",
+            "architectures",
+            "cost",
+            "plan",
         )
     ),
 }
@@ -56,7 +61,7 @@ class PlannedJob:
         name: for people, unique in a run: `pretrain/short`, `finetune_expert/2`, `evaluate/base/renders`.
         settings: what the script is handed, JSON-able, complete; hashed.
         inputs: input name to the jobs it comes from.
-        sources: local files outside `results/` that a download reads.
+        sources: local files outside `results/` that a download or an index reads.
     """
 
     stage: str
@@ -84,6 +89,42 @@ def _short_hash(text: str) -> str:
 def seed_for(seed: int, *words: object) -> int:
     """A seed of its own for every stochastic job: the run's seed mixed with the job's name."""
     return int(_short_hash(json.dumps([seed, *map(str, words)])), 16) % 2**31
+
+
+def plan_runs(
+    runs: Mapping[str, cfg.RunSettings], points: Mapping[str, Mapping[str, str]]
+) -> dict[str, list[PlannedJob]]:
+    """All jobs of all runs, by run; under `sweep` the page of the sweep, if there is one.
+
+    Args:
+        runs: validated settings by name.
+        points: the runs of the sweep, each with its point on every axis (`config.sweep_points`).
+    """
+    _listing.cache_clear()  # once for all runs, anew for every plan
+    planned = {name: plan_run(name, run) for name, run in runs.items()}
+    if points:
+        sweep = {name: (runs[name], planned[name]) for name in points}
+        planned[SWEEP] = [_plan_scaling(sweep, points)]
+    return planned
+
+
+def _plan_scaling(
+    sweep: Mapping[str, tuple[cfg.RunSettings, list[PlannedJob]]],
+    points: Mapping[str, Mapping[str, str]],
+) -> PlannedJob:
+    """The page of a sweep reads the phases of every run, and how they and the base did on one task."""
+    first, _ = next(iter(sweep.values()))
+    task = first.scaling_task
+    inputs: dict[str, PlannedJob] = {}
+    for name, (run, jobs) in sweep.items():
+        names = [phase.name for phase in run.pretrain]
+        wanted = {f"pretrain/{phase}" for phase in names}
+        wanted |= {f"evaluate/{model}/{task}" for model in (*names[:-1], "base")}
+        inputs |= {f"{name}/{job.name}": job for job in jobs if job.name in wanted}
+    runs = [cfg.SweepRun(run=name, point=dict(point)) for name, point in points.items()]
+    seed = seed_for(first.seed, "scaling")
+    settings = _extend(cfg.ScalingJob, first.scaling, task=task, runs=runs, seed=seed)
+    return PlannedJob("scaling", "scaling", settings.model_dump(mode="json"), inputs)
 
 
 def plan_run(name: str, run: cfg.RunSettings) -> list[PlannedJob]:
@@ -134,37 +175,8 @@ def plan_run(name: str, run: cfg.RunSettings) -> list[PlannedJob]:
         phases.append(add(f"pretrain/{phase.name}", settings, init=init, index=index, shard=shard))
     base = phases[-1]
 
-    experts, labels, tune = [base], None, run.finetune_expert
-    tune_seed = seed_for(run.seed, "finetune_expert")  # the same for experts and controls
-    for k in range(1, run.moe.num_experts):
-        last = experts[-1]
-        embed = add(f"embed/{k - 1}", run.embed, model=last, index=index, shard=shard)
-        settings = _extend(cfg.ClusterJob, run.cluster, seed=seed_for(run.seed, "cluster", k))
-        labels = add(f"cluster/{k}", settings, embed=embed, previous=labels)
-        settings = _extend(cfg.ExpertJob, tune, batches="homogeneous", seed=tune_seed)
-        init = last if tune.init == "previous" else base
-        experts.append(
-            add(
-                f"finetune_expert/{k}", settings, init=init, labels=labels, index=index, shard=shard
-            )
-        )
-    controls = {}
-    for control, times in tune.controls.items():
-        seen = {"samples_seen": tune.samples_seen * times}
-        settings = _extend(cfg.ExpertJob, tune, batches="ordinary", seed=tune_seed, **seen)
-        controls[control] = add(
-            f"finetune_expert/{control}", settings, init=base, index=index, shard=shard
-        )
-
-    settings = _extend(cfg.AssembleJob, run.moe, seed=seed_for(run.seed, "assemble"))
-    upcycled = add("assemble", settings, **{f"expert_{k}": job for k, job in enumerate(experts)})
-    seed = seed_for(run.seed, "finetune_router")
-    settings = _extend(cfg.RouterJob, run.finetune_router, seed=seed)
-    moe = add("finetune_router", settings, init=upcycled, index=index, shard=shard)
-
     models = {phase.name.split("/")[1]: phase for phase in phases[:-1]}
-    models |= {"base": base, **{f"expert_{k}": job for k, job in enumerate(experts) if k}}
-    models |= {**controls, "upcycled": upcycled, "moe": moe}
+    models |= {"base": base, **_plan_moe(run, add, base, index=index, shard=shard)}
     for model_name, model in models.items():
         for task, measures in run.evaluate.tasks.items():
             settings = _extend(cfg.EvaluateJob, measures, task=task)
@@ -175,6 +187,41 @@ def plan_run(name: str, run: cfg.RunSettings) -> list[PlannedJob]:
     return list(jobs.values())
 
 
+def _plan_moe(
+    run: cfg.RunSettings, add: Callable[..., PlannedJob], base: PlannedJob, **data: PlannedJob
+) -> dict[str, PlannedJob]:
+    """The jobs that make experts of the base and a MoE of them; the models, by name."""
+    if run.moe is None:
+        return {}
+    tune, router = run.finetune_expert, run.finetune_router
+    assert tune is not None and router is not None
+    settings: Settings
+    experts, labels = [base], None
+    tune_seed = seed_for(run.seed, "finetune_expert")  # the same for experts and controls
+    for k in range(1, run.moe.num_experts):
+        last = experts[-1]
+        embed = add(f"embed/{k - 1}", run.embed, model=last, **data)
+        settings = _extend(cfg.ClusterJob, run.cluster, seed=seed_for(run.seed, "cluster", k))
+        labels = add(f"cluster/{k}", settings, embed=embed, previous=labels)
+        settings = _extend(cfg.ExpertJob, tune, batches="homogeneous", seed=tune_seed)
+        init = last if tune.init == "previous" else base
+        experts.append(add(f"finetune_expert/{k}", settings, init=init, labels=labels, **data))
+    models = {f"expert_{k}": job for k, job in enumerate(experts) if k}
+    for control, times in tune.controls.items():
+        seen = {"samples_seen": tune.samples_seen * times}
+        settings = _extend(cfg.ExpertJob, tune, batches="ordinary", seed=tune_seed, **seen)
+        models[control] = add(f"finetune_expert/{control}", settings, init=base, **data)
+
+    settings = _extend(cfg.AssembleJob, run.moe, seed=seed_for(run.seed, "assemble"))
+    upcycled = add("assemble", settings, **{f"expert_{k}": job for k, job in enumerate(experts)})
+    settings = _extend(cfg.RouterJob, router, seed=seed_for(run.seed, "finetune_router"))
+    return {
+        **models,
+        "upcycled": upcycled,
+        "moe": add("finetune_router", settings, init=upcycled, **data),
+    }
+
+
 def _extend(job: type[cfg.S], section: Settings, /, **more: Any) -> cfg.S:
     """The settings of a job: those fields of its section that it has, and what it takes from elsewhere."""
     fields = {key: value for key, value in section if key in job.model_fields}
@@ -182,10 +229,14 @@ def _extend(job: type[cfg.S], section: Settings, /, **more: Any) -> cfg.S:
 
 
 def _sources(settings: Settings) -> Iterator[str]:
-    """What tells that the local files of a source have changed: their names and sizes.
+    """What tells that the local files of a job have changed: their names and sizes.
 
-    A changed file re-runs its download, a touched one does not; small files are hashed.
+    A changed file re-runs the job that reads it, a touched one does not; small files are hashed.
     """
+    if isinstance(settings, cfg.IndexJob) and settings.wordpiece is not None:
+        yield from map(_identity, local_files(settings.wordpiece))
+    if isinstance(settings, cfg.PretrainJob) and (path := our_file(settings.model)):
+        yield _identity(path)
     if not isinstance(settings, cfg.DownloadJob):
         return
     for key in ("folder", "images"):
@@ -198,6 +249,7 @@ def _sources(settings: Settings) -> Iterator[str]:
                 yield from map(_identity, local_files(pattern))
 
 
+@cache
 def _listing(name: str) -> str:
     folder = Path(os.path.expanduser(os.path.expandvars(name)))
     if not folder.is_dir():

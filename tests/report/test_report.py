@@ -141,6 +141,23 @@ def test_a_run_that_was_only_pretrained_has_a_report(bare_tree, tmp_path):
     assert (tmp_path / "out" / "results.txt").read_text() == "nothing was evaluated\n"
 
 
+def test_a_run_without_experts_has_a_report_that_speaks_of_none(tree, tmp_path):
+    models = ("evaluate/short/", "evaluate/base/")
+    others = ("evaluate", "embed", "cluster", "finetune_expert", "assemble", "finetune_router")
+    inputs = {
+        name: path
+        for name, path in tree.items()
+        if name.startswith(models) or name.split("/")[0] not in others
+    }
+    text = write(inputs, tmp_path / "out")
+    page = Page(text)
+    assert {"data", "pretraining", "results"} <= set(page.ids)
+    assert not {"experts", "moe"} & set(page.ids)
+    said = " ".join(page.text)
+    assert "base reaches" in said
+    assert not re.search(r"\b(MoE|experts?|controls?|routers?)\b", said)
+
+
 def test_a_stage_that_trained_for_no_step_draws_no_curve(bare_tree, tmp_path):
     inputs = dict(bare_tree)
     for name in (

@@ -54,11 +54,14 @@ def plot_metrics(models: Sequence[Model], columns: Sequence[Column]) -> Figure:
         _legend(figure, models)
         return figure
 
-    caption = (
-        "Per cent, further right is better; the grey tick is chance. Look for the metrics in which "
-        "experts pass the base and whether the MoE keeps the best of each. Bad: a MoE left of the control, "
-        "which had the same kind of extra training without clusters and routers."
-    )
+    caption = "Per cent, further right is better; the grey tick is chance. "
+    if _has_moe(models):
+        caption += (
+            "Look for the metrics in which experts pass the base and whether the MoE keeps the best of each. Bad: "
+            "a MoE left of the control, which had the same kind of extra training without clusters and routers."
+        )
+    else:
+        caption += "Bad: a base left of an earlier phase, or models at chance."
     return draw("results_metrics", "All models, all main metrics", caption, rows, plot)
 
 
@@ -96,11 +99,14 @@ def plot_cost(models: Sequence[Model], column: Column) -> Figure:
         _legend(figure, shown)
         return figure
 
-    caption = (
-        "Cost is all training that a model rests upon: the MoE pays for its base, its experts, their "
-        "clusters and its routers. Dashed: chance. Bad: a control to the left of and above the MoE, which "
-        "then bought nothing."
-    )
+    caption = "Cost is all training that a model rests upon. Dashed: chance. "
+    if _has_moe(models):
+        caption += (
+            "The MoE pays for its base, its experts, their clusters and its routers. Bad: a control to the left of "
+            "and above the MoE, which then bought nothing."
+        )
+    else:
+        caption += "Bad: an earlier phase above the base, which then bought nothing."
     return draw("results_cost", "Accuracy against cost of training", caption, rows, plot)
 
 
@@ -137,6 +143,10 @@ def plot_confusions(task: str, model: Model) -> Figure | None:
         "diagonal (classes that the model cannot tell apart)."
     )
     return draw("results_confusion", f"Confusion of {model.title} on {task}", caption, rows, plot)
+
+
+def _has_moe(models: Sequence[Model]) -> bool:
+    return any(model.key == "moe" for model in models)
 
 
 def noise_of(result: Mapping[str, Any], share: float = 0.5) -> float:

@@ -113,10 +113,15 @@ class Run:
 
 def cost(folder: Path) -> tuple[int, float]:
     """Samples seen and minutes spent on a model and on all it was made from."""
-    manifests = dict(_ancestors(folder.resolve(), set()))
+    manifests = ancestors(folder)
     of_models = [m for m in manifests.values() if m["stage"] in MODEL_STAGES]
     samples_seen = sum(m.get("samples_seen") or 0 for m in of_models)
     return samples_seen, sum(m.get("seconds") or 0.0 for m in of_models) / 60
+
+
+def ancestors(folder: Path) -> dict[Path, dict[str, Any]]:
+    """Manifests of a job and of all it was made from, by folder."""
+    return dict(_ancestors(folder.resolve(), set()))
 
 
 def _ancestors(folder: Path, seen: set[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:

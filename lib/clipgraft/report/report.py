@@ -11,19 +11,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from clipgraft.report.facts import job_rows, provenance, subtitle, write_figures
 from clipgraft.report.figures_results import noise_of
 from clipgraft.report.page import render
 from clipgraft.report.read import Model, Run
 from clipgraft.report.sections import (
     TRAIN,
-    Section,
     data_section,
     experts_section,
     lead_column,
     moe_section,
     pretraining_section,
     results_section,
-    settings_text,
 )
 from clipgraft.report.tables import (
     Column,
@@ -32,7 +31,6 @@ from clipgraft.report.tables import (
     human,
     results_csv,
     results_text,
-    to_csv,
 )
 from clipgraft.settings import ReportJob
 
@@ -62,7 +60,7 @@ def report(settings: ReportJob, inputs: Mapping[str, Path], out: Path) -> dict[s
         results_section(run, models, columns),
     ]
     sections = [section for section in sections if not section.is_empty]
-    _write_figures(sections, out / "figures")
+    write_figures(sections, out / "figures")
     text = results_text(models, columns)
     (out / "results.txt").write_text(text)
     (out / "results.csv").write_text(results_csv(models, columns))
@@ -70,11 +68,11 @@ def report(settings: ReportJob, inputs: Mapping[str, Path], out: Path) -> dict[s
         {
             "title": settings.title,
             "run": settings.run,
-            "subtitle": _subtitle(run),
+            "subtitle": subtitle(run),
             "headline": _headline(models, columns),
             "tiles": _tiles(run, models, columns, len(samples)),
-            "provenance": _provenance(run),
-            "jobs": _jobs(run),
+            "provenance": provenance(run),
+            "jobs": job_rows(run),
             "sections": sections,
         }
     )
@@ -87,31 +85,6 @@ def report(settings: ReportJob, inputs: Mapping[str, Path], out: Path) -> dict[s
         "html_bytes": len(page.encode()),
         "run_seconds": round(run.seconds, 1),
     }
-
-
-def _write_figures(sections: Sequence[Section], folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
-    for figure in (figure for section in sections for figure in section.figures):
-        (folder / f"{figure.name}.svg").write_text(figure.svg)
-        (folder / f"{figure.name}.csv").write_text(to_csv(figure.rows))
-
-
-def _subtitle(run: Run) -> str:
-    """Commit, hardware and seed, each as often as they differ."""
-    manifests = run.manifests.values()
-    commits = dict.fromkeys(m["git"] for m in manifests if m.get("git"))
-    machines = dict.fromkeys(_machine(m["hardware"]) for m in manifests if m.get("hardware"))
-    seeds = dict.fromkeys(m["settings"]["seed"] for m in manifests if "seed" in m["settings"])
-    parts = [f"commit {', '.join(commits)}"] if commits else []
-    parts += [" / ".join(machines)] if machines else []
-    parts += [f"seed {', '.join(map(str, seeds))}"] if seeds else []
-    return " \N{MIDDLE DOT} ".join(parts)
-
-
-def _machine(hardware: Mapping[str, Any]) -> str:
-    devices = hardware.get("devices") or []
-    names = [f"{devices.count(name)} x {name}" for name in dict.fromkeys(devices)]
-    return " + ".join(names) or f"{hardware['cores']} cores, {hardware['processor']}"
 
 
 def _headline(models: Sequence[Model], columns: Sequence[Column]) -> str:
@@ -170,28 +143,3 @@ def _tiles(
     value = f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
     tiles.append({"value": value, "text": f"in {len(run.folders)} jobs, one after the other"})
     return tiles
-
-
-def _provenance(run: Run) -> str:
-    packages: dict[str, dict[str, None]] = {}
-    for manifest in run.manifests.values():
-        for name, version in (manifest.get("packages") or {}).items():
-            packages.setdefault(name, {})[version] = None
-    return ", ".join(f"{name} {' / '.join(versions)}" for name, versions in packages.items())
-
-
-def _jobs(run: Run) -> list[dict[str, str]]:
-    rows = []
-    for name, manifest in run.manifests.items():
-        seen, memory = manifest.get("samples_seen"), manifest.get("peak_memory_mb")
-        rows.append(
-            {
-                "name": name,
-                "version": run.folders[name].resolve().name,
-                "seconds": f"{manifest.get('seconds') or 0:,.1f}",
-                "memory": f"{memory:,}" if memory else "-",
-                "samples_seen": f"{seen:,}" if seen else "-",
-                "settings": settings_text(manifest["settings"]),
-            }
-        )
-    return rows

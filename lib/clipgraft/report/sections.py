@@ -5,7 +5,6 @@ What a run does not have is left out, and a section without anything in it as we
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -266,11 +265,6 @@ def _same_keys(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if not isinstance(value, list | dict) and all(key in row for row in rows)
     ]
     return [{key: row[key] for key in keys} for row in rows]
-
-
-def settings_text(settings: dict[str, Any]) -> str:
-    """Settings on one line, as JSON without the outer braces."""
-    return json.dumps(settings, sort_keys=False)[1:-1].replace('"', "")
 
 
 _ROUND_CAPTION = (
