@@ -14,6 +14,7 @@ from clipgraft.data.shapes import draw_sample
 from clipgraft.data.tokens import BEGINS, CLASS, Tokenizer, Tokens
 from clipgraft.data.wordpiece import WordPieces, basic_words
 from clipgraft.data.words import CLASSES, tag_words
+from clipgraft.reductions import text_reduction
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 CAPTIONS = [
