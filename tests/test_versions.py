@@ -258,3 +258,23 @@ def test_a_changed_vocabulary_is_another_source_of_the_index(tmp_path):
     vocabulary.unlink()
     with pytest.raises(ConfigError, match=r"no file matches.*vocab\.txt"):
         list(_sources(settings))
+
+
+@pytest.mark.parametrize(
+    ("crops", "given", "expected"),
+    [
+        ({}, None, [1.05, 1.05]),
+        ({"short": 0.4}, None, [1.58, 1.05]),
+        ({"router": 0.4}, None, [1.05, 1.58]),  # it reads the shards of the last phase
+        ({"short": 0.4, "router": 0.5}, 1.2, [1.2, 1.2]),
+    ],
+)
+def test_images_are_stored_as_large_as_the_smallest_crop_wants_them(crops, given, expected):
+    raw = copy.deepcopy(SMALL)
+    raw["shard"] = {"oversize": given}
+    for section, low in crops.items():
+        where = raw["pretrain"][0] if section == "short" else raw["finetune_router"]
+        where["crop_scale"] = [low, 1.0]
+    (settings,) = load_config(raw).values()
+    shards = [job for job in plan_run("small", settings) if job.stage == "shard"]
+    assert [job.settings["oversize"] for job in shards] == expected

@@ -93,10 +93,10 @@ class IndexSettings(Settings):
 class ShardSettings(Settings):
     """How images are stored for training."""
 
-    oversize: Annotated[float, Field(ge=1)] = Field(
-        1.58,
-        description="Short side of the stored image over the training size; at 1.58 a crop of 40 % of the area is as "
-        "large as the training size.",
+    oversize: Annotated[float, Field(ge=1)] | None = Field(
+        None,
+        description="Short side of the stored image over the training size. Unless given, 1.05 where crops keep 90 % of "
+        "the area and more (crop_scale), 1.58 where they keep 40 %: so that none is enlarged.",
     )
     quality: Annotated[int, Field(ge=1, le=100)] = Field(95, description="JPEG quality.")
     format: Literal["jpeg", "raw"] = Field(
@@ -495,6 +495,7 @@ class ShardJob(ShardSettings):
     """Settings of one `shard` job."""
 
     image_size: PositiveInt = Field(description="Training size of the phase that reads the shards.")
+    oversize: Annotated[float, Field(ge=1)] = 1.58
 
 
 class PretrainJob(PhaseSettings):

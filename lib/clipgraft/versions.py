@@ -22,6 +22,7 @@ from typing import Any
 from clipgraft import settings as cfg
 from clipgraft.architectures import our_file
 from clipgraft.config import ConfigError
+from clipgraft.recipes import PhaseSettings, TrainSettings
 from clipgraft.sources import MixedSource, Settings
 
 LIBRARY = Path(__file__).resolve().parent
@@ -167,7 +168,9 @@ def plan_run(name: str, run: cfg.RunSettings) -> list[PlannedJob]:
 
     phases: list[PlannedJob] = []
     for phase in run.pretrain:
-        settings = _extend(cfg.ShardJob, run.shard, image_size=phase.image_size)
+        settings = _extend(
+            cfg.ShardJob, run.shard, image_size=phase.image_size, oversize=_oversize(run, phase)
+        )
         shard = add(f"shard/{phase.name}", settings, index=index)
         seed = seed_for(run.seed, "pretrain", phase.name)
         settings = _extend(cfg.PretrainJob, phase, model=run.model, seed=seed)
@@ -220,6 +223,15 @@ def _plan_moe(
         "upcycled": upcycled,
         "moe": add("finetune_router", settings, init=upcycled, **data),
     }
+
+
+def _oversize(run: cfg.RunSettings, phase: PhaseSettings) -> float:
+    """As given, or so that the smallest crop of those that read the shards of a phase is as large as training wants."""
+    users: list[TrainSettings | None] = [phase]
+    if run.moe is not None and phase is run.pretrain[-1]:
+        users += [run.finetune_expert, run.finetune_router]
+    smallest = min(user.crop_scale[0] for user in users if user is not None)
+    return run.shard.oversize or round(smallest**-0.5, 2)
 
 
 def _extend(job: type[cfg.S], section: Settings, /, **more: Any) -> cfg.S:
