@@ -28,7 +28,7 @@ FLOORS = [
         "cost",
         "plan",
     },
-    {"dist", "launch"},
+    {"dist", "launch", "lean"},
     {"data", "models", "losses"},
     {"checkpoint", "optim", "meter"},
     {"train", "evaluation"},
@@ -88,11 +88,48 @@ def test_losses_know_neither_processes_nor_files(path: Path):
         assert not imported(path) & {"torch.distributed", "os", "pathlib", "json"}
 
 
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(LIBRARY)))
+def test_open_clip_is_imported_by_lean_alone(path: Path):
+    roots = {name.split(".")[0] for name in imported(path)}
+    assert path.name == "lean.py" or "open_clip" not in roots
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_lean_leaves_the_compiler_and_timm_out():
+    unneeded = ["torch._dynamo", "torch._inductor", "timm", "wandb"]
+    assert (
+        run(f"import sys, clipgraft.models.build; print(set({unneeded}) & set(sys.modules))")
+        == "set()"
+    )
+
+
+def test_what_lean_left_out_comes_when_it_is_asked_for():
+    after = """
+import warnings
+from clipgraft.lean import open_clip
+import timm, torch, torchvision.ops
+from torchvision.ops.roi_align import is_compile_supported
+assert is_compile_supported("cpu") in (True, False)
+assert torch._dynamo.__file__ and timm.__file__
+assert torch.compile(torch.nn.Linear(2, 3), backend="eager")(torch.ones(1, 2)).shape == (1, 3)
+print(torchvision.ops.roi_align(torch.ones(1, 1, 4, 4), [torch.tensor([[0.0, 0, 4, 4]])], 1).item())
+"""
+    assert float(run(after)) == 1
+
+
+def test_lean_keeps_what_was_imported_before_it():
+    before = "import timm, torch._dynamo; from clipgraft.lean import open_clip; import open_clip.timm_model as there; "
+    assert run(before + "print(there.timm is timm)") == "True"
+
+
 def test_floor_0_loads_no_torch_and_no_pandas():
     modules = ", ".join(f"clipgraft.{name}" for name in sorted(FLOORS[0]))
     code = f"import sys, {modules}; print({{'torch', 'numpy', 'pandas', 'open_clip'}} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+    assert run(code) == "set()"
 
 
 def test_every_stage_is_a_rule_a_script_and_a_section_of_words():

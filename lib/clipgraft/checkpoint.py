@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from open_clip import CustomTextCLIP
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from clipgraft.config import ConfigError
 from clipgraft.job import WRITING, write_json
+from clipgraft.lean import open_clip
 from clipgraft.models.build import build, check_fit
 from clipgraft.models.positions import resize_positions
 
@@ -44,7 +44,7 @@ TOKENIZERS = ("merges.txt.gz", "vocab.txt")  # byte pairs, WordPiece
 class Loaded:
     """A model read from its folder, what `model.json` says of it, and the file of its tokenizer."""
 
-    model: CustomTextCLIP
+    model: open_clip.CustomTextCLIP
     spec: dict[str, Any]
     tokenizer: Path
 

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from open_clip import CustomTextCLIP
 from torch import Tensor
 
 from clipgraft import dist
 from clipgraft.checkpoint import load_model
 from clipgraft.data.crops import center_boxes, whole_boxes
 from clipgraft.data.reduce import spread
+from clipgraft.lean import open_clip
 from clipgraft.meter import LOG_SECONDS
 from clipgraft.models.build import normalize
 from clipgraft.settings import EmbedSettings
@@ -87,7 +87,9 @@ def _allocate(path: Path, shape: tuple[int, int]) -> None:
         os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
 
 
-def _images(clip: CustomTextCLIP, spec: dict[str, Any], data: Data, rows_B: np.ndarray) -> Tensor:
+def _images(
+    clip: open_clip.CustomTextCLIP, spec: dict[str, Any], data: Data, rows_B: np.ndarray
+) -> Tensor:
     preprocess = spec["preprocess"]
     size = preprocess["size"]
     pixels_BHWC = np.empty((len(rows_B), size, size, 3), np.uint8)
@@ -99,7 +101,11 @@ def _images(clip: CustomTextCLIP, spec: dict[str, Any], data: Data, rows_B: np.n
 
 
 def _texts(
-    clip: CustomTextCLIP, spec: dict[str, Any], data: Data, rows_B: np.ndarray, captions: str
+    clip: open_clip.CustomTextCLIP,
+    spec: dict[str, Any],
+    data: Data,
+    rows_B: np.ndarray,
+    captions: str,
 ) -> Tensor:
     device, length = clip.logit_scale.device, spec["config"]["text_cfg"]["context_length"]
     first_B, count_B = data.tokens.captions_of(rows_B)

@@ -222,11 +222,11 @@ class Tokenizer:
             self.vocab_size, self.start_id, self.end_id = pieces.vocab_size, pieces.start_id, None
             return
         with warnings.catch_warnings():
-            # open_clip leaves its merges file to the garbage collector, on import and again here.
+            # open_clip leaves its merges file to the garbage collector.
             warnings.simplefilter("ignore", ResourceWarning)
-            from open_clip import SimpleTokenizer
+            from clipgraft.lean import open_clip
 
-            merges = SimpleTokenizer(bpe_path=str(file))
+            merges = open_clip.SimpleTokenizer(bpe_path=str(file))
         self._encode = merges.encode
         self.vocab_size = int(merges.vocab_size)
         self.start_id, self.end_id = int(merges.sot_token_id), int(merges.eot_token_id)

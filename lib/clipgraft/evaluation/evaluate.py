@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from open_clip import CustomTextCLIP
 from torch import Tensor
 
 from clipgraft.checkpoint import load_model
@@ -31,6 +30,7 @@ from clipgraft.data.shapes import ATTRIBUTES, zero_shot_templates
 from clipgraft.data.tokens import Tokenizer
 from clipgraft.evaluation.retrieval import Captions, best_candidates, evaluate_retrieval
 from clipgraft.evaluation.zero_shot import check_templates, evaluate_zero_shot, zero_shot_weights
+from clipgraft.lean import open_clip
 from clipgraft.models.build import normalize
 from clipgraft.models.moe import insert_experts
 from clipgraft.settings import TaskSettings, ZeroShotSettings
@@ -106,7 +106,7 @@ def evaluate(
 
 
 def encode_images(
-    model: CustomTextCLIP,
+    model: open_clip.CustomTextCLIP,
     preprocess: Mapping[str, Any],
     samples: Samples,
     device: torch.device,
@@ -129,7 +129,11 @@ def encode_images(
 
 
 def encoder_of_texts(
-    model: CustomTextCLIP, tokenizer: Tokenizer, length: int, device: torch.device, batch_size: int
+    model: open_clip.CustomTextCLIP,
+    tokenizer: Tokenizer,
+    length: int,
+    device: torch.device,
+    batch_size: int,
 ) -> Callable[[list[str]], Tensor]:
     """A function from texts to L2-normalised float32 features on the device."""
 

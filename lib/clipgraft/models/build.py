@@ -18,15 +18,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
-from open_clip.convert import convert_state_dict
-from open_clip.factory import load_state_dict
-from open_clip.model import convert_to_custom_text_state_dict
 from torch import Tensor, nn
 
 from clipgraft.architectures import architecture
 from clipgraft.config import ConfigError
+from clipgraft.lean import open_clip
 from clipgraft.models.positions import IMAGE, TEXT, resize_positions
 from clipgraft.recipes import ModelSettings
 from clipgraft.reductions import TEXT_MASKS
@@ -166,7 +163,7 @@ def pretrained_state(
     tag = _pretrained_tag(settings)
     path = _download(settings, tag) if tag else _local_checkpoint(settings)
     try:
-        state = load_state_dict(path, weights_only=True)
+        state = open_clip.factory.load_state_dict(path, weights_only=True)
     except Exception as error:  # torch, pickle, zipfile and safetensors each raise their own
         raise ConfigError(
             f"model.pretrained: {path} cannot be read: {type(error).__name__}: {str(error)[:200]}. Hint: "
@@ -174,7 +171,9 @@ def pretrained_state(
         ) from None
     with torch.device("meta"):
         model = build(config)
-    state = convert_to_custom_text_state_dict(convert_state_dict(model, state))
+    state = open_clip.model.convert_to_custom_text_state_dict(
+        open_clip.convert.convert_state_dict(model, state)
+    )
     if "logit_scale" in state:
         state["logit_scale"] = state["logit_scale"].reshape(model.logit_scale.shape)
     check_fit(state, model, f"model.pretrained: {path}")

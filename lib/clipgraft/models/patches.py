@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import PatchDropout, VisionTransformer
 from torch import Tensor, nn
 
 from clipgraft.config import ConfigError
+from clipgraft.lean import open_clip
 from clipgraft.reductions import (
     RESIZE,
     BlockPatches,
@@ -31,7 +31,7 @@ _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # splitmix64 in signed numbers, which wrap
 _COLUMN_BITS = 16
 
 
-class PartialVisionTransformer(VisionTransformer):
+class PartialVisionTransformer(open_clip.transformer.VisionTransformer):
     """open_clip's image tower, which in training sees the patches that `image_bits_B` draws.
 
     Attributes:
@@ -72,7 +72,9 @@ def drop_patches(model: nn.Module, reduction: ImageReduction) -> None:
     if isinstance(reduction, Resize):
         return
     tower = model.visual
-    assert type(tower) in (VisionTransformer, PartialVisionTransformer), type(tower)
+    assert type(tower) in (open_clip.transformer.VisionTransformer, PartialVisionTransformer), type(
+        tower
+    )
     try:
         num_kept(reduction, *tower.grid_size)
     except ValueError as error:
@@ -87,7 +89,9 @@ def num_patches(model: nn.Module) -> tuple[int, int]:
     rows, columns = tower.grid_size
     is_partial = isinstance(tower, PartialVisionTransformer)
     kept = num_kept(tower.image_reduction if is_partial else RESIZE, rows, columns)
-    if isinstance(tower.patch_dropout, PatchDropout):  # open_clip's own, a key of the model config
+    if isinstance(
+        tower.patch_dropout, open_clip.transformer.PatchDropout
+    ):  # open_clip's own, a key of the model config
         kept = max(1, int(kept * (1 - tower.patch_dropout.prob)))
     return kept, rows * columns
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from open_clip.model import resize_pos_embed, resize_text_pos_embed
 from torch import Tensor, nn
 
 from clipgraft.config import ConfigError
+from clipgraft.lean import open_clip
 from clipgraft.recipes import PhaseSettings, position_kind, position_misfit
 
 log = logging.getLogger(__name__)
@@ -69,10 +69,10 @@ def resize_positions(state: dict[str, Tensor], model: nn.Module, text: str = "li
         text: `linear`; `pad`: rows stay as they are, what is missing is drawn anew; `none`: a table of another length
             is drawn anew. Drawn from torch's global generator.
     """
-    resize_pos_embed(state, model)
+    open_clip.model.resize_pos_embed(state, model)
     before_LD, num = state[TEXT], len(model.text.positional_embedding)
     if text == "linear" or len(before_LD) == num:
-        resize_text_pos_embed(state, model)
+        open_clip.model.resize_text_pos_embed(state, model)
         return
     kept_LD = before_LD[: num if text == "pad" else 0]
     fresh_LD = torch.randn(num - len(kept_LD), before_LD.shape[1]) * _TEXT_STD
