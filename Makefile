@@ -55,8 +55,8 @@ $(BIN)/uv: envs/bootstrap.txt
 	@touch $@
 
 $(SETUP): $(BIN)/uv envs/dev.txt envs/s3.txt pyproject.toml
-	$(BIN)/uv pip install -q --python $(BIN)/python --require-hashes -r envs/dev.txt
-	$(BIN)/uv pip install -q --python $(BIN)/python --target .venv/s3 --require-hashes -r envs/s3.txt
+	$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python --require-hashes -r envs/dev.txt
+	$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python --target .venv/s3 --require-hashes -r envs/s3.txt
 	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e .
 	@touch $@
 

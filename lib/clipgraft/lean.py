@@ -1,8 +1,8 @@
-"""open_clip without the two thirds of its import that no model here uses.
+"""open_clip without the part of its import that no model here uses.
 
-Every job that holds a model pays for `import open_clip` before its first step. Of nine seconds on one core, three are
-torch, four are torch's compiler, which torchvision asks for one function that no one calls, and two are timm's image
-towers, which `models.build` refuses. Both are left out during the import alone: whoever asks for them later gets them.
+Every job that holds a model pays for `import open_clip` before its first step: five seconds, of which torch takes two.
+Two more go to torch's compiler, which torchvision asks for one function that no one calls, and to timm's image towers,
+which `models.build` refuses. These are left out during the import alone: whoever asks for them later gets them.
 Import open_clip through this module, or the saving is gone.
 """
 

@@ -2,7 +2,7 @@
 
 A vocabulary is a merges file that open_clip's SimpleTokenizer reads. With fewer merges the pieces of the captions stay
 the same, letter by letter, and a small model does not carry a table of 49,408 rows. Encoding is done by our own
-`Encoder`, because importing open_clip costs `index` eight seconds; a test holds the two together.
+`Encoder`, because importing open_clip costs `index` three seconds; a test holds the two together.
 """
 
 from __future__ import annotations
