@@ -1,9 +1,12 @@
 """A web server of this machine that counts what it is asked for."""
 
+import hashlib
+import json
 import threading
 import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
 
 
 class Site:
@@ -31,6 +34,9 @@ class Site:
 
             def do_HEAD(self):
                 site.answer(self, with_body=False)
+
+            def do_POST(self):
+                site.answer(self, with_body=True)
 
             def log_message(self, *_):
                 pass
@@ -81,3 +87,50 @@ class Site:
         self.server.shutdown()
         self.server.server_close()
         self.thread.join()
+
+
+class Hub(Site):
+    """A data set of a hub of Hugging Face's: its files, listed and served as the hub's API does it.
+
+    Attributes:
+        name: owner and name of the data set.
+    """
+
+    def __init__(self, name):
+        super().__init__(ranges=True)
+        self.name = name
+        self.tree = {}
+
+    def put(self, path, data):
+        """Add a file to the data set."""
+        self.tree[path] = data
+        self.files[f"/datasets/{self.name}/resolve/main/{path}"] = data
+
+    def answer(self, request, with_body):
+        """What the API says of the data set; anything else is a file."""
+        path, api = urlsplit(request.path).path, f"/api/datasets/{self.name}"
+        if path == api:
+            about = {"id": self.name, "sha": "0" * 40, "private": False, "tags": []}
+        elif path.startswith(f"{api}/tree/main"):
+            about = self._listed(unquote(path.removeprefix(f"{api}/tree/main").strip("/")))
+        elif path == f"{api}/paths-info/main":
+            body = request.rfile.read(int(request.headers["Content-Length"])).decode()
+            asked = json.loads(body)["paths"] if body[0] == "{" else parse_qs(body)["paths"]
+            about = [each for one in asked for each in self._listed("") if each["path"] == one]
+        else:
+            super().answer(request, with_body)
+            return
+        body = json.dumps(about).encode()
+        request.send_response(200 if about else 404)
+        request.send_header("Content-Type", "application/json")
+        request.send_header("Content-Length", str(len(body)))
+        request.end_headers()
+        request.wfile.write(body)
+
+    def _listed(self, folder):
+        folders = {path.rpartition("/")[0] for path in self.tree} - {"", folder}
+        rows = [{"type": "directory", "oid": "1" * 40, "size": 0, "path": each} for each in folders]
+        for path, data in self.tree.items():
+            oid = hashlib.sha1(data).hexdigest()
+            rows.append({"type": "file", "oid": oid, "size": len(data), "path": path})
+        return [row for row in rows if not folder or row["path"].startswith(f"{folder}/")]

@@ -11,7 +11,7 @@ from pathlib import Path
 import fsspec
 import pytest
 from pictures import jpeg, write_tar
-from server import Site
+from server import Hub, Site
 
 from clipgraft.config import ConfigError
 from clipgraft.data.download import download
@@ -118,6 +118,48 @@ def test_tars_of_the_same_name_in_two_folders_stay_apart(s3, tmp_path):
         s3(f"{number}/x.tar", tar_bytes(tmp_path, number))
     samples = indexed(tmp_path, TarSource(kind="tars", tars="s3://data/*/x.tar"))
     assert sorted(samples.all_captions()) == [["number 0"], ["number 1"]]
+
+
+# --- a hub ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A data set `me/photos` on a hub of this machine; where the hub is, is asked anew."""
+    from huggingface_hub import HfFileSystem, constants
+
+    hub = Hub("me/photos")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    files = f"{hub.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+    HfFileSystem.clear_instance_cache()
+    yield hub
+    HfFileSystem.clear_instance_cache()
+    hub.close()
+
+
+def test_tars_of_a_hub_are_found_by_patterns_copied_once_and_read(hub, tmp_path):
+    for number in range(3):
+        hub.put(f"train/x-{number:03d}.tar", tar_bytes(tmp_path, number, size=5_000_000))
+    hub.put("test/x-009.tar", tar_bytes(tmp_path, 9))
+    tars = ["hf://datasets/me/photos/train/*1.tar", "hf://datasets/me/photos/train/x-00{0,2}.tar"]
+    samples = indexed(tmp_path, TarSource(kind="tars", tars=tars))
+    assert samples.all_captions() == [["number 0"], ["number 1"], ["number 2"]]
+    assert samples.image_bytes(1) == jpeg(seed=1)
+    assert 15_000_000 < hub.sent < 15_100_000
+
+
+def test_what_a_hub_does_not_have_is_said(hub, tmp_path):
+    hub.put("train/x.tar", tar_bytes(tmp_path, 0))
+    for name, message in {
+        "hf://datasets/me/photos/train/none.tar": "none.tar does not exist",
+        "hf://datasets/me/photos/train/none-*.tar": "nothing matches",
+        "hf://datasets/you/photos/x.tar": "you/photos",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            copy_all(expand(name), tmp_path / "copies", whole)
 
 
 # --- the web --------------------------------------------------------------------------------------
