@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import ssl
 import threading
 import time
 from collections import Counter
@@ -21,7 +22,7 @@ class Site:
         held: paths that are answered once `released` is set.
     """
 
-    def __init__(self, ranges=False):
+    def __init__(self, ranges=False, certificate=None):
         self.files, self.asked, self.sent = {}, Counter(), 0
         self.delay_seconds, self.ranges = 0.0, ranges
         self.cut_at = None
@@ -43,7 +44,12 @@ class Site:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
-        self.address = f"http://127.0.0.1:{self.server.server_port}"
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
+        scheme = "https" if certificate else "http"
+        self.address = f"{scheme}://127.0.0.1:{self.server.server_port}"
         self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
         self.thread.start()
 

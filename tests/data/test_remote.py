@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 
 import fsspec
@@ -163,6 +165,48 @@ def test_what_a_hub_does_not_have_is_said(hub, tmp_path):
 
 
 # --- the web --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """A PEM file: a key, and a certificate of 127.0.0.1 that it signed itself."""
+    sys.path.append(str(Path(sys.prefix) / "s3"))
+    x509 = pytest.importorskip("cryptography.x509", reason="cryptography is not installed")
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    address = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+    signed = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(address, critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    form, pem = serialization.PrivateFormat.PKCS8, serialization.Encoding.PEM
+    path = tmp_path_factory.mktemp("tls") / "server.pem"
+    path.write_bytes(
+        key.private_bytes(pem, form, serialization.NoEncryption()) + signed.public_bytes(pem)
+    )
+    return path
+
+
+def test_https_is_read_where_the_certificate_is_trusted_and_refused_elsewhere(
+    certificate, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    site = Site(ranges=True, certificate=certificate)
+    site.files["/0.tar"] = tar_bytes(tmp_path, 0)
+    code = "import sys; from clipgraft.data.remote import open_file; print(len(open_file(sys.argv[1]).read()))"
+    read = [sys.executable, "-c", code, f"{site.address}/0.tar"]
+    trusting = os.environ | {"SSL_CERT_FILE": str(certificate)}
+    done = subprocess.run(read, env=trusting, capture_output=True, text=True, check=True)
+    assert int(done.stdout) == len(site.files["/0.tar"])
+    done = subprocess.run(read, capture_output=True, text=True)
+    assert done.returncode and "cannot be read" in done.stderr and "CERTIFICATE" in done.stderr
+    site.close()
 
 
 @pytest.mark.parametrize("ranges", [True, False])

@@ -249,12 +249,14 @@ def _told_plainly(url: str, action: Callable[[], Any]) -> Any:
         return action()
     except ConfigError:
         raise
-    except FileNotFoundError:
-        raise ConfigError(f"{url} does not exist. Hint: look at the address") from None
     except ImportError as error:
         raise ConfigError(f"{url} needs another package: {error}") from None
     except Exception as error:  # each file system raises its own
+        # fsspec says of whatever goes wrong on the web that a file is not there, and keeps the cause.
+        cause = error.__cause__ or error if isinstance(error, FileNotFoundError) else error
+        if isinstance(cause, FileNotFoundError) or getattr(cause, "status", 0) == 404:
+            raise ConfigError(f"{url} does not exist. Hint: look at the address") from None
         raise ConfigError(
-            f"{url} cannot be read: {type(error).__name__}: {str(error)[:300]}. Hint: look at the "
+            f"{url} cannot be read: {type(cause).__name__}: {str(cause)[:300]}. Hint: look at the "
             "address, and whether this machine may read it"
         ) from None
