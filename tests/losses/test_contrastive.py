@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clipgraft.losses.contrastive import contrastive_loss
+from clipgraft.losses.contrastive import contrastive_loss, log_odds, softmax_bias
+from clipgraft.losses.pairs import Pairs
 
 
 def features(num: int = 6, dim: int = 8, seed: int = 0, dtype=torch.float32):
@@ -33,6 +34,23 @@ def double_loop(image, text, scale, groups, smoothing: float) -> float:
     return total / max(1, num_counted)
 
 
+def contrastive(image, text, scale, label_smoothing=0.0, group_G=None, num_ranks=1, tile=None):
+    """Mean over processes, which are slices of the batch here."""
+    num_rows = len(image) // num_ranks
+    rows = [slice(first, first + num_rows) for first in range(0, len(image), num_rows)]
+    whole = (None, None) if num_ranks == 1 else (image, text)
+    ranks = [Pairs.of(image[r], text[r], *whole, r.start, group_G, tile) for r in rows]
+    odds = [log_odds(pairs, scale) for pairs in ranks]
+    bias = torch.cat(
+        [softmax_bias(pairs, scale, odd) for pairs, odd in zip(ranks, odds, strict=True)]
+    )
+    losses = [
+        contrastive_loss(image[r], text[r], scale, pairs, odd, bias, label_smoothing)
+        for r, pairs, odd in zip(rows, ranks, odds, strict=True)
+    ]
+    return torch.stack(losses).mean()
+
+
 def gradients(loss, *tensors):
     return torch.autograd.grad(loss, tensors)
 
@@ -40,7 +58,7 @@ def gradients(loss, *tensors):
 def test_equals_open_clips_loss_and_gradients():
     image, text = features()
     scale = torch.tensor(14.3, requires_grad=True)
-    ours = contrastive_loss(image, text, scale)
+    ours = contrastive(image, text, scale)
     theirs = open_clip.ClipLoss()(image, text, scale)
     assert torch.allclose(ours, theirs)
     pairs = zip(
@@ -58,35 +76,23 @@ def test_equals_the_definition(groups, smoothing):
     image, text = features()
     expected = double_loop(image.detach().double(), text.detach().double(), 20.0, groups, smoothing)
     scale = torch.tensor(20.0)
-    masked = contrastive_loss(
+    masked = contrastive(
         image, text, scale, label_smoothing=smoothing, group_G=torch.tensor(groups)
     )
     assert masked.item() == pytest.approx(expected, rel=1e-5)
     if len(set(groups)) == 1:
-        plain = contrastive_loss(image, text, scale, label_smoothing=smoothing)
+        plain = contrastive(image, text, scale, label_smoothing=smoothing)
         assert plain.item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("num_ranks", [2, 4])
 @pytest.mark.parametrize("groups", [None, [0, 0, 1, 1, 1, 2, 0, 1]])
-def test_mean_over_ranks_is_the_loss_of_the_global_batch(groups):
+def test_mean_over_ranks_is_the_loss_of_the_global_batch(groups, num_ranks):
     image, text = features(8)
     scale = torch.tensor(10.0, requires_grad=True)
     group = None if groups is None else torch.tensor(groups)
-    whole = contrastive_loss(image, text, scale, label_smoothing=0.1, group_G=group)
-    ranks = [
-        contrastive_loss(
-            image[first : first + 2],
-            text[first : first + 2],
-            scale,
-            image,
-            text,
-            first_row=first,
-            label_smoothing=0.1,
-            group_G=group,
-        )
-        for first in (0, 2, 4, 6)
-    ]
-    mean = torch.stack(ranks).mean()
+    whole = contrastive(image, text, scale, 0.1, group)
+    mean = contrastive(image, text, scale, 0.1, group, num_ranks)
     assert torch.allclose(mean, whole)
     for part, full in zip(
         gradients(mean, image, text, scale), gradients(whole, image, text, scale), strict=True
@@ -97,10 +103,10 @@ def test_mean_over_ranks_is_the_loss_of_the_global_batch(groups):
 def test_pairs_of_other_groups_have_no_influence():
     image, text = features()
     group = torch.tensor([0, 0, 0, 1, 1, 2])
-    loss = contrastive_loss(image, text, torch.tensor(5.0), label_smoothing=0.1, group_G=group)
+    loss = contrastive(image, text, torch.tensor(5.0), label_smoothing=0.1, group_G=group)
     d_image, d_text = gradients(loss, image, text)
     assert (d_image[5] == 0).all() and (d_text[5] == 0).all()  # alone: does not count
-    alone = contrastive_loss(
+    alone = contrastive(
         image[:5], text[:5], torch.tensor(5.0), label_smoothing=0.1, group_G=group[:5]
     )
     assert torch.allclose(loss, alone)
@@ -108,7 +114,7 @@ def test_pairs_of_other_groups_have_no_influence():
 
 def test_a_batch_of_single_pairs_has_loss_zero_and_finite_gradients():
     image, text = features(4)
-    loss = contrastive_loss(image, text, torch.tensor(100.0), group_G=torch.arange(4))
+    loss = contrastive(image, text, torch.tensor(100.0), group_G=torch.arange(4))
     assert loss.item() == 0
     assert all((gradient == 0).all() for gradient in gradients(loss, image, text))
 
@@ -116,13 +122,13 @@ def test_a_batch_of_single_pairs_has_loss_zero_and_finite_gradients():
 def test_float32_inside_autocast():
     image, text = features(32)
     scale = torch.tensor(100.0)
-    outside = contrastive_loss(image, text, scale)
+    outside = contrastive(image, text, scale)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = contrastive_loss(image, text, scale)
+        inside = contrastive(image, text, scale)
     assert inside.dtype == torch.float32
     assert torch.equal(inside, outside)
 
 
 def test_chance_is_log_of_the_batch():
     same = F.normalize(torch.ones(5, 8), dim=1)
-    assert contrastive_loss(same, same, torch.tensor(14.0)).item() == pytest.approx(math.log(5))
+    assert contrastive(same, same, torch.tensor(14.0)).item() == pytest.approx(math.log(5))

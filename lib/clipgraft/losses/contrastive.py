@@ -1,11 +1,10 @@
-"""Minibatch contrastive loss (MBCL) of image-text pairs, as in CLIP.
+"""Minibatch contrastive loss (MBCL) of image-text pairs, as in CLIP, on the pair engine.
 
-Computed in float32 whatever autocast says: at tau = 0.01 the similarities are multiplied by 100, and bfloat16 would
-round them to a few tenths. In the distributed form each rank scores its rows against the features of all ranks,
-so that the mean of the losses of all ranks is the loss of the global batch.
+The positive is kept apart: what a row loses is softplus(odds), odds being the logsumexp of its negatives minus its
+positive. So a loss close to 0 and its gradient keep their digits in float32, where 1 - softmax would have lost them.
 """
 
-# Shapes: B local batch, G global batch, D embedding
+# Shapes: B local batch, G global batch, D embedding, U groups; 2: as image and as text
 
 from __future__ import annotations
 
@@ -13,61 +12,116 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipgraft.losses.pairs import (
+    Anchors,
+    Pairs,
+    exact,
+    row_statistics,
+    weighted_sums,
+    with_gradients,
+)
+
+
+def log_odds(pairs: Pairs, logit_scale: Tensor) -> Tensor:
+    """First pass: log of the odds [B, 2] of each local row, as image and as text, against its own pair."""
+    with exact():
+        scale = logit_scale.detach().to(pairs.image_BD.dtype)
+        lse_B2, _ = row_statistics(pairs, scale, with_positives=False)
+        return lse_B2 - scale * pairs.positive_B[:, None]
+
+
+def softmax_bias(pairs: Pairs, logit_scale: Tensor, odds_B2: Tensor) -> Tensor:
+    """Minus the logsumexp [B, 2] over all pairs of each local row: what makes exp(logit + bias) its softmax."""
+    scale = logit_scale.detach().to(odds_B2.dtype)
+    return -scale * pairs.positive_B[:, None] - softplus(odds_B2)
+
 
 def contrastive_loss(
     image_BD: Tensor,
     text_BD: Tensor,
     logit_scale: Tensor,
-    image_GD: Tensor | None = None,
-    text_GD: Tensor | None = None,
-    first_row: int = 0,
+    pairs: Pairs,
+    odds_B2: Tensor,
+    bias_G2: Tensor,
     label_smoothing: float = 0.0,
-    group_G: Tensor | None = None,
 ) -> Tensor:
     """Symmetric cross-entropy over the similarities of a batch.
 
     Args:
-        image_BD: L2-normalised image features of this rank.
+        image_BD: L2-normalised image features of this process; gradients flow into them.
         text_BD: the same for text; row i is the caption of image i.
         logit_scale: 1 / tau, as open_clip's models return it (exponentiated).
-        image_GD: features of all ranks, this rank's at rows [first_row, first_row + B). Default: this rank's.
-        text_GD: the same for text.
-        first_row: this rank's place in the global batch.
+        pairs: of these features. Where they have groups, a pair that is alone in its group does not count.
+        odds_B2: `log_odds` of the pairs at this scale.
+        bias_G2: `softmax_bias` of all processes.
         label_smoothing: share of the target spread evenly over the columns that are compared.
-        group_G: pseudo label of each row of the global batch. Pairs of different labels are not compared, and
-            a pair that is alone with its label does not count. Default: all pairs are compared.
 
     Returns:
-        Mean loss of the rows that count (all ranks' rows: the mean over ranks is the loss of the global batch).
+        Mean loss of the rows that count (all processes' rows: the mean over processes is the loss of the global batch).
     """
-    with torch.autocast(image_BD.device.type, enabled=False):
-        scale = logit_scale.float()
-        image_BD, text_BD = image_BD.float(), text_BD.float()
-        image_GD = image_BD if image_GD is None else image_GD.float()
-        text_GD = text_BD if text_GD is None else text_GD.float()
-        image_logits_BG = scale * image_BD @ text_GD.T
-        text_logits_BG = scale * text_BD @ image_GD.T
-        directions = (image_logits_BG, text_logits_BG)
-        if group_G is None:
-            target_B = first_row + torch.arange(len(image_BD), device=image_BD.device)
-            losses = [
-                F.cross_entropy(x, target_B, label_smoothing=label_smoothing) for x in directions
-            ]
-        else:
-            losses = [_grouped(x, group_G, first_row, label_smoothing) for x in directions]
-        return (losses[0] + losses[1]) / 2
+    with exact():
+        scale = logit_scale.detach().to(odds_B2.dtype)
+        counts_G1 = _counts(pairs, bias_G2)[:, None]
+        counts_B1 = counts_G1[pairs.own]
+        num_counted = counts_G1.sum().to(scale.dtype).clamp(min=1) * len(odds_B2) / len(bias_G2)
+        everyone = Anchors(scale.expand_as(bias_G2), bias_G2.masked_fill(~counts_G1, -torch.inf))
+        own = Anchors(*(each[pairs.own] for each in everyone))
+        # A pair has two anchors, and both pull towards the target.
+        pull_B1 = odds_B2.sigmoid().sum(1, keepdim=True) - 2 * label_smoothing
+        means = [
+            2 * label_smoothing * _mean_of_group(pairs, features_GD, label_smoothing)
+            for features_GD in (pairs.text_GD, pairs.image_GD)
+        ]
+        share = 1 / (2 * num_counted)
+        gradients = [
+            share * scale * (sum_BD - counts_B1 * (pull_B1 * positive_BD + mean_BD))
+            for sum_BD, positive_BD, mean_BD in zip(
+                weighted_sums(pairs, own, everyone, with_positives=False),
+                (pairs.text_BD, pairs.image_BD),
+                means,
+                strict=True,
+            )
+        ]
+        value_B = softplus(odds_B2).sum(1)
+        for rows_BD, positive_BD, mean_BD in zip(
+            (pairs.image_BD, pairs.text_BD), (pairs.text_BD, pairs.image_BD), means, strict=True
+        ):
+            gap_BD = label_smoothing * positive_BD - mean_BD / 2
+            value_B = value_B + scale * (rows_BD * gap_BD).sum(1)
+        # The loss depends on scale * image only (Euler), so the images' gradients give the scale's.
+        d_scale = (pairs.image_BD * gradients[0]).sum() / scale
+        value = share * (counts_B1[:, 0] * value_B).sum()
+    return with_gradients(
+        value, [image_BD, text_BD, logit_scale], [*gradients, d_scale.view_as(logit_scale)]
+    )
 
 
-def _grouped(logits_BG: Tensor, group_G: Tensor, first_row: int, label_smoothing: float) -> Tensor:
-    num_rows = len(logits_BG)
-    same_GG = group_G[:, None] == group_G[None, :]
-    counts_G = same_GG.sum(1) > 1
-    same_BG = same_GG[first_row : first_row + num_rows]
-    counts_B = counts_G[first_row : first_row + num_rows]
-    log_p_BG = logits_BG.masked_fill(~same_BG, -torch.inf).log_softmax(1)
-    target_B = log_p_BG.diagonal(first_row)
-    mean_B = log_p_BG.masked_fill(~same_BG, 0).sum(1) / same_BG.sum(1)
-    loss_B = -(1 - label_smoothing) * target_B - label_smoothing * mean_B
-    # The number of rows that count is the global one, so that ranks with few such rows weigh less.
-    num_counted = counts_G.sum().clamp(min=1) * (num_rows / len(group_G))
-    return (loss_B * counts_B).sum() / num_counted
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)), to the last digit (torch's own returns x above 20)."""
+    return -F.logsigmoid(-x)
+
+
+def _counts(pairs: Pairs, bias_G2: Tensor) -> Tensor:
+    """Which rows of the global batch have another one to be compared with."""
+    if pairs.group_G is None:
+        return torch.ones(len(bias_G2), dtype=torch.bool, device=bias_G2.device)
+    number_G, size_U = _groups(pairs.group_G)
+    return size_U[number_G] > 1
+
+
+def _mean_of_group(pairs: Pairs, features_GD: Tensor, label_smoothing: float) -> Tensor:
+    """Mean of the features that a local row is compared with."""
+    if label_smoothing == 0:
+        return features_GD.new_zeros(())
+    if pairs.group_G is None:
+        return features_GD.mean(0)
+    number_G, size_U = _groups(pairs.group_G)
+    sum_UD = features_GD.new_zeros(len(size_U), features_GD.shape[1])
+    mean_UD = sum_UD.index_add_(0, number_G, features_GD) / size_U[:, None]
+    return mean_UD[number_G[pairs.own]]
+
+
+def _groups(group_G: Tensor) -> tuple[Tensor, Tensor]:
+    """Groups numbered from 0, and their sizes."""
+    _, number_G, size_U = torch.unique(group_G, return_inverse=True, return_counts=True)
+    return number_G, size_U
