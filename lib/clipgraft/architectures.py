@@ -6,18 +6,24 @@ import copy
 import difflib
 import importlib.util
 import json
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from clipgraft.config import ConfigError
-from clipgraft.recipes import ModelSettings
+from clipgraft.recipes import (
+    ModelSettings,
+    PhaseSettings,
+    ReferenceSettings,
+    interactive_misfit,
+)
 
 OURS = Path(__file__).resolve().parent.parent.parent / "presets" / "models"
 
 
-def architecture(settings: ModelSettings) -> dict[str, Any]:
-    """The model config of `settings`, in open_clip's form, not yet sized for a phase.
+def architecture(settings: ModelSettings, where: str = "model.name") -> dict[str, Any]:
+    """The model config of `settings`, in open_clip's form, not yet sized for a phase; `where` it was asked for.
 
     Raises:
         ConfigError: if neither we nor open_clip have an architecture of that name.
@@ -36,16 +42,80 @@ def architecture(settings: ModelSettings) -> dict[str, Any]:
             else f"one of {', '.join(known[:8])}, ..."
         )
         raise ConfigError(
-            f"model.name = {name!r} is no architecture of open_clip, nor of {OURS.parent.name}/{OURS.name}. "
+            f"{where} = {name!r} is no architecture of open_clip, nor of {OURS.parent.name}/{OURS.name}. "
             f"Hint: {hint}"
         )
     return config
+
+
+def check_references(phase: PhaseSettings, model: ModelSettings) -> None:
+    """What can be known of the references of a phase before anything runs.
+
+    Raises:
+        ConfigError: if one is not there, or has not the dimension that a term needs.
+    """
+    dim = _embed_dim(model) if phase.references else None
+    for each in phase.references:
+        its: int | None
+        if each.pretrained is None:
+            its = _folder_dim(each.model, f"pretrain.{phase.name}.references")
+        else:
+            its = _embed_dim(
+                ModelSettings(name=each.model), f"pretrain.{phase.name}.references: model"
+            )
+        if dim and its and (misfit := interactive_misfit(phase, each.model, dim, its)):
+            raise ConfigError(misfit)
+
+
+def image_size_of(reference: ReferenceSettings) -> int:
+    """Side of the images that a reference is given: as set, or its own; `check_references` has found it.
+
+    Raises:
+        ConfigError: if it is known only when the reference is opened.
+    """
+    side: Any = reference.image_size
+    if side is None and reference.pretrained is None:
+        side = _read(_folder(reference.model) / "model.json")["preprocess"]["size"]
+    elif side is None and ":" not in reference.model:
+        vision = architecture(ModelSettings(name=reference.model))["vision_cfg"]
+        side = vision.get("image_size", 224)  # open_clip's own default
+    if not isinstance(side, int):
+        raise ConfigError(
+            f"references: the image size of {reference.model} is not known. Hint: give `image_size`"
+        )
+    return side
 
 
 def our_file(settings: ModelSettings) -> Path | None:
     """The file of ours that describes the model, if there is one."""
     path = OURS / f"{settings.name}.json"
     return path if path.is_file() else None
+
+
+def _embed_dim(model: ModelSettings, where: str = "model.name") -> int | None:
+    """None of what is on a hub, which is known when it is opened."""
+    if ":" in str(model.name):
+        return None
+    return int(architecture(model, where)["embed_dim"])
+
+
+def _folder_dim(name: str, where: str) -> int:
+    path = _folder(name) / "model.json"
+    try:
+        return int(_read(path)["config"]["embed_dim"])
+    except OSError:
+        raise ConfigError(
+            f"{where}: {path} does not exist. Hint: `model` is a model folder, or an open_clip architecture with "
+            "`pretrained`"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{where}: {path} is no model spec: {type(error).__name__} {error}"
+        ) from None
+
+
+def _folder(name: str) -> Path:
+    return Path(os.path.expandvars(name)).expanduser()
 
 
 @cache

@@ -30,8 +30,10 @@ from torch import Tensor, nn
 from clipgraft.config import ConfigError
 from clipgraft.job import WRITING, write_json
 from clipgraft.lean import open_clip
-from clipgraft.models.build import build, check_fit
+from clipgraft.models.build import build
 from clipgraft.models.positions import resize_positions
+from clipgraft.models.public import Encode, load_public
+from clipgraft.models.weights import check_fit
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +49,21 @@ class Loaded:
     model: open_clip.CustomTextCLIP
     spec: dict[str, Any]
     tokenizer: Path
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model to look at: on the CPU, in evaluation mode, without gradients.
+
+    Attributes:
+        model: has `encode_image`, `encode_text` and `logit_scale`.
+        spec: as in `model.json`: sizes under `config`, how images are prepared under `preprocess`.
+        tokenizer: its file; a function from texts to int64 [B, L] where no file of the kinds we read describes it.
+    """
+
+    model: open_clip.CustomTextCLIP
+    spec: dict[str, Any]
+    tokenizer: Path | Encode
 
 
 def save_model(
@@ -123,6 +140,41 @@ def load_model(
     resize_positions(weights, model, text_positions)
     model.load_state_dict(weights)
     return Loaded(model, _resized(spec, image_size, text_length), _tokenizer(folder))
+
+
+def load_reference(
+    settings: Any,
+    image_size: int | None = None,
+    insert_experts: Callable[..., object] | None = None,
+) -> Reference:
+    """Read a model of any origin, to look at and not to train.
+
+    Torch's global generator is left as it is, so that a model that is built next is the same with references and
+    without.
+
+    Args:
+        settings: `model` and `pretrained` of a reference, and its `image_size`. Without `pretrained`, `model` is a model
+            folder of any kind; else an architecture and its weights.
+        image_size: instead of that of the settings; by default the model's own.
+        insert_experts: as for `load_model`.
+
+    Raises:
+        ConfigError: if there is no such model, or it cannot be read.
+    """
+    size, pretrained = image_size or settings.image_size, settings.pretrained
+    name = f"{settings.model}/{pretrained}" if pretrained else settings.model
+    try:
+        with torch.random.fork_rng(devices=[]):
+            if pretrained:
+                reference = Reference(*load_public(settings.model, pretrained, size))
+            else:
+                folder = _model_folder(settings.model)
+                loaded = load_model(folder, image_size=size, insert_experts=insert_experts)
+                reference = Reference(loaded.model, loaded.spec, loaded.tokenizer)
+    except ConfigError as error:
+        raise ConfigError(f"reference {name}: {error}") from None
+    reference.model.eval().requires_grad_(False)
+    return reference
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -223,6 +275,16 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         if code is None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
+
+
+def _model_folder(name: str) -> Path:
+    folder = Path(os.path.expandvars(name)).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{folder} is no folder. Hint: the path of a model folder; or an architecture of open_clip, and "
+            "`pretrained`: one of its tags, or a checkpoint"
+        )
+    return folder
 
 
 def _tokenizer(folder: Path) -> Path:

@@ -2,7 +2,7 @@
 
 Every job that holds a model pays for `import open_clip` before its first step: five seconds, of which torch takes two.
 Two more go to torch's compiler, which torchvision asks for one function that no one calls, and to timm's image towers,
-which `models.build` refuses. These are left out during the import alone: whoever asks for them later gets them.
+which only a reference model may have. These are left out during the import alone: whoever asks for them later gets them.
 Import open_clip through this module, or the saving is gone.
 """
 
@@ -61,4 +61,11 @@ with _left_out(), warnings.catch_warnings():
     )  # its merges file waits for the garbage collector
     import open_clip
 
-__all__ = ["open_clip"]
+__all__ = ["open_clip", "with_timm"]
+
+
+def with_timm() -> None:
+    """Let open_clip build timm's image towers; costs their import, once."""
+    if open_clip.timm_model.timm is None:
+        # Runs in the same namespace again, so that the class that open_clip.model has taken finds timm there, too.
+        importlib.reload(open_clip.timm_model)

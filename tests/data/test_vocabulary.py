@@ -1,11 +1,13 @@
 """Laws of the byte pair encoding. Oracle: open_clip's SimpleTokenizer with its own vocabulary."""
 
 import gzip
+from pathlib import Path
 
 import pytest
 from open_clip import SimpleTokenizer
+from open_clip.tokenizer import default_bpe
 
-from clipgraft.data.vocabulary import Encoder, clip_merges, write_merges
+from clipgraft.data.vocabulary import Encoder, clip_merges, is_same_vocabulary, write_merges
 
 # open_clip leaves its merges file to the garbage collector.
 pytestmark = pytest.mark.filterwarnings(
@@ -42,3 +44,15 @@ def test_equal_merges_are_equal_bytes(tmp_path):
         b"a b",
         b"ab c</w>",
     ]
+
+
+def test_a_vocabulary_is_known_by_its_merges_not_by_its_file(tmp_path):
+    ours, short, pieces = (tmp_path / name for name in ("merges.txt.gz", "short.gz", "vocab.txt"))
+    write_merges(ours, clip_merges())
+    write_merges(short, clip_merges()[:-1])
+    pieces.write_text("[PAD]\n[UNK]\n[CLS]\n")
+    clip = Path(default_bpe())
+    assert is_same_vocabulary(ours, clip)
+    assert is_same_vocabulary(pieces, pieces)
+    assert not is_same_vocabulary(short, clip)
+    assert not is_same_vocabulary(pieces, clip)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from clipgraft.architectures import architecture
 from clipgraft.config import ConfigError
-from clipgraft.models.build import build, check_fit, model_config, pretrained_state
+from clipgraft.models.build import build, model_config, pretrained_state
+from clipgraft.models.weights import check_fit
 from clipgraft.recipes import ModelSettings
 
 V1 = ["ViT-B-16-CL16", "ViT-L-16-CL16-Syntax-GAP", "ViT-L-16-CL8-Syntax-GAP", "ViT-L-16-CL32-GAP"]

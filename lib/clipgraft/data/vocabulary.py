@@ -82,6 +82,16 @@ def read_merges(path: Path) -> list[Merge]:
     return [(left, right) for left, right in pairs]
 
 
+def is_same_vocabulary(one: Path, other: Path) -> bool:
+    """Whether two tokenizer files, merges or pieces, number the pieces of any text alike."""
+    if one.suffix != other.suffix:
+        return False
+    if one.suffix == ".gz":
+        # CLIP's own file has a header of its own, and more lines than CLIP uses.
+        return read_merges(one) == read_merges(other)
+    return one.read_bytes() == other.read_bytes()
+
+
 def write_merges(path: Path, merges: Sequence[Merge]) -> None:
     """Write merges so that open_clip reads them, and equal merges are equal bytes."""
     # No newline at the end: open_clip would count an empty merge.

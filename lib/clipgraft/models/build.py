@@ -12,10 +12,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +21,9 @@ from torch import Tensor, nn
 
 from clipgraft.architectures import architecture
 from clipgraft.config import ConfigError
-from clipgraft.lean import open_clip
-from clipgraft.models.positions import IMAGE, TEXT, resize_positions
+from clipgraft.lean import open_clip, with_timm
+from clipgraft.models.positions import resize_positions
+from clipgraft.models.weights import fit_state, pretrained_file, pretrained_tag, read_state
 from clipgraft.recipes import ModelSettings
 from clipgraft.reductions import TEXT_MASKS
 
@@ -50,17 +49,17 @@ def model_config(
     Raises:
         ConfigError: if there is no such architecture, or if open_clip could not build it.
     """
-    config = _architecture(settings)
+    config = architecture_of(settings)
     _check_towers(config)
-    tag = _pretrained_tag(settings)
+    tag = pretrained_tag(settings)
     if tag:
         _check_vocabulary(settings, config, vocab_size)
-        _adopt_activation(settings, config, tag)
+        adopt_activation(settings, config, tag)
     rows = token_rows(config["text_cfg"], vocab_size)
     config["custom_text"] = True  # so that open_clip, too, reads the parameter names we write
     config["quick_gelu"] = bool(config.get("quick_gelu", False))
     config["text_cfg"]["vocab_size"] = rows
-    _forget_text_masks(config["text_cfg"])
+    forget_text_masks(config["text_cfg"])
     return _with_sizes(config, image_size, text_length)
 
 
@@ -99,7 +98,7 @@ def describe(config: dict[str, Any], settings: ModelSettings | None = None) -> d
         "resize_mode": "shortest",
     }
     if settings:
-        tag = _pretrained_tag(settings)
+        tag = pretrained_tag(settings)
         preprocess |= {key: tag[key] for key in preprocess if tag.get(key) is not None}
         preprocess |= settings.preprocess.model_dump(exclude_none=True)
         preprocess["size"] = config["vision_cfg"]["image_size"]
@@ -134,6 +133,8 @@ def build(
     """
     config = _with_sizes(config, image_size, text_length)
     config.pop("custom_text", None)
+    if config["vision_cfg"].get("timm_model_name"):
+        with_timm()
     if temperature is not None:
         config["init_logit_scale"] = math.log(1 / temperature)
     try:
@@ -160,46 +161,14 @@ def pretrained_state(
     Raises:
         ConfigError: if there are no such weights, or if they are of another architecture.
     """
-    tag = _pretrained_tag(settings)
-    path = _download(settings, tag) if tag else _local_checkpoint(settings)
-    try:
-        state = open_clip.factory.load_state_dict(path, weights_only=True)
-    except Exception as error:  # torch, pickle, zipfile and safetensors each raise their own
-        raise ConfigError(
-            f"model.pretrained: {path} cannot be read: {type(error).__name__}: {str(error)[:200]}. Hint: "
-            "a safetensors file, or a state dict saved with torch.save (no TorchScript, no objects)"
-        ) from None
+    path = pretrained_file(settings)
+    state = read_state(path, "model.pretrained")
     with torch.device("meta"):
         model = build(config)
-    state = open_clip.model.convert_to_custom_text_state_dict(
-        open_clip.convert.convert_state_dict(model, state)
-    )
-    if "logit_scale" in state:
-        state["logit_scale"] = state["logit_scale"].reshape(model.logit_scale.shape)
-    check_fit(state, model, f"model.pretrained: {path}")
+    state = fit_state(state, model, f"model.pretrained: {path}", config.get("init_logit_bias"))
     resize_positions(state, model, text_positions)
     log.info("pretrained weights from %s", path)
-    return dict(state)
-
-
-def check_fit(state: Mapping[str, Tensor], model: nn.Module, where: str) -> None:
-    """Whether a state dict fits a model, position tables of another length aside.
-
-    Args:
-        state: weights.
-        model: what they are for.
-        where: the file that the weights come from, for the message.
-
-    Raises:
-        ConfigError: names the first tensors that do not fit, with both shapes.
-    """
-    misfits = _misfits(state, model)
-    if misfits:
-        more = f"; and {len(misfits) - 3} more" if len(misfits) > 3 else ""
-        raise ConfigError(
-            f"{where} holds another architecture: {'; '.join(misfits[:3])}{more}. Hint: the model must "
-            "be built from the config that these weights were trained with"
-        )
+    return state
 
 
 def normalize(images_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -215,87 +184,19 @@ def mlp_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if _MLP.match(name)}
 
 
-def _cut_mask(
-    _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Let texts be shorter than the context: open_clip 3.3 cuts the positions, but not the mask."""
-    length, mask = arguments[0].shape[1], named.get("attn_mask")
-    if mask is not None:
-        named = {**named, "attn_mask": mask[..., :length, :length]}
-    return arguments, named
+def architecture_of(settings: ModelSettings) -> dict[str, Any]:
+    """The model config of `settings`, as its author wrote it.
 
-
-def _architecture(settings: ModelSettings) -> dict[str, Any]:
+    Raises:
+        ConfigError: if there is no such architecture.
+    """
     if settings.name is not None and ":" in settings.name:  # hf-hub: or local-dir:
         return dict(open_clip.get_model_config(settings.name))
     return architecture(settings)
 
 
-def _forget_text_masks(text: dict[str, Any]) -> None:
-    """A text reduction is a setting of training: in open_clip it would reduce the prompts of evaluation, too."""
-    for part in (text, text.get("tokenizer_kwargs") or {}):
-        for key in TEXT_MASKS:
-            part.pop(key, None)
-
-
-def _check_towers(config: dict[str, Any]) -> None:
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    foreign = [
-        *(["a timm image tower"] if vision.get("timm_model_name") else []),
-        *(["a ResNet image tower"] if isinstance(vision.get("layers"), list | tuple) else []),
-        *(["a Hugging Face text tower"] if text.get("hf_model_name") else []),
-        *(["a Hugging Face tokenizer"] if not _is_ours(text) else []),
-    ]
-    if foreign:
-        raise ConfigError(
-            f"model: {' and '.join(foreign)} is not supported: experts are grafted into open_clip's "
-            "own transformers, and captions become tokens of CLIP's vocabulary, or of BERT's without [SEP]. "
-            "Hint: e.g. ViT-B-16"
-        )
-
-
-def _is_ours(text: Mapping[str, Any]) -> bool:
-    """Whether we have the tokenizer: byte pairs, or WordPiece as CLIPA-v2 uses it."""
-    name, options = text.get("hf_tokenizer_name"), text.get("tokenizer_kwargs") or {}
-    is_bert = str(name).split("/")[-1] == "bert-base-uncased"
-    return not name or (is_bert and bool(options.get("strip_sep_token")))
-
-
-def _with_sizes(
-    config: dict[str, Any], image_size: int | None, text_length: int | None
-) -> dict[str, Any]:
-    config = copy.deepcopy(config)
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    vision["image_size"] = image_size or vision["image_size"]
-    text["context_length"] = text_length or text["context_length"]
-    patch = vision.get("patch_size", open_clip.CLIPVisionCfg.patch_size)
-    side = vision["image_size"]
-    if isinstance(side, int) and isinstance(patch, int) and side % patch:
-        lower = side // patch * patch
-        raise ConfigError(
-            f"image_size = {side} is not divisible by the patch size {patch} of the model. "
-            f"Hint: {lower or patch} or {lower + patch}"
-        )
-    return config
-
-
-def _pretrained_tag(settings: ModelSettings) -> dict[str, Any]:
-    """What open_clip knows of these weights; empty if there are none, or if they are a local file."""
-    if settings.pretrained is None or settings.name is None:
-        return {}
-    return dict(open_clip.get_pretrained_cfg(settings.name, settings.pretrained))
-
-
-def _check_vocabulary(settings: ModelSettings, config: dict[str, Any], vocab_size: int) -> None:
-    rows = config["text_cfg"].get("vocab_size", open_clip.CLIPTextCfg.vocab_size)
-    if rows != token_rows(config["text_cfg"], vocab_size):
-        raise ConfigError(
-            f"model.pretrained = {settings.pretrained!r}: its token table has {rows:,} rows, the "
-            f"vocabulary of the data has {vocab_size:,}. Hint: `index: {{vocabulary: full}}`"
-        )
-
-
-def _adopt_activation(settings: ModelSettings, config: dict[str, Any], tag: dict[str, Any]) -> None:
+def adopt_activation(settings: ModelSettings, config: dict[str, Any], tag: dict[str, Any]) -> None:
+    """Set QuickGELU as the weights of a tag were trained with, in place."""
     trained_with = bool(tag.get("quick_gelu", False))
     if trained_with != bool(config.get("quick_gelu", False)):
         log.info(
@@ -307,36 +208,77 @@ def _adopt_activation(settings: ModelSettings, config: dict[str, Any], tag: dict
     config["quick_gelu"] = trained_with
 
 
-def _download(settings: ModelSettings, tag: dict[str, Any]) -> str:
-    try:
-        return str(open_clip.download_pretrained(tag))
-    except Exception as error:  # the hub and urllib have many of their own
+def forget_text_masks(text: dict[str, Any]) -> None:
+    """A text reduction is a setting of training: in open_clip it would reduce the prompts of evaluation, too."""
+    for part in (text, text.get("tokenizer_kwargs") or {}):
+        for key in TEXT_MASKS:
+            part.pop(key, None)
+
+
+def reads_our_tokens(text: Mapping[str, Any]) -> bool:
+    """Whether we have the tokenizer: byte pairs, or WordPiece as CLIPA-v2 uses it."""
+    name, options = text.get("hf_tokenizer_name"), text.get("tokenizer_kwargs") or {}
+    is_bert = str(name).split("/")[-1] == "bert-base-uncased"
+    return not name or (is_bert and bool(options.get("strip_sep_token")))
+
+
+def _cut_mask(
+    _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Let texts be shorter than the context: open_clip 3.3 cuts the positions, but not the mask."""
+    length, mask = arguments[0].shape[1], named.get("attn_mask")
+    if mask is not None:
+        named = {**named, "attn_mask": mask[..., :length, :length]}
+    return arguments, named
+
+
+def _check_towers(config: dict[str, Any]) -> None:
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    foreign = [
+        *(["a timm image tower"] if vision.get("timm_model_name") else []),
+        *(["a ResNet image tower"] if isinstance(vision.get("layers"), list | tuple) else []),
+        *(["a Hugging Face text tower"] if text.get("hf_model_name") else []),
+        *(["a Hugging Face tokenizer"] if not reads_our_tokens(text) else []),
+    ]
+    if foreign:
         raise ConfigError(
-            f"model.pretrained = {settings.pretrained!r} cannot be downloaded: {str(error)[:200]}. "
-            "Hint: on a machine without network, give the path of a checkpoint"
-        ) from None
+            f"model: {' and '.join(foreign)} is not supported: experts are grafted into open_clip's "
+            "own transformers, and captions become tokens of CLIP's vocabulary, or of BERT's without [SEP]. "
+            "Hint: e.g. ViT-B-16"
+        )
 
 
-def _local_checkpoint(settings: ModelSettings) -> str:
-    path = Path(os.path.expandvars(str(settings.pretrained))).expanduser()
-    if path.is_file():
-        return str(path)
-    known = open_clip.list_pretrained_tags_by_model(settings.name) if settings.name else []
-    hint = f"tags of {settings.name}: {', '.join(known)}" if known else "tags need `model.name`"
-    raise ConfigError(
-        f"model.pretrained = {settings.pretrained!r} is no tag of open_clip and no file. Hint: {hint}"
-    )
+def _with_sizes(
+    config: dict[str, Any], image_size: int | None, text_length: int | None
+) -> dict[str, Any]:
+    config = copy.deepcopy(config)
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    vision["image_size"] = image_size or vision["image_size"]
+    text["context_length"] = text_length or text["context_length"]
+    patch = _patch_size(vision)
+    side = vision["image_size"]
+    if isinstance(side, int) and isinstance(patch, int) and side % patch:
+        lower = side // patch * patch
+        raise ConfigError(
+            f"image_size = {side} is not divisible by the patch size {patch} of the model. "
+            f"Hint: {lower or patch} or {lower + patch}"
+        )
+    return config
 
 
-def _misfits(state: Mapping[str, Tensor], model: nn.Module) -> list[str]:
-    expected = model.state_dict()
-    misfits = []
-    for name in expected.keys() & state.keys():
-        ours, theirs = list(expected[name].shape), list(state[name].shape)
-        resizable = name in (IMAGE, TEXT) and len(theirs) == len(ours)
-        if theirs != ours and not (resizable and theirs[1:] == ours[1:]):
-            misfits.append(f"{name} is {theirs}, the model has {ours}")
-    misfits = sorted(misfits)
-    misfits += [f"{name} is missing" for name in expected if name not in state]
-    misfits += [f"{name} is not in the model" for name in state if name not in expected]
-    return misfits
+def _patch_size(vision: Mapping[str, Any]) -> Any:
+    """What the side of an image must be a multiple of."""
+    if vision.get("timm_model_name"):
+        return 1  # as timm says, when it builds it
+    if isinstance(vision.get("layers"), list | tuple):
+        return 32  # a ResNet
+    return vision.get("patch_size", open_clip.CLIPVisionCfg.patch_size)
+
+
+def _check_vocabulary(settings: ModelSettings, config: dict[str, Any], vocab_size: int) -> None:
+    rows = config["text_cfg"].get("vocab_size", open_clip.CLIPTextCfg.vocab_size)
+    if rows != token_rows(config["text_cfg"], vocab_size):
+        raise ConfigError(
+            f"model.pretrained = {settings.pretrained!r}: its token table has {rows:,} rows, the "
+            f"vocabulary of the data has {vocab_size:,}. Hint: `index: {{vocabulary: full}}`"
+        )
