@@ -1,4 +1,10 @@
-"""AdamW: which parameters decay."""
+"""Optimizers: which parameters decay, and AdamW, LAMB, Lion and SGD over them.
+
+AdamW and SGD are torch's. LAMB and Lion are here, because torch has neither, and timm's would cost the import of all of
+its models.
+"""
+
+# Shapes: P parameters of a group
 
 from __future__ import annotations
 
@@ -6,10 +12,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from clipgraft.recipes import OptimSettings
+from clipgraft.recipes import LossSettings, OptimSettings
 
+TEMPERATURE = (
+    "temperature"  # name of the group of logit_scale, where it has a learning rate of its own
+)
 _UNDECAYED = ("bn", "ln", "bias", "logit_scale")  # open_clip's list
 
 
@@ -36,15 +45,131 @@ def parameter_groups(
 
 
 def build_optimizer(
-    named_parameters: Mapping[str, nn.Parameter], settings: OptimSettings, lr: float
-) -> torch.optim.AdamW:
-    """AdamW over the parameters that want a gradient; the caller sets the learning rate of each step."""
-    groups = parameter_groups(named_parameters, settings.weight_decay)
+    named_parameters: Mapping[str, nn.Parameter],
+    settings: OptimSettings,
+    lr: float,
+    temperature_apart: bool = False,
+) -> torch.optim.Optimizer:
+    """The optimizer of the parameters that want a gradient; the caller sets the learning rate of each step.
+
+    Args:
+        named_parameters: frozen ones are left out.
+        settings: which one, weight decay, betas and the like.
+        lr: the peak.
+        temperature_apart: whether logit_scale gets a group of its own, called `TEMPERATURE`.
+    """
+    apart = {"logit_scale"} if temperature_apart else set()
+    others = {name: p for name, p in named_parameters.items() if name not in apart}
+    groups = parameter_groups(others, settings.weight_decay)
+    taus = [p for name, p in named_parameters.items() if name in apart and p.requires_grad]
+    if taus:
+        groups.append({"params": taus, "weight_decay": 0.0, "name": TEMPERATURE})
+    betas = settings.beta1, settings.beta2
+    if settings.name == "lamb":
+        return Lamb(groups, lr, betas, settings.eps)
+    if settings.name == "lion":
+        return Lion(groups, lr, betas)
+    if settings.name == "sgd":
+        # Not fused: torch's kernel fails where a parameter gets its first gradient later than others.
+        return torch.optim.SGD(groups, lr, settings.momentum)
     devices = {p.device.type for group in groups for p in group["params"]}
-    return torch.optim.AdamW(
-        groups,
-        lr=lr,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        fused=devices <= {"cuda", "cpu"},
-    )
+    return torch.optim.AdamW(groups, lr, betas, settings.eps, fused=devices <= {"cuda", "cpu"})
+
+
+class Lamb(torch.optim.Optimizer):
+    """Adam whose steps are as long as the parameters they change (LAMB, arXiv:1904.00962, Alg. 2).
+
+    As in FastCLIP's code, weight decay is a part of the step, and groups without it take plain Adam's: norms and biases
+    begin at 0 or 1, which is no measure for their steps.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float
+    ) -> None:
+        """Groups bring their weight decay along."""
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Change the parameters that have a gradient."""
+        for group in self.param_groups:
+            params, gradients = _with_gradient(group)
+            if not params:
+                continue
+            beta1, beta2 = group["betas"]
+            steps = [self._next(p) for p in params]
+            means = [self.state[p]["mean"] for p in params]
+            squares = [self.state[p]["square"] for p in params]
+            torch._foreach_lerp_(means, gradients, 1 - beta1)
+            torch._foreach_mul_(squares, beta2)
+            torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
+            updates = torch._foreach_div(means, [1 - beta1**step for step in steps])
+            sizes = torch._foreach_sqrt(squares)
+            torch._foreach_div_(sizes, [(1 - beta2**step) ** 0.5 for step in steps])
+            torch._foreach_add_(sizes, group["eps"])
+            torch._foreach_div_(updates, sizes)
+            if group["weight_decay"]:
+                torch._foreach_add_(updates, params, alpha=group["weight_decay"])
+                torch._foreach_mul_(updates, _trust_ratios(params, updates))
+            torch._foreach_add_(params, updates, alpha=-group["lr"])
+
+    def _next(self, p: Tensor) -> int:
+        """Number of the step that a parameter takes now, from 1."""
+        state = self.state[p]
+        if not state:
+            state |= {"step": 0, "mean": torch.zeros_like(p), "square": torch.zeros_like(p)}
+        state["step"] += 1
+        return int(state["step"])
+
+
+def _trust_ratios(params: list[Tensor], updates: tuple[Tensor, ...]) -> list[Tensor]:
+    """Norm of each parameter over that of its update; 1 where either is 0. Stays on the device."""
+    norm_P, update_P = (torch.stack(torch._foreach_norm(each)) for each in (params, updates))
+    has_both_P = (norm_P > 0) & (update_P > 0)
+    return list(torch.where(has_both_P, norm_P / update_P, 1.0).unbind())
+
+
+class Lion(torch.optim.Optimizer):
+    """Steps of one size, in the direction of the sign of the momentum (Lion, arXiv:2302.06675, Alg. 2)."""
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> None:
+        """Groups bring their weight decay along."""
+        super().__init__(groups, {"lr": lr, "betas": betas})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Change the parameters that have a gradient."""
+        for group in self.param_groups:
+            params, gradients = _with_gradient(group)
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["mean"] = torch.zeros_like(p)
+            means = [self.state[p]["mean"] for p in params]
+            beta1, beta2 = group["betas"]
+            updates = torch._foreach_lerp(means, gradients, 1 - beta1)
+            torch._foreach_sign_(updates)
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, updates, alpha=-group["lr"])
+            torch._foreach_lerp_(means, gradients, 1 - beta2)
+
+
+def _with_gradient(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    params = [p for p in group["params"] if p.grad is not None]
+    return params, [p.grad for p in params]
+
+
+def tau_lr(loss: LossSettings, progress: float, tau: float) -> float:
+    """Learning rate of logit_scale, where it has one of its own.
+
+    Args:
+        loss: its schedule.
+        progress: the model's learning rate now, over its peak.
+        tau: as it is now; `step_thresh` depends on nothing else, so that a resumed run needs no memory.
+    """
+    assert loss.lr_tau is not None
+    if loss.lr_tau_schedule == "cosine":
+        return loss.lr_tau * progress
+    is_low = loss.lr_tau_schedule == "step_thresh" and tau <= loss.lr_tau_threshold
+    return loss.lr_tau * (loss.lr_tau_factor if is_low else 1)

@@ -31,7 +31,8 @@ from clipgraft.sources import Fraction, Name, Settings
 
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 HueShift = Annotated[float, Field(ge=0, le=0.5)]
-Tau = Annotated[float, Field(ge=0.01, le=1)]
+Tau = Annotated[float, Field(ge=0.005, le=1)]
+Rate = Annotated[float, Field(gt=0, le=1)]
 
 
 # Keys of open_clip's model configs (tests/test_config.py holds them against open_clip's own).
@@ -106,8 +107,13 @@ class ModelSettings(Settings):
 
 
 class OptimSettings(Settings):
-    """AdamW with linear warm-up and cosine decay."""
+    """The optimizer, with linear warm-up and cosine decay."""
 
+    name: Literal["adamw", "lamb", "lion", "sgd"] = Field(
+        "adamw",
+        description="Each wants a learning rate of its own: lion's is a few times smaller than adamw's, lamb's and "
+        "sgd's are larger.",
+    )
     lr: PositiveFloat | None = Field(
         None, description="Peak learning rate; either this or `lr_per_256`."
     )
@@ -124,9 +130,10 @@ class OptimSettings(Settings):
         None, description="The same in samples; the last step of it is a whole one."
     )
     weight_decay: NonNegativeFloat = 0.2
-    beta1: BelowOne = 0.9
-    beta2: BelowOne = 0.98
-    eps: PositiveFloat = 1e-6
+    beta1: BelowOne = Field(0.9, description="Of adamw, lamb and lion.")
+    beta2: BelowOne = Field(0.98, description="Of adamw, lamb and lion.")
+    eps: PositiveFloat = Field(1e-6, description="Of adamw and lamb.")
+    momentum: BelowOne = Field(0.9, description="Of sgd.")
     max_grad_norm: PositiveFloat | None = Field(None, description="Clip gradients to this norm.")
 
     @model_validator(mode="after")
@@ -141,17 +148,41 @@ class OptimSettings(Settings):
             raise ValueError(f"give one warm-up, got {' and '.join(warmups)}. {removed}")
         return self
 
+    @model_validator(mode="after")
+    def _no_effect(self) -> OptimSettings:
+        """What is changed must matter."""
+        of_name = {
+            "beta1": ("adamw", "lamb", "lion"),
+            "beta2": ("adamw", "lamb", "lion"),
+            "eps": ("adamw", "lamb"),
+            "momentum": ("sgd",),
+        }
+        for key, names in of_name.items():
+            if key in changed(self) and self.name not in names:
+                raise ValueError(
+                    f"{key} = {getattr(self, key)} has no effect on name: {self.name}. Hint: remove it, or name: {names[0]}"
+                )
+        if self.name == "lamb" and not self.weight_decay:
+            raise ValueError(
+                "weight_decay = 0 with name: lamb: only what decays has a trust ratio, so this is Adam. "
+                "Hint: name: adamw"
+            )
+        return self
+
     def _given(self, *names: str) -> list[str]:
         values = {name: getattr(self, name) for name in names}
         return [f"{name} = {value}" for name, value in values.items() if value is not None]
 
 
-class TrainSettings(Settings):
-    """What every training stage has."""
+def changed(settings: Settings) -> set[str]:
+    """Names of the settings that are not at their default; a job is handed all, so what was given cannot be known."""
+    fields = type(settings).model_fields
+    return {name for name in fields if getattr(settings, name) != fields[name].default}
 
-    samples_seen: NonNegativeInt = Field(description="Training length; repeats of a sample count.")
-    batch_size: Annotated[int, Field(ge=2)] = Field(description="Global: over all devices.")
-    optim: OptimSettings
+
+class AugmentationSettings(Settings):
+    """How a visit of a sample changes its picture."""
+
     crop_scale: tuple[Fraction, Fraction] = Field(
         (0.9, 1.0), description="Random resized crop: range of the area kept. [1, 1] turns it off."
     )
@@ -161,6 +192,216 @@ class TrainSettings(Settings):
     )
     color_jitter_prob: Fraction = Field(1.0, description="Share of images that are jittered.")
     gray_scale_prob: Fraction = Field(0.0, description="Share of images that lose their colours.")
+
+    @model_validator(mode="after")
+    def _crop(self) -> AugmentationSettings:
+        low, high = self.crop_scale
+        if not 0 < low <= high:
+            raise ValueError(f"crop_scale = [{low}, {high}] must be above 0 and rising")
+        return self
+
+
+class GammaSettings(Settings):
+    """Inner rate: how far a visit moves the remembered u of a sample towards what its batch says."""
+
+    schedule: Literal["constant", "cosine", "cosine_steps", "scent"] = Field(
+        "cosine",
+        description="cosine: from 1 to `min`, epoch by epoch (FastCLIP); cosine_steps: step by step; "
+        "constant: `min` after the first epoch; scent: of each sample, sigmoid(log(eps + u) + offset).",
+    )
+    min: Rate = 0.2
+    decay: PositiveFloat | None = Field(
+        None, description="Epochs until `min` is reached; by default those of the phase."
+    )
+    offset: float = Field(10.0, description="Of scent.")
+
+    @model_validator(mode="after")
+    def _no_effect(self) -> GammaSettings:
+        """What is changed must matter."""
+        is_cosine = self.schedule.startswith("cosine")
+        matters = {
+            "min": self.schedule != "scent",
+            "decay": is_cosine,
+            "offset": self.schedule == "scent",
+        }
+        for name, does in matters.items():
+            if name in changed(self) and not does:
+                raise ValueError(f"gamma.{name} has no effect on schedule: {self.schedule}")
+        return self
+
+
+class LossSettings(Settings):
+    """The loss over pairs: minibatch contrastive, sigmoid, or global contrastive (FastCLIP)."""
+
+    kind: Literal["contrastive", "siglip", "gcl", "rgcl", "rgcl_g"] = Field(
+        "contrastive",
+        description="gcl: FastCLIP v0 (temperature learned) and v1 (constant); rgcl: v2; rgcl_g: v3.",
+    )
+    weight: NonNegativeFloat = Field(
+        1.0, description="Of this loss, beside those of `distillation`."
+    )
+    rho: NonNegativeFloat = Field(8.0, description="Of rgcl and rgcl_g, in nats.")
+    eps: PositiveFloat = Field(1e-14, description="Added to u.")
+    margins: Literal["plain", "reference"] = Field(
+        "plain",
+        description="reference: similarities in excess of the mean of those of the references (DRRho).",
+    )
+    gamma: GammaSettings = GammaSettings()
+    temperature: Literal["constant", "locked", "learned", "per_sample"] | None = Field(
+        None,
+        description="constant: as the phase says; locked: as the initial weights bring it. By default learned, but "
+        "constant for gcl and per_sample for rgcl, which needs that.",
+    )
+    tau_bounds: tuple[PositiveFloat, PositiveFloat] = (0.01, 1.0)
+    lr_tau: PositiveFloat | None = Field(
+        None, description="Learning rate of the temperature; by default that of the model."
+    )
+    lr_tau_schedule: Literal["cosine", "const", "step_thresh"] = Field(
+        "cosine",
+        description="cosine: as the model's, with warm-up; step_thresh: constant, times `lr_tau_factor` while tau is "
+        "at most `lr_tau_threshold`.",
+    )
+    lr_tau_threshold: PositiveFloat = 0.03
+    lr_tau_factor: Rate = 1 / 3
+    tau_grad: Literal["exact", "fastclip"] = Field(
+        "exact",
+        description="fastclip: the pairs count twice, as in the published code; its values of rho need that.",
+    )
+
+    @property
+    def is_global(self) -> bool:
+        """Whether it remembers u."""
+        return self.kind in ("gcl", "rgcl", "rgcl_g")
+
+    @property
+    def tau(self) -> str:
+        """How the temperature is found: as set, or what the kind of loss is published with."""
+        return self.temperature or {"gcl": "constant", "rgcl": "per_sample"}.get(
+            self.kind, "learned"
+        )
+
+    @model_validator(mode="after")
+    def _no_effect(self) -> LossSettings:
+        """What is changed must matter."""
+        of_kind = {
+            "rho": ("rgcl", "rgcl_g"),
+            "eps": ("gcl", "rgcl", "rgcl_g"),
+            "gamma": ("gcl", "rgcl", "rgcl_g"),
+            "margins": ("gcl", "rgcl", "rgcl_g"),
+            "tau_grad": ("gcl", "rgcl_g"),
+        }
+        for name, kinds in of_kind.items():
+            if name in changed(self) and self.kind not in kinds:
+                raise ValueError(
+                    f"{name} has no effect on kind: {self.kind}. Hint: remove it, or kind: {kinds[-1]}"
+                )
+        if (self.tau == "per_sample") != (self.kind == "rgcl"):
+            raise ValueError(
+                f"temperature: {self.tau} with kind: {self.kind}: per_sample is for rgcl, and rgcl needs it"
+            )
+        fixed = {"lr_tau", "lr_tau_schedule", "lr_tau_threshold", "lr_tau_factor", "tau_grad"}
+        useless = sorted(fixed & changed(self))
+        if self.tau in ("constant", "locked") and useless:
+            raise ValueError(f"{useless[0]} has no effect: the temperature is {self.tau}")
+        return self
+
+    @model_validator(mode="after")
+    def _tau(self) -> LossSettings:
+        low, high = self.tau_bounds
+        if low > high:
+            raise ValueError(f"tau_bounds = [{low}, {high}] must not fall")
+        if self.kind == "rgcl" and self.lr_tau is None:
+            raise ValueError(
+                "rgcl needs lr_tau, of the temperatures' own Adam. Hint: lr_tau: 0.0133"
+            )
+        if self.kind == "rgcl" and self.lr_tau_schedule != "const":
+            raise ValueError("rgcl has a constant lr_tau. Hint: lr_tau_schedule: const")
+        if self.lr_tau is None and "lr_tau_schedule" in changed(self):
+            raise ValueError("lr_tau_schedule needs lr_tau")
+        return self
+
+
+class ReferenceSettings(Settings):
+    """A trained model that a phase learns from: its weights stay as they are."""
+
+    model: str = Field(
+        description="An open_clip architecture, e.g. ViT-B-32; or, where `pretrained` is null, a model folder of ours."
+    )
+    pretrained: str | None = Field(
+        None, description="open_clip tag, or a checkpoint on this machine."
+    )
+    image_size: PositiveInt | None = Field(
+        None, description="Crops are resized to it; by default the reference's own."
+    )
+    scale: PositiveFloat | None = Field(
+        None, description="1 / tau of its softmax (affinity); by default its own."
+    )
+    cached: bool = Field(
+        False, description="Read embeddings that were computed before instead of running the model."
+    )
+    crops: PositiveInt = Field(
+        1,
+        description="Of cached: stored crops of an image. One: as in evaluation, and training crops as it likes; several: "
+        "drawn and augmented as the phase says, and training shows these.",
+    )
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return "/".join(filter(None, (self.model, self.pretrained)))
+
+    @model_validator(mode="after")
+    def _no_effect(self) -> ReferenceSettings:
+        """What is changed must matter."""
+        if "crops" in changed(self) and not self.cached:
+            raise ValueError("crops has no effect without cached: true")
+        return self
+
+
+class DistillationSettings(Settings):
+    """Weights of what is learned from references, beside `loss.weight`; 0 is off. Several references: their mean."""
+
+    feature: NonNegativeFloat = Field(
+        0.0,
+        description="Squared distance from a reference's features, images plus texts; where dimensions differ, of a "
+        "learned linear projection.",
+    )
+    affinity: NonNegativeFloat = Field(
+        0.0,
+        description="Cross-entropy of the softmax over the batch, from the mean of the references' softmaxes.",
+    )
+    affinity_form: Literal["cross_entropy", "kl"] = Field(
+        "cross_entropy", description="kl: less the references' entropy; the same gradient."
+    )
+    interactive: NonNegativeFloat = Field(
+        0.0,
+        description="Contrastive loss of each side with a reference's other side; needs equal dimensions.",
+    )
+
+    @property
+    def is_on(self) -> bool:
+        """Whether any term has a weight."""
+        return bool(self.feature or self.affinity or self.interactive)
+
+    @model_validator(mode="after")
+    def _no_effect(self) -> DistillationSettings:
+        """What is changed must matter."""
+        if "affinity_form" in changed(self) and not self.affinity:
+            raise ValueError(f"affinity_form = {self.affinity_form} has no effect: affinity = 0")
+        return self
+
+
+class TrainSettings(AugmentationSettings):
+    """What every training stage has."""
+
+    samples_seen: NonNegativeInt = Field(description="Training length; repeats of a sample count.")
+    batch_size: Annotated[int, Field(ge=2)] = Field(description="Global: over all devices.")
+    accumulate: PositiveInt = Field(
+        1,
+        description="Parts of a batch that go through the model one after the other: less memory, more time, the "
+        "same result.",
+    )
+    optim: OptimSettings
     captions: dict[Name, NonNegativeFloat] = Field(
         default_factory=dict,
         description="How often a visit draws each kind of caption, e.g. {caption: 1, recaption: 4}; "
@@ -193,10 +434,11 @@ class TrainSettings(Settings):
         return {"text_reduction" if key in given else key: value for key, value in raw.items()}
 
     @model_validator(mode="after")
-    def _crop(self) -> TrainSettings:
-        low, high = self.crop_scale
-        if not 0 < low <= high:
-            raise ValueError(f"crop_scale = [{low}, {high}] must be above 0 and rising")
+    def _parts(self) -> TrainSettings:
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size = {self.batch_size} does not divide into accumulate = {self.accumulate} parts"
+            )
         return self
 
     @model_validator(mode="after")
@@ -223,7 +465,22 @@ class PhaseSettings(TrainSettings):
         description="Which patches are kept in training (CLIPA): resize (all), random, grid or block, or a mapping of "
         "`kind` and options.",
     )
-    temperature: Tau = Field(0.07, description="Initial tau of the first phase.")
+    temperature: Tau = Field(
+        0.07,
+        description="Tau at the start of the first phase, and of every phase in which it is constant.",
+    )
+    loss: LossSettings = LossSettings()
+    references: list[ReferenceSettings] = Field(
+        default_factory=list,
+        description="Models to learn from; `reference: {...}` is one.",
+    )
+    distillation: DistillationSettings = DistillationSettings()
+    lock: list[Literal["image", "text"]] = Field(
+        default_factory=list, description="The tower that stays as the initial weights bring it."
+    )
+    init_from: Literal["reference"] | None = Field(
+        None, description="First phase: start from the weights of the first reference."
+    )
     pos_embed: Literal["learned", "sincos_frozen", "sincos_init"] | None = Field(
         None,
         description="Image positions: learned, sines and cosines that stay, or those as the start of learning; "
@@ -242,6 +499,76 @@ class PhaseSettings(TrainSettings):
         description="Text positions at another length: interpolated, or kept with what is missing drawn anew, or all "
         "drawn anew.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_reference(cls, raw: Any) -> Any:
+        """Read `reference` as a list of one; null is not given."""
+        if not isinstance(raw, Mapping):
+            return raw
+        one, several = raw.get("reference"), raw.get("references")
+        others = {key: raw[key] for key in raw if key not in ("reference", "references")}
+        if one is not None and several:
+            raise ValueError(
+                "reference and references are the same setting. Hint: an overlay removes one with null"
+            )
+        several = several if one is None else [one]
+        return others if several is None else {**others, "references": several}
+
+    @property
+    def compares_with_references(self) -> bool:
+        """Whether a step needs the references' features."""
+        return self.loss.margins == "reference" or self.distillation.is_on
+
+    @model_validator(mode="after")
+    def _references(self) -> PhaseSettings:
+        users = {
+            "loss.margins: reference": self.loss.margins == "reference",
+            "distillation": self.distillation.is_on,
+            "init_from: reference": self.init_from is not None,
+        }
+        used = [name for name, is_used in users.items() if is_used]
+        if used and not self.references:
+            raise ValueError(
+                f"{used[0]} needs a reference. Hint: reference: {{model: ViT-B-32, pretrained: openai}}"
+            )
+        if self.references and not used:
+            raise ValueError(
+                "references are given, but nothing uses them. Hint: distillation: {feature: 0.5}, loss.margins: "
+                "reference or init_from: reference"
+            )
+        scaled = [each for each in self.references if each.scale is not None]
+        if scaled and not self.distillation.affinity:
+            raise ValueError(
+                f"references: scale = {scaled[0].scale} has no effect without distillation.affinity"
+            )
+        if not self.loss.weight and not self.distillation.is_on:
+            raise ValueError(
+                "loss.weight = 0 without distillation: there is nothing to learn. Hint: distillation: {feature: 1.0}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _locks(self) -> PhaseSettings:
+        if len(self.lock) > 1:
+            raise ValueError(
+                f"lock = [{', '.join(self.lock)}]: nothing is left to train. Hint: lock one tower"
+            )
+        if self.loss.tau == "locked" and "temperature" in changed(self):
+            raise ValueError(
+                f"temperature = {self.temperature} has no effect on loss.temperature: locked. Hint: constant"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _temperature(self) -> PhaseSettings:
+        low, high = self.loss.tau_bounds
+        is_fixed = self.loss.tau in ("constant", "locked")
+        if not low <= self.temperature <= high and not is_fixed:
+            raise ValueError(
+                f"temperature = {self.temperature} is outside of loss.tau_bounds = [{low}, {high}]"
+            )
+        return self
 
 
 def position_kind(phase: PhaseSettings, was_frozen: bool) -> str:
@@ -274,6 +601,47 @@ def position_misfit(phase: PhaseSettings, was_frozen: bool, is_carried: bool) ->
             "freeze what is no sin-cos table. Hint: pos_resize: recompute, or pos_embed: learned"
         )
     return ""
+
+
+def start_misfit(phase: PhaseSettings, is_carried: bool, has_pretrained: bool) -> str:
+    """Why a phase cannot start as it asks; empty if it can.
+
+    Args:
+        phase: what it asks for.
+        is_carried: whether there is a phase before.
+        has_pretrained: whether the model starts from public weights.
+    """
+    where = f"pretrain.{phase.name}"
+    if phase.init_from and (is_carried or has_pretrained):
+        other = "the phase before" if is_carried else "model.pretrained"
+        return f"{where}.init_from = reference: the weights are those of {other}. Hint: remove one"
+    if is_carried or has_pretrained or phase.init_from:
+        return ""
+    kept = [f"lock = [{', '.join(phase.lock)}]"] if phase.lock else []
+    kept += ["loss.temperature = locked"] if phase.loss.tau == "locked" else []
+    if kept:
+        return (
+            f"{where}.{kept[0]}: there are no initial weights to keep. Hint: model.pretrained, init_from: reference, "
+            "or a phase before"
+        )
+    return ""
+
+
+def interactive_misfit(phase: PhaseSettings, reference: str, dim: int, reference_dim: int) -> str:
+    """Why a reference is nothing for interactive distillation; empty if it is, or there is none.
+
+    Args:
+        phase: what it asks for.
+        reference: its model.
+        dim: of the model's features.
+        reference_dim: of the reference's.
+    """
+    if not phase.distillation.interactive or dim == reference_dim:
+        return ""
+    return (
+        f"pretrain.{phase.name}.distillation.interactive needs equal dimensions: reference {reference} has "
+        f"{reference_dim}, the model has {dim}. Hint: feature or affinity, which take any"
+    )
 
 
 def vocabulary_misfit(text_cfg: dict[str, Any], vocabulary: str) -> str:
