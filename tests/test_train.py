@@ -8,31 +8,43 @@ import math
 import subprocess
 import sys
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from clipgraft import dist, train
+from clipgraft import dist, objectives, train
 from clipgraft.checkpoint import TrainingState, load_model, read_weights
 from clipgraft.config import ConfigError
 from clipgraft.data.download import download
 from clipgraft.data.index import build_index
+from clipgraft.data.memory import SampleMemory
 from clipgraft.data.shapes import draw_sample
 from clipgraft.data.shards import write_shards
 from clipgraft.embed import embed
+from clipgraft.gradcache import backward_in_parts
+from clipgraft.graft import assemble
 from clipgraft.models.positions import resize_positions, sincos_table
+from clipgraft.objectives import Features, pair_loss
 from clipgraft.pretrain import pretrain
-from clipgraft.settings import EmbedSettings, IndexJob, PretrainJob, ShardJob
+from clipgraft.router import finetune_router
+from clipgraft.settings import (
+    AssembleJob,
+    EmbedSettings,
+    IndexJob,
+    PretrainJob,
+    RouterJob,
+    ShardJob,
+)
 from clipgraft.sources import TarSource
 
 NUM = 40
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def make_data(folder: Path) -> tuple[Path, Path]:
     """Index and shards of a few pictures with two captions each, from a tar."""
-    folder = tmp_path_factory.mktemp("data")
     with tarfile.open(folder / "x.tar", "w") as tar:
         for i in range(NUM):
             sample = draw_sample(0, "train", i, image_size=32, num_captions=2)
@@ -50,6 +62,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     settings = ShardJob(image_size=16, oversize=1.0)
     write_shards(settings, folder / "index", folder / "shard", threads=1)
     return folder / "index", folder / "shard"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return make_data(tmp_path_factory.mktemp("data"))
 
 
 def phase(**changes: object) -> PretrainJob:
@@ -122,6 +139,26 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bits(data, tmp_path, monke
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
+@pytest.mark.parametrize("name", ["adamw", "lamb", "lion", "sgd"])
+def test_every_optimizer_goes_on_after_a_kill_with_the_same_bits(data, tmp_path, monkeypatch, name):
+    """With a learning rate of its own for the temperature."""
+    loss = {"kind": "rgcl_g", "rho": 0.5, "lr_tau": 1e-2, "lr_tau_schedule": "const"}
+    optim = {"name": name, "lr": 1e-3, "weight_decay": 0.1}
+    settings, whole = phase(loss=loss, temperature=0.1, optim=optim), folder(tmp_path / "whole")
+    pretrain(settings, *data, None, whole)
+    last = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
+    assert math.isfinite(last["loss"]) and last["tau"] != pytest.approx(0.1, rel=1e-2)
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(TrainingState, "save", saving_until(4, TrainingState.save))
+    state, out = TrainingState(tmp_path / "resume", "tag"), folder(tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(settings, *data, None, out, state=state)
+    assert not (out / "model.safetensors").exists()
+    pretrain(settings, *data, None, out, state=state)
+    state.close()
+    assert (whole / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
 def test_threads_of_the_loader_do_not_change_the_result(data, tmp_path):
     outs = [folder(tmp_path / str(threads)) for threads in (1, 3)]
     for threads, out in zip((1, 3), outs, strict=True):
@@ -171,7 +208,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_steps(data, tmp_path, mon
     def broken(*_: object, **__: object) -> torch.Tensor:
         return torch.tensor(float("nan"), requires_grad=True)
 
-    monkeypatch.setattr(train, "contrastive_loss", broken)
+    monkeypatch.setattr(objectives, "contrastive_loss", broken)
     with pytest.raises(ConfigError, match="loss is nan between steps 0 and 1 of 10"):
         pretrain(phase(), *data, None, folder(tmp_path / "out"))
 
@@ -223,6 +260,160 @@ def test_augmented_training_on_shuffled_blocks_does_not_depend_on_threads(data, 
         pretrain(settings, *data, None, out, threads=threads)
         weights.append((out / "model.safetensors").read_bytes())
     assert weights[0] == weights[1] != weights[2]
+
+
+LOSSES = {
+    "siglip": {"kind": "siglip"},
+    "v0": {"kind": "gcl", "temperature": "learned"},
+    "v1": {"kind": "gcl", "gamma": {"schedule": "constant", "min": 0.5}},
+    "v2": {"kind": "rgcl", "lr_tau": 0.0133, "lr_tau_schedule": "const", "rho": 0.5},
+    "v3": {"kind": "rgcl_g", "rho": 0.5, "lr_tau": 2e-4, "lr_tau_schedule": "step_thresh"},
+    "scent": {"kind": "rgcl_g", "rho": 0.5, "gamma": {"schedule": "scent"}},
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_learns_to_tell_pairs_apart(data, tmp_path, name):
+    out = folder(tmp_path / "out")
+    settings = phase(samples_seen=960, optim={"lr": 3e-3}, temperature=0.1, loss=LOSSES[name])
+    pretrain(settings, *data, None, out)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    key = "loss" if name == "siglip" else "infonce"
+    assert rows[-1][key] < rows[0][key] - 0.3
+    assert all(math.isfinite(value) for value in rows[-1].values())
+    if name != "siglip":
+        assert rows[0]["gamma"] == 1 >= rows[-1]["gamma"] > 0
+        assert rows[0]["drift"] == 0 < rows[-1]["drift"]
+    if name in ("v1", "v2"):
+        assert rows[-1]["tau"] == pytest.approx(0.1)
+    if name == "v2":
+        assert rows[-1]["tau_mean"] != pytest.approx(0.1, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["v2", "v3"])
+def test_what_is_remembered_of_samples_survives_a_stop(data, tmp_path, monkeypatch, name):
+    settings, whole = phase(loss=LOSSES[name], temperature=0.1), folder(tmp_path / "whole")
+    tables = []
+    monkeypatch.setattr(
+        objectives,
+        "SampleMemory",
+        lambda *args: tables.append(SampleMemory(*args)) or tables[-1],
+    )
+    pretrain(settings, *data, None, whole)
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(TrainingState, "save", saving_until(4, TrainingState.save))
+    state, out = TrainingState(tmp_path / "resume", "tag"), folder(tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(settings, *data, None, out, state=state)
+    pretrain(settings, *data, None, out, state=state)
+    state.close()
+    expected, killed, got = (table.state() for table in tables)
+    assert not torch.equal(expected, killed) and expected[:, 0].isfinite().all()
+    assert torch.equal(expected, got)
+    assert (whole / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+def saving_until(step: int, save):
+    """A kill right after the state of a step was saved, once."""
+    killed = []
+
+    def save_and_die(self: TrainingState, state: dict) -> None:
+        save(self, state)
+        if state["step"] == step and not killed:
+            killed.append(True)
+            raise KeyboardInterrupt
+
+    return save_and_die
+
+
+@pytest.mark.parametrize("name", ["contrastive", *LOSSES])
+def test_a_batch_in_parts_trains_like_the_whole_batch(data, tmp_path, name):
+    weights = []
+    for accumulate in (1, 4):
+        out = folder(tmp_path / str(accumulate))
+        loss = LOSSES.get(name, {"kind": "contrastive"})
+        optim = {"lr": 1e-2, "eps": 1e-2}  # with a small eps, Adam takes whole steps for rounding
+        settings = phase(
+            loss=loss, accumulate=accumulate, temperature=0.1, samples_seen=64, optim=optim
+        )
+        pretrain(settings, *data, None, out)
+        weights.append(read_weights(out))
+    whole, parts = weights
+    for key in whole:
+        torch.testing.assert_close(parts[key], whole[key], rtol=1e-5, atol=2e-6)
+
+
+def test_routers_learn_from_a_batch_in_parts_as_from_the_whole(data, tmp_path):
+    base, moe = folder(tmp_path / "base"), folder(tmp_path / "moe")
+    pretrain(phase(), *data, None, base)
+    assemble(AssembleJob(num_experts=2, top_k=2, seed=0), [base, base], moe)
+    logs, weights = [], []
+    for accumulate in (1, 2):
+        out = folder(tmp_path / str(accumulate))
+        settings = RouterJob(
+            samples_seen=64,
+            batch_size=16,
+            accumulate=accumulate,
+            optim={"lr": 1e-2, "eps": 1e-2},
+            balance_weight=0.0,  # balance and z are means over the tokens of a part
+            z_weight=0.0,
+            seed=0,
+        )
+        finetune_router(settings, moe, *data, out)
+        logs.append(json.loads((out / "metrics.jsonl").read_text().splitlines()[-1]))
+        weights.append(read_weights(out))
+    whole, parts = logs
+    for key, value in whole.items():
+        if key in ("loss", "contrastive", "balance", "z", "entropy"):
+            assert parts[key] == pytest.approx(value, rel=1e-5 if key == "loss" else 1e-2)
+    for key in weights[0]:
+        torch.testing.assert_close(weights[1][key], weights[0][key], rtol=1e-5, atol=2e-6)
+
+
+def test_parts_have_the_gradient_of_the_whole_and_draw_the_same_random_numbers():
+    torch.manual_seed(0)
+    model = Towers().double()
+    x = torch.randn(2, 8, 6, dtype=torch.float64)
+
+    def loss_of(image_BD, text_BD, scale, bias):
+        assert bias is None
+        features = Features(image_BD, text_BD, scale)
+        return pair_loss(dist.World(0, 1, torch.device("cpu")), features), {}
+
+    def encode(model, part, num_parts):
+        return (*model(*(side.chunk(num_parts)[part] for side in x)), None)
+
+    whole, _ = loss_of(*encode(model, 0, 1))
+    whole.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    for num_parts in (2, 4):
+        model.zero_grad()
+        loss, _ = backward_in_parts(model, num_parts, partial(encode, num_parts=num_parts), loss_of)
+        assert loss.item() == pytest.approx(whole.item(), rel=1e-12)
+        for name, p in model.named_parameters():
+            assert (p.grad - expected[name]).norm() <= 1e-6 * expected[name].norm()
+    model.dropout, drawn = 0.5, []
+    backward_in_parts(
+        model, 2, lambda m, part: drawn.append(encode(m, part, 2)) or drawn[-1], loss_of
+    )
+    for first, second in zip(drawn[:2], drawn[2:], strict=True):
+        assert torch.equal(first[0], second[0])
+    assert not torch.equal(drawn[0][0], encode(model, 0, 2)[0])
+
+
+class Towers(torch.nn.Module):
+    """The least that has an image, a text and a scale."""
+
+    dropout = 0.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text = torch.nn.Linear(6, 4), torch.nn.Linear(6, 4)
+        self.logit_scale = torch.nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, image, text):
+        sides = self.image(F.dropout(image, self.dropout)), self.text(text)
+        return (*(F.normalize(side, dim=1) for side in sides), self.logit_scale.exp())
 
 
 IMAGE_REDUCTIONS = {"resize": 16, "random": 8, "grid": 4, "block": 4}  # of 16 patches
@@ -309,35 +500,85 @@ TWO = """
 import json, torch
 from torch.nn.functional import normalize
 from clipgraft import dist
-from clipgraft.train import pair_loss
+from clipgraft.data.loader import Batch
+from clipgraft.data.memory import SampleMemory
+from clipgraft.gradcache import backward_in_parts
+from clipgraft.objectives import Features, memory_of, objective_of, pair_loss
+from clipgraft.recipes import LossSettings, OptimSettings
+
+LOSSES = [
+    {"kind": "siglip"}, {"kind": "gcl"},
+    {"kind": "rgcl", "lr_tau": 0.01, "lr_tau_schedule": "const", "rho": 0.5},
+    {"kind": "rgcl_g", "rho": 0.5}, {"kind": "rgcl_g", "gamma": {"schedule": "scent"}},
+]
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tower = torch.nn.Linear(6, 4)
+        self.logit_scale = torch.nn.Parameter(torch.tensor(2.3))
+        self.logit_bias = torch.nn.Parameter(torch.tensor(-1.0))
+
+    def forward(self, x, y):
+        sides = [normalize(self.tower(side), dim=1) for side in (x, y)]
+        return (*sides, self.logit_scale.exp() + 0 * self.logit_bias, self.logit_bias)
+
 torch.manual_seed(0)
-x, y = torch.randn(8, 6), torch.randn(8, 6)
-model = torch.nn.Linear(6, 4)
+x, y = torch.randn(2, 8, 8, 6).unbind()
 with dist.world() as world:
-    ddp = torch.nn.parallel.DistributedDataParallel(model) if world.size > 1 else model
     b = 8 // world.size
-    rows = slice(world.rank * b, (world.rank + 1) * b)
-    for groups in (None, torch.tensor([0, 0, 1, 1, 1, 0, 2, 1])):
-        features = normalize(ddp(torch.cat([x[rows], y[rows]])), dim=1)
-        parts = features[:b], features[b:], torch.tensor(14.0)
-        loss = pair_loss(world, *parts, label_smoothing=0.1, group_G=groups)
-        model.zero_grad()
-        loss.backward()
+    own = slice(world.rank * b, (world.rank + 1) * b)
+
+    def start(tau):
+        torch.manual_seed(0)
+        model = Model()
+        for scalar in (model.logit_scale, model.logit_bias):
+            scalar.requires_grad_(tau == "learned")
+        ddp = torch.nn.parallel.DistributedDataParallel(model) if world.size > 1 else model
+        return model, ddp
+
+    def report(loss, table=None):
+        grads = [p.grad.flatten().tolist() for p in model.parameters() if p.requires_grad]
         total = dist.mean(loss.detach())
         if world.is_first:
-            print(json.dumps([total.item(), model.weight.grad.tolist()]))
+            table = [] if table is None else table.nan_to_num(-1.0).tolist()
+            print(json.dumps([total.item(), sum(grads, []), table]), flush=True)
+        model.zero_grad()
+
+    model, ddp = start("learned")
+    for groups in (None, torch.tensor([0, 0, 1, 1, 1, 0, 2, 1])):
+        features = Features(*ddp(x[0, own], y[0, own]))
+        loss = pair_loss(world, features, label_smoothing=0.1, group_G=groups)
+        loss.backward()
+        report(loss)
+    for raw in LOSSES:
+        settings = LossSettings(**raw)
+        model, ddp = start(settings.tau)
+        memory = memory_of(settings, 20, 0.1)
+        objective = objective_of(world, settings, OptimSettings(lr=1.0), memory, 3)
+        for step in range(3):
+            rows = (torch.arange(8) * 3 + step // 2) % 20
+            batch = Batch(torch.empty(b), torch.empty(b), rows[own], rows[own], False)
+            encode = lambda m, part: m(x[step, own].chunk(2)[part], y[step, own].chunk(2)[part])
+            loss, _ = backward_in_parts(
+                ddp, 2, encode, lambda *f: objective(Features(*f), [], batch, float(step))
+            )
+            report(loss, None if memory is None else memory.state())
 """
 
 
-def test_two_processes_have_the_loss_and_gradient_of_one_plain_and_grouped(tmp_path):
+def test_two_processes_have_the_loss_gradient_and_memory_of_one(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     results = []
     for command in ([sys.executable], torchrun):
-        done = subprocess.run([*command, script], capture_output=True, text=True, check=True)
-        results.append([json.loads(line) for line in done.stdout.splitlines()[-2:]])
-    assert results[0][0] != results[0][1]
-    for (loss_1, grad_1), (loss_2, grad_2) in zip(*results, strict=True):
-        assert loss_2 == pytest.approx(loss_1, rel=1e-6)
-        torch.testing.assert_close(torch.tensor(grad_2), torch.tensor(grad_1), rtol=1e-5, atol=1e-6)
+        done = subprocess.run([*command, script], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        results.append([json.loads(line) for line in done.stdout.splitlines() if line[0] == "["])
+    assert len(results[0]) == 2 + 5 * 3
+    assert results[0][0][:2] != results[0][1][:2]
+    for one, two in zip(*results, strict=True):
+        assert two[0] == pytest.approx(one[0], rel=1e-5)
+        for its, ours in zip(two[1:], one[1:], strict=True):
+            torch.testing.assert_close(torch.tensor(its), torch.tensor(ours), rtol=1e-4, atol=2e-6)

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as torch_dist
@@ -47,27 +46,8 @@ def world() -> Iterator[World]:
             torch_dist.destroy_process_group()
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(context: Any, local_BD: torch.Tensor) -> torch.Tensor:
-        local_BD = local_BD.contiguous()
-        parts = [torch.empty_like(local_BD) for _ in range(torch_dist.get_world_size())]
-        torch_dist.all_gather(parts, local_BD)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(context: Any, grad_GD: torch.Tensor) -> torch.Tensor:
-        grad_GD = grad_GD.clone()  # it is not ours to change
-        torch_dist.all_reduce(grad_GD)
-        rows = grad_GD.shape[0] // torch_dist.get_world_size()
-        return grad_GD[torch_dist.get_rank() * rows :][:rows]
-
-
 def gather(local_BD: torch.Tensor) -> torch.Tensor:
-    """Rows of all processes, rank r at [r*B, (r+1)*B), with gradient.
-
-    The gradient of a row is summed over the processes, so with a loss that is a mean over local rows and gradients
-    averaged by DDP, parameters get the gradient of the global mean.
+    """Rows of all processes, rank r at [r*B, (r+1)*B), without gradient.
 
     Args:
         local_BD: this process's rows, as many on each.
@@ -76,8 +56,26 @@ def gather(local_BD: torch.Tensor) -> torch.Tensor:
     """
     if not torch_dist.is_initialized():
         return local_BD
-    gathered: torch.Tensor = _Gather.apply(local_BD)  # type: ignore[no-untyped-call]
-    return gathered
+    local_BD = local_BD.detach().contiguous()
+    parts = [torch.empty_like(local_BD) for _ in range(torch_dist.get_world_size())]
+    torch_dist.all_gather(parts, local_BD)
+    return torch.cat(parts)
+
+
+def is_first_on_node() -> bool:
+    """Whether this process speaks for its node."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def same_on_node(text: str) -> str:
+    """What the first process of this node says; called by all processes together."""
+    if not torch_dist.is_initialized():
+        return text
+    said: list[str | None] = [None] * torch_dist.get_world_size()
+    torch_dist.all_gather_object(said, text)
+    first = said[torch_dist.get_rank() - int(os.environ.get("LOCAL_RANK", "0"))]
+    assert first is not None
+    return first
 
 
 def mean(value: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from clipgraft import dist
 from clipgraft.checkpoint import TrainingState, load_model, save_model
@@ -22,8 +21,9 @@ from clipgraft.data.labels import read_labels
 from clipgraft.data.loader import Batch
 from clipgraft.data.sampler import HomogeneousBatches
 from clipgraft.models.build import mlp_parameters
+from clipgraft.objectives import Features, Loss, Objective, pair_loss
 from clipgraft.settings import ExpertJob
-from clipgraft.train import Data, Fit, Sampler, Step, encode, ordinary_batches, pair_loss
+from clipgraft.train import Data, Fit, Sampler, ordinary_batches
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def finetune_expert(
         vision, text = spec["config"]["vision_cfg"], spec["config"]["text_cfg"]
         fit = Fit(
             model,
-            expert_step(world, settings.label_smoothing, groups),
+            expert_objective(world, settings.label_smoothing, groups),
             settings,
             data,
             sampler_of(settings, data, groups),
@@ -107,17 +107,16 @@ def sampler_of(settings: ExpertJob, data: Data, labels_N: np.ndarray | None) -> 
     )
 
 
-def expert_step(world: dist.World, label_smoothing: float, labels_N: np.ndarray | None) -> Step:
-    """The step of MCL: in a batch packed from several clusters, negatives of other clusters are masked."""
+def expert_objective(
+    world: dist.World, label_smoothing: float, labels_N: np.ndarray | None
+) -> Objective:
+    """The loss of MCL: in a batch packed from several clusters, negatives of other clusters are masked."""
 
-    def step(model: nn.Module, images: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        features = encode(model, images, batch.text_BL.to(images.device, non_blocking=True))
+    def objective(features: Features, _: object, batch: Batch, __: float) -> Loss:
         group_G = None
         if labels_N is not None and batch.is_mixed:
-            group_G = dist.gather(
-                torch.from_numpy(labels_N[batch.rows_B.numpy()]).to(images.device)
-            )
-        loss = pair_loss(world, *features, label_smoothing=label_smoothing, group_G=group_G)
-        return loss, {}
+            labels_B = torch.from_numpy(labels_N[batch.rows_B.numpy()])
+            group_G = dist.gather(labels_B.to(features.image_BD.device))
+        return pair_loss(world, features, label_smoothing=label_smoothing, group_G=group_G), {}
 
-    return step
+    return objective

@@ -97,12 +97,13 @@ class Meter:
         rate = (now - self.start) / max(step - self.start_step, 1)
         eta = round(rate * (total - step))
         log.info(
-            "step %5d/%d %5.1f%%  loss %.3f  tau %.4f  lr %.1e  %s img/s  data %.0f%%  eta %dm%02ds",
+            "step %5d/%d %5.1f%%  loss %.3f  tau %.4f%s  lr %.1e  %s img/s  data %.0f%%  eta %dm%02ds",
             step,
             total,
             100 * step / total,
             row["loss"],
             row["tau"],
+            f"  gamma {row['gamma']:.2f}" if "gamma" in row else "",
             row["lr"],
             f"{row['samples_per_second']:,.0f}",
             100 * row["data_wait"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +11,25 @@ import torch
 from torch import nn
 
 from clipgraft import dist
-from clipgraft.checkpoint import TrainingState, load_model, save_model
+from clipgraft.checkpoint import TrainingState, load_model, load_reference, save_model
 from clipgraft.config import ConfigError
 from clipgraft.data.tokens import Tokens
+from clipgraft.data.vocabulary import is_same_vocabulary
 from clipgraft.models.build import build, describe, model_config, pretrained_state, token_rows
+from clipgraft.models.inherit import inherit
 from clipgraft.models.patches import drop_patches
 from clipgraft.models.positions import start_positions
-from clipgraft.recipes import vocabulary_misfit
+from clipgraft.objectives import memory_of, objective_of
+from clipgraft.recipes import PhaseSettings, start_misfit, vocabulary_misfit
+from clipgraft.references import (
+    CachedReference,
+    open_references,
+    projections_of,
+)
 from clipgraft.settings import PretrainJob
-from clipgraft.train import Data, Fit, contrastive_step, ordinary_batches
+from clipgraft.train import Data, Fit, ordinary_batches
+
+SIGLIP_BIAS = -10.0  # most pairs are negatives, and are taken for such at the start (SigLIP)
 
 
 def pretrain(
@@ -29,8 +41,9 @@ def pretrain(
     *,
     threads: int = 1,
     state: TrainingState | None = None,
+    cached: Mapping[str, Path] | None = None,
 ) -> dict[str, Any]:
-    """Train all parameters with the minibatch contrastive loss (InfoNCE, as open_clip).
+    """Train with a loss over pairs (minibatch contrastive, sigmoid or global contrastive), and maybe from references.
 
     Args:
         settings: the phase, the architecture and the seed.
@@ -40,6 +53,7 @@ def pretrain(
         out: folder for the model and `metrics.jsonl`.
         threads: CPU threads.
         state: where to save and find training state.
+        cached: folders of the embeddings of cached references, `reference_0` that of the first.
     Returns:
         Facts for the manifest.
     """
@@ -48,16 +62,34 @@ def pretrain(
         data = Data.open(index, shard)
         model, spec = start_model(settings, data.tokens, init)
         config, positions = start_positions(
-            model, spec["config"], settings, is_carried=bool(init or settings.model.pretrained)
+            model,
+            spec["config"],
+            settings,
+            is_carried=bool(init or settings.model.pretrained or settings.init_from),
         )
         spec = spec | {"config": config, "positions": positions}
         drop_patches(model, settings.image_reduction)
+        loss, sampler = settings.loss, ordinary_batches(data, settings, settings.seed)
+        memory = memory_of(loss, len(data.shards), settings.temperature)
+        num_epochs = settings.samples_seen / settings.batch_size / sampler.num_batches
+        set_trained(model, settings)
+        dim = spec["config"]["embed_dim"]
+        references = open_references(settings, dim, data, world.device, cached or {})
+        projections = projections_of(settings, dim, references, settings.seed)
         fit = Fit(
             model,
-            contrastive_step(world),
+            objective_of(
+                world,
+                loss,
+                settings.optim,
+                memory,
+                num_epochs,
+                settings.distillation,
+                projections,
+            ),
             settings,
             data,
-            ordinary_batches(data, settings, settings.seed),
+            sampler,
             settings.image_size,
             settings.text_length,
             spec["preprocess"],
@@ -65,6 +97,11 @@ def pretrain(
             world,
             threads,
             state,
+            loss,
+            memory,
+            references=references,
+            caches=[each.cache for each in references if isinstance(each, CachedReference)],
+            projections=nn.ModuleList(each for each in projections if each is not None),
         )
         facts = fit.run(out)
         if world.is_first:
@@ -73,14 +110,30 @@ def pretrain(
         return facts | {"positions": positions}
 
 
+def set_trained(model: nn.Module, settings: PhaseSettings) -> None:
+    """Freeze what a phase locks, and give a temperature that is no parameter of the model's its value."""
+    loss = settings.loss
+    towers: dict[str, nn.Module] = {"image": model.visual, "text": model.text}  # type: ignore[dict-item]
+    for name in settings.lock:
+        towers[name].requires_grad_(False)
+    model.logit_scale.requires_grad_(loss.tau == "learned")
+    if loss.tau in ("constant", "per_sample"):
+        model.logit_scale.data.fill_(math.log(1 / settings.temperature))
+    if model.logit_bias is not None:
+        model.logit_bias.requires_grad_(loss.kind == "siglip")
+
+
 def start_model(
     settings: PretrainJob, tokens: Tokens, init: Path | None
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The model before the first step, and its description for `model.json`.
 
     Raises:
-        ConfigError: if the model cannot read the vocabulary of the data.
+        ConfigError: if the model cannot read the vocabulary of the data, or there are no weights to keep or take.
     """
+    misfit = start_misfit(settings, init is not None, settings.model.pretrained is not None)
+    if misfit:
+        raise ConfigError(misfit)
     size, length = settings.image_size, settings.text_length
     if init is not None:
         before = load_model(
@@ -98,8 +151,36 @@ def start_model(
     misfit = vocabulary_misfit(config["text_cfg"], tokens.vocabulary)
     if misfit:
         raise ConfigError(f"model: {misfit}")
+    if settings.loss.kind == "siglip":
+        config.setdefault("init_logit_bias", SIGLIP_BIAS)
+    if settings.init_from:
+        return start_as_reference(settings, config, tokens)
     model = build(config, temperature=settings.temperature)
     if settings.model.pretrained:
         rule = settings.text_pos_resize
         model.load_state_dict(pretrained_state(settings.model, config, rule))
     return model, describe(config, settings.model)
+
+
+def start_as_reference(
+    settings: PretrainJob, config: dict[str, Any], tokens: Tokens
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model with the weights of the first reference, and its description; says there what was resampled.
+
+    Raises:
+        ConfigError: if the reference reads another vocabulary, or its weights cannot be carried over.
+    """
+    first = settings.references[0].model_copy(update={"image_size": None})
+    reference = load_reference(first)  # as it is: nothing is resampled twice
+    tokenizer = reference.tokenizer
+    if not isinstance(tokenizer, Path) or not is_same_vocabulary(tokenizer, tokens.tokenizer):
+        raise ConfigError(
+            f"init_from: reference: {first.model} reads another vocabulary than the data have. Hint: "
+            "index: {vocabulary: full} for weights that read CLIP's byte pairs"
+        )
+    state, config, done = inherit(config, reference, settings.text_pos_resize)
+    model = build(config)
+    model.load_state_dict(state)
+    spec, given = describe(config), settings.model.preprocess.model_dump(exclude_none=True)
+    spec["preprocess"] |= done.pop("preprocess") | given
+    return model, spec | {"init_from": done}

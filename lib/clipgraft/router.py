@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from clipgraft import dist
 from clipgraft.checkpoint import TrainingState, load_model, save_model
 from clipgraft.config import ConfigError
-from clipgraft.data.loader import Batch
 from clipgraft.losses.balance import balance_loss, z_loss
 from clipgraft.models.moe import Routing, insert_experts, router_parameters, routings
+from clipgraft.objectives import Features, pair_loss
 from clipgraft.settings import RouterJob
-from clipgraft.train import Data, Fit, Step, encode, ordinary_batches, pair_loss
+from clipgraft.train import Data, ExtraLoss, Fit, ordinary_batches
 
 
 def finetune_router(
@@ -60,9 +60,14 @@ def finetune_router(
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
         vision, text = spec["config"]["vision_cfg"], spec["config"]["text_cfg"]
+
+        def objective(features: Features, *_: object) -> tuple[Tensor, dict[str, Tensor]]:
+            pair = pair_loss(world, features)
+            return pair, {"contrastive": pair.detach()}
+
         fit = Fit(
             model,
-            router_step(world, settings),
+            objective,
             settings,
             data,
             ordinary_batches(data, settings, settings.seed),
@@ -73,6 +78,7 @@ def finetune_router(
             world,
             threads,
             state,
+            extra_loss=routing_loss(settings),
         )
         facts = fit.run(out)
         if world.is_first:
@@ -81,20 +87,18 @@ def finetune_router(
         return facts
 
 
-def router_step(world: dist.World, settings: RouterJob) -> Step:
-    """The step of router training; logs the load of every expert in every layer."""
+def routing_loss(settings: RouterJob) -> ExtraLoss:
+    """What keeps routers healthy; logs the load of every expert in every layer."""
 
-    def step(model: nn.Module, images: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        features = encode(model, images, batch.text_BL.to(images.device, non_blocking=True))
-        by_layer = routings(getattr(model, "module", model))  # DDP wraps the model
+    def extra_loss(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+        by_layer = routings(model)
         balance, z = mean_over_towers(by_layer, balance_of), mean_over_towers(by_layer, z_of)
-        pair = pair_loss(world, *features)
-        loss = pair + settings.balance_weight * balance + settings.z_weight * z
-        extras = {"contrastive": pair.detach(), "balance": balance.detach(), "z": z.detach()}
+        loss = settings.balance_weight * balance + settings.z_weight * z
+        extras = {"balance": balance.detach(), "z": z.detach()}
         extras |= {f"load_{tower}": loads for tower, loads in expert_loads(by_layer).items()}
         return loss, extras | {"entropy": mean_over_towers(by_layer, entropy_of).detach()}
 
-    return step
+    return extra_loss
 
 
 def balance_of(routing: Routing) -> Tensor:

@@ -1,6 +1,6 @@
 """The training loop shared by pretrain, finetune_expert and finetune_router.
 
-A stage brings a model, the parameters to train and a loss of one batch; the loop brings data, optimizer, schedule,
+A stage brings a model, the parameters to train and an objective; the loop brings data, optimizer, schedule,
 data parallelism, logging and resume. Length is counted in samples seen, batch sizes are global, and all state is
 saved as one step number plus tensors: data order, crops and captions are functions of (seed, step).
 """
@@ -14,9 +14,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,26 +29,30 @@ from clipgraft import dist
 from clipgraft.checkpoint import TrainingState
 from clipgraft.config import ConfigError
 from clipgraft.data.augment import augment, augments
+from clipgraft.data.cached import ReferenceCache
 from clipgraft.data.loader import Batch, Loader
+from clipgraft.data.memory import SampleMemory
 from clipgraft.data.sampler import HomogeneousBatches, UniformBatches, Visits
 from clipgraft.data.shards import Shards
 from clipgraft.data.tokens import Tokens
+from clipgraft.gradcache import backward_in_parts
 from clipgraft.job import REQUEUE
-from clipgraft.losses.contrastive import contrastive_loss
 from clipgraft.meter import Meter
 from clipgraft.models.build import normalize
 from clipgraft.models.patches import PartialVisionTransformer, num_patches
-from clipgraft.optim import build_optimizer
-from clipgraft.recipes import TrainSettings
+from clipgraft.objectives import Features, Objective, Reference, ReferenceFeatures, encode
+from clipgraft.optim import TEMPERATURE, build_optimizer, tau_lr
+from clipgraft.recipes import LossSettings, TrainSettings
 from clipgraft.schedule import cosine_lr, num_steps, num_warmup_steps, peak_lr
 
 log = logging.getLogger(__name__)
 
+PROJECTIONS = "projections"  # what their names in the saved state begin with
 SAVE_SECONDS = float(os.environ.get("CLIPGRAFT_SAVE_SECONDS", "60"))
 
 Sampler = UniformBatches | HomogeneousBatches
-# What a stage computes from one batch: the loss with gradient, and numbers or lists worth logging without.
-Step = Callable[[nn.Module, Tensor, Batch], tuple[Tensor, dict[str, Tensor]]]
+# What is added to the loss, read off the model after a batch went through it, and numbers worth logging.
+ExtraLoss = Callable[[nn.Module], tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ class Fit:
 
     Attributes:
         model: with the right parameters frozen.
-        step_fn: the stage's loss of a batch.
+        objective: the loss of the features of a batch.
         settings: length, batch size, optimizer.
         data: the training set.
         sampler: which rows are in which batch.
@@ -107,10 +111,16 @@ class Fit:
         world: this process.
         threads: for decoding.
         state: where training state is saved, or None.
+        loss: settings of the temperature.
+        memory: what the objective remembers, saved with the state.
+        extra_loss: what is added to the objective.
+        references: whose features of each batch the objective is given, too.
+        caches: stored embeddings that these need.
+        projections: of the objective; trained, and saved with the state, but no part of the model.
     """
 
     model: nn.Module
-    step_fn: Step
+    objective: Objective
     settings: TrainSettings
     data: Data
     sampler: Sampler
@@ -121,6 +131,12 @@ class Fit:
     world: dist.World
     threads: int = 1
     state: TrainingState | None = None
+    loss: LossSettings = field(default_factory=LossSettings)
+    memory: SampleMemory | None = None
+    extra_loss: ExtraLoss | None = None
+    references: Sequence[Reference] = ()
+    caches: Sequence[ReferenceCache] = ()
+    projections: nn.ModuleList = field(default_factory=nn.ModuleList)
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -140,13 +156,22 @@ class Fit:
             ConfigError: if the loss is not finite (names the steps), or the batch does not divide.
             SystemExit: with `REQUEUE`, after saving, when told to stop.
         """
-        if self.settings.batch_size % self.world.size:
+        num_parts = self.world.size * self.settings.accumulate
+        if self.settings.batch_size % num_parts:
             raise ConfigError(
-                f"batch_size = {self.settings.batch_size} does not divide by {self.world.size} processes. "
-                f"Hint: {self.settings.batch_size // self.world.size * self.world.size}"
+                f"batch_size = {self.settings.batch_size} does not divide by {self.world.size} processes"
+                f"{f' x accumulate = {num_parts // self.world.size}' if num_parts > self.world.size else ''}. "
+                f"Hint: {self.settings.batch_size // num_parts * num_parts}"
             )
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        optimizer = build_optimizer(trained, self.settings.optim, peak_lr(self.settings))
+        self.model.to(self.world.device)
+        self.projections.to(self.world.device)
+        trained = self._trained()
+        optimizer = build_optimizer(
+            trained,
+            self.settings.optim,
+            peak_lr(self.settings),
+            temperature_apart=self.loss.lr_tau is not None,
+        )
         with (
             _stop_requests() as stop
         ):  # from here on: one that comes early is heard after the first step
@@ -170,6 +195,12 @@ class Fit:
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "trained_parameters": sum(p.numel() for p in trained.values()),
             "metrics": {"loss": final},
+        }
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        projections = self.projections.named_parameters(prefix=PROJECTIONS)
+        return {
+            name: p for name, p in (*self.model.named_parameters(), *projections) if p.requires_grad
         }
 
     def _loop(
@@ -198,6 +229,7 @@ class Fit:
             augment=augments(self.settings),
             drops_patches=isinstance(self.model.visual, PartialVisionTransformer),
             pin_memory=self.world.device.type == "cuda",
+            caches=self.caches,
         )
         logit_scale = self.model.logit_scale
         meter = Meter(self.num_steps, self.settings.batch_size, logit_scale, self.rows)
@@ -231,54 +263,104 @@ class Fit:
         batch: Batch,
         step: int,
     ) -> tuple[Tensor, float, dict[str, Tensor]]:
-        optim, device = self.settings.optim, self.world.device
+        optim = self.settings.optim
         warmup_steps, peak = num_warmup_steps(self.settings), peak_lr(self.settings)
         lr = cosine_lr(step, self.num_steps, warmup_steps, peak, optim.lr_min)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        pixels = batch.images_BCHW.to(device, non_blocking=True)
-        uniform_BK = batch.uniform_BK
-        if uniform_BK is not None:
-            uniform_BK = uniform_BK.to(device, non_blocking=True)
-        pixels = augment(pixels, uniform_BK, self.settings)
-        if batch.image_bits_B is not None:
-            self.model.visual.image_bits_B = batch.image_bits_B.to(device, non_blocking=True)
-        images = normalize(pixels, self.preprocess["mean"], self.preprocess["std"])
-        with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            loss, extras = self.step_fn(model, images, batch)
+            if group.get("name") == TEMPERATURE:
+                tau = math.exp(-self.model.logit_scale.item())  # type: ignore[operator,union-attr]
+                group["lr"] = tau_lr(self.loss, lr / peak, tau)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss, extras = self._backward(model, batch, step / self.sampler.num_batches)
+        for parameter in self.projections.parameters():  # of no DDP
+            assert parameter.grad is not None
+            parameter.grad = dist.mean(parameter.grad)
         if optim.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(trained, optim.max_grad_norm)
         optimizer.step()
         if self.model.logit_scale.requires_grad:
-            self.model.logit_scale.data.clamp_(0, math.log(100))  # type: ignore[operator,union-attr]
-        return loss.detach(), lr, extras
+            low, high = self.loss.tau_bounds
+            self.model.logit_scale.data.clamp_(-math.log(high), -math.log(low))  # type: ignore[operator,union-attr]
+        return loss, lr, extras
+
+    def _backward(
+        self, model: nn.Module, batch: Batch, epoch: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        num_parts = self.settings.accumulate
+        parts = split(batch, num_parts)
+        references = self._features_of_references(parts)
+        if num_parts == 1:
+            loss, extras = self.objective(self._encode(model, batch), references, batch, epoch)
+            if self.extra_loss is not None:
+                extra, more = self.extra_loss(self.model)
+                loss, extras = loss + extra, extras | more
+            loss.backward()
+            return loss.detach(), extras
+        return backward_in_parts(
+            model,
+            num_parts,
+            lambda model, part: self._encode(model, parts[part]),
+            lambda *features: self.objective(Features(*features), references, batch, epoch),
+            self.extra_loss,
+        )
+
+    def _features_of_references(self, parts: Sequence[Batch]) -> list[ReferenceFeatures]:
+        """Of the whole local batch, encoded in the parts that the model takes it in."""
+        if not self.references:
+            return []
+        encoded = []
+        with torch.no_grad(), self._autocast():
+            for part in parts:
+                pixels = self._pixels(part)
+                encoded.append([each.features(pixels, part) for each in self.references])
+        return [ReferenceFeatures.of_parts(each) for each in zip(*encoded, strict=True)]
+
+    def _encode(self, model: nn.Module, batch: Batch) -> Features:
+        device = self.world.device
+        pixels = self._pixels(batch)
+        if batch.image_bits_B is not None:
+            self.model.visual.image_bits_B = batch.image_bits_B.to(device, non_blocking=True)
+        images = normalize(pixels, self.preprocess["mean"], self.preprocess["std"])
+        with self._autocast():
+            return encode(model, images, batch.text_BL.to(device, non_blocking=True))
+
+    def _pixels(self, batch: Batch) -> Tensor:
+        device = self.world.device
+        pixels = batch.images_BCHW.to(device, non_blocking=True)
+        uniform_BK = batch.uniform_BK
+        if uniform_BK is not None:
+            uniform_BK = uniform_BK.to(device, non_blocking=True)
+        return augment(pixels, uniform_BK, self.settings)
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.world.device.type, dtype=self.dtype, enabled=enabled)
 
     def _parallel(self) -> nn.Module:
-        self.model.to(self.world.device)
         if self.world.size == 1:
             return self.model
         return nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True)
 
     def _save(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         if self.state is not None and self.world.is_first:
-            trained = {
-                name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad
-            }
-            weights = {"trained": trained, "optimizer": optimizer.state_dict()}
-            self.state.save({"step": step, **weights, "rows": json.dumps(self.rows)})
+            trained = {name: p.detach() for name, p in self._trained().items()}
+            saved = {"trained": trained, "optimizer": optimizer.state_dict()}
+            if self.memory is not None:
+                saved["memory"] = self.memory.state()
+            self.state.save({"step": step, **saved, "rows": json.dumps(self.rows)})
 
     def _resume(self, optimizer: torch.optim.Optimizer) -> int:
         saved = self.state.load() if self.state is not None else None
         if saved is None:
             return 0
-        parameters = dict(self.model.named_parameters())
+        parameters = self._trained()
         with torch.no_grad():
             for name, value in saved["trained"].items():
                 parameters[name].copy_(value)
-        self.model.to(self.world.device)
         optimizer.load_state_dict(saved["optimizer"])
+        if self.memory is not None:
+            self.memory.restore(saved["memory"])
         self.rows = json.loads(saved["rows"])
         log.info("resumed at step %d/%d", saved["step"], self.num_steps)
         return int(saved["step"])
@@ -295,11 +377,12 @@ class Fit:
         )
         passes = self.num_steps * size / num
         log.info(
-            "batch %s = %d %s x %d   %s steps = %.1f passes   %s on %s",
+            "batch %s = %d %s x %d%s   %s steps = %.1f passes   %s on %s",
             f"{size:,}",
             self.world.size,
             "process" if self.world.size == 1 else "processes",
-            size // self.world.size,
+            size // self.world.size // self.settings.accumulate,
+            f" x {self.settings.accumulate} parts" if self.settings.accumulate > 1 else "",
             f"{self.num_steps:,}",
             passes,
             str(self.dtype).removeprefix("torch."),
@@ -307,42 +390,18 @@ class Fit:
         )
 
 
-def contrastive_step(world: dist.World) -> Step:
-    """The step of plain contrastive training, over the features of all processes."""
-
-    def step(model: nn.Module, images: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        features = encode(model, images, batch.text_BL.to(images.device, non_blocking=True))
-        return pair_loss(world, *features), {}
-
-    return step
-
-
-def encode(model: nn.Module, images: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalised features of both towers and 1/tau, through forward, which DDP hooks into."""
-    image_BD, text_BD, scale = model(images, text)[:3]
-    return image_BD, text_BD, scale
-
-
-def pair_loss(
-    world: dist.World,
-    image_BD: Tensor,
-    text_BD: Tensor,
-    logit_scale: Tensor,
-    *,
-    label_smoothing: float = 0.0,
-    group_G: Tensor | None = None,
-) -> Tensor:
-    """Contrastive loss of this process's rows against the rows of all; `contrastive_loss` says the rest."""
-    return contrastive_loss(
-        image_BD,
-        text_BD,
-        logit_scale,
-        dist.gather(image_BD),
-        dist.gather(text_BD),
-        first_row=world.rank * image_BD.shape[0],
-        label_smoothing=label_smoothing,
-        group_G=group_G,
-    )
+def split(batch: Batch, num_parts: int) -> list[Batch]:
+    """Parts of a batch, each of as many rows."""
+    size = len(batch.rows_B) // num_parts
+    parts = []
+    for first in range(0, size * num_parts, size):
+        rows = {
+            field.name: value[first : first + size]
+            for field in fields(batch)
+            if isinstance(value := getattr(batch, field.name), Tensor)
+        }
+        parts.append(replace(batch, **rows))
+    return parts
 
 
 @dataclass

@@ -1,0 +1,94 @@
+"""Gradient accumulation for losses that need the whole batch (GradCache, arXiv:2101.06983).
+
+The batch is encoded in parts, without gradient; the loss of all features gives each feature its gradient; then each part
+is encoded again, and its features' gradients go back through the model. Losses are not sums over parts, so nothing less
+would be the gradient of the whole batch. The price is a second forward pass. Random numbers of the model (patch dropout)
+are drawn twice alike; batch norm would see each part by itself, twice.
+"""
+
+# Shapes: B local batch, D embedding
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Encode = Callable[[nn.Module, int], tuple[Tensor | None, ...]]
+Loss = tuple[Tensor, dict[str, Tensor]]
+
+
+def backward_in_parts(
+    model: nn.Module,
+    num_parts: int,
+    encode: Encode,
+    loss_of: Callable[..., Loss],
+    extra_loss: Callable[[nn.Module], Loss] | None = None,
+) -> Loss:
+    """Add the gradients of the loss of a batch to the model's parameters; processes average once.
+
+    Args:
+        model: maybe in DDP.
+        num_parts: of the batch of this process.
+        encode: features of a part: image, text, then scalars (1 / tau, a bias or None).
+        loss_of: the loss of the features of all parts.
+        extra_loss: what is read off the model after a part went through it; averaged over parts, so what it judges
+            (the balance of experts) is judged part by part.
+
+    Returns:
+        The loss and what is to be logged, without gradient.
+    """
+    plain = getattr(model, "module", model)
+    states, cached = [], []
+    with torch.no_grad():
+        for part in range(num_parts):
+            states.append(_random_state())
+            cached.append(encode(plain, part))
+    sides = [torch.cat(side) for side in zip(*(each[:2] for each in cached), strict=True)]
+    leaves = [
+        None if x is None else x.detach().clone().requires_grad_()
+        for x in (*sides, *cached[-1][2:])
+    ]
+    loss, extras = loss_of(*leaves)
+    loss.backward()
+    d_sides = [leaf.grad.chunk(num_parts) for leaf in leaves[:2]]
+    d_scalars = [None if leaf is None else leaf.grad for leaf in leaves[2:]]
+    total = loss.detach()
+    for part, state in enumerate(states):
+        _set_random_state(state)
+        is_last = part == num_parts - 1
+        with nullcontext() if is_last or model is plain else model.no_sync():
+            features = encode(model, part)
+            gradients = [d_side[part] for d_side in d_sides]
+            # The parameters of the scalars are the same in all parts: once is enough.
+            gradients += d_scalars if is_last else [None] * len(d_scalars)
+            if extra_loss is not None:
+                extra, more = extra_loss(plain)
+                features, gradients = (
+                    (*features, extra),
+                    [*gradients, extra.new_tensor(1 / num_parts)],
+                )
+                total = total + extra.detach() / num_parts
+                for name, value in more.items():
+                    extras[name] = extras.get(name, 0) + value / num_parts
+            pairs = [(x, d) for x, d in zip(features, gradients, strict=True) if _has_both(x, d)]
+            torch.autograd.backward([x for x, _ in pairs], [d for _, d in pairs])
+    return total, extras
+
+
+def _has_both(features: Tensor | None, gradient: Tensor | None) -> bool:
+    return features is not None and gradient is not None and features.requires_grad
+
+
+def _random_state() -> list[Any]:
+    gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *gpu]
+
+
+def _set_random_state(state: list[Any]) -> None:
+    torch.set_rng_state(state[0])
+    for each in state[1:]:
+        torch.cuda.set_rng_state(each)
