@@ -1,11 +1,12 @@
 # Experts: round k embeds with expert k-1, clusters, and fine-tunes the MLPs of the base on homogeneous batches.
+# References that pretraining reads the embeddings of (`cached: true`) are embedded here, too.
 #
-# REQUIRED INPUTS: results/{index,shard,pretrain}/{version}/
+# REQUIRED INPUTS: results/{index,shard,pretrain}/{version}/; of references none but data
 # OUTPUTS: results/{embed,cluster,finetune_expert}/{version}/
 
 
 rule embed:
-    """Embed the training set with one expert."""
+    """Embed the training set with one expert, or with a reference."""
     input:
         unpack(manifests("embed")),
     output:
@@ -26,6 +27,7 @@ rule embed:
         runtime=wish("embed", "runtime"),
     params:
         settings=settings("embed"),
+        sources=sources("embed"),
         code=CODE["embed"],
         inputs=arguments("embed"),
         batch_size=batch_size("embed"),

@@ -278,3 +278,145 @@ def test_images_are_stored_as_large_as_the_smallest_crop_wants_them(crops, given
     (settings,) = load_config(raw).values()
     shards = [job for job in plan_run("small", settings) if job.stage == "shard"]
     assert [job.settings["oversize"] for job in shards] == expected
+
+
+def test_references_that_cannot_be_are_found_when_jobs_are_planned(tmp_path):
+    def planned(reference: dict, **distillation: float) -> None:
+        phase = {"reference": reference, "distillation": distillation}
+        versions({"pretrain": {"short": phase}})
+
+    with pytest.raises(ConfigError, match=r"pretrain.short.references: ViT-B-32/model.json does"):
+        planned({"model": "ViT-B-32"}, feature=1)
+    with pytest.raises(ConfigError, match=r"model = 'ViT-B-23' is no .* did you mean ViT-B-32"):
+        planned({"model": "ViT-B-23", "pretrained": "openai"}, feature=1)
+    with pytest.raises(
+        ConfigError, match=r"equal dimensions: .*ViT-B-32 has 512, the model has 16"
+    ):
+        planned({"model": "ViT-B-32", "pretrained": "openai"}, interactive=1)
+    (tmp_path / "model.json").write_text(json.dumps({"config": {"embed_dim": 24}}))
+    with pytest.raises(ConfigError, match=r"has 24, the model has 16. Hint: feature or affinity"):
+        planned({"model": str(tmp_path)}, interactive=1)
+    (tmp_path / "model.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"model.json is no model spec"):
+        planned({"model": str(tmp_path)}, affinity=1)
+    planned({"model": "ViT-B-32", "pretrained": "openai"}, affinity=1, feature=1)
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    """What planning reads of a model folder; its weights are larger than what is hashed whole."""
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    about = {"config": {"embed_dim": 16}, "preprocess": {"size": 16}}
+    (folder / "model.json").write_text(json.dumps(about))
+    (folder / "model.safetensors").write_bytes(bytes(2**21))
+    return folder
+
+
+def cached(teacher: Path, crops: int = 1, **changes) -> dict:
+    """A phase's settings with a cached reference."""
+    reference = {"model": str(teacher), "cached": True, "crops": crops, **changes}
+    return {"references": [reference], "distillation": {"feature": 1.0}}
+
+
+def embeds(overlay: dict) -> dict[str, str]:
+    """Versions of the jobs that embed references."""
+    return {
+        name.removeprefix("embed/"): version
+        for name, version in versions(overlay).items()
+        if name.startswith("embed/") and "." in name
+    }
+
+
+def test_a_cached_reference_is_embedded_before_its_phase_and_nothing_else_changes(teacher):
+    overlay = {"pretrain": {"full": cached(teacher)}}
+    run = load_config(merge(copy.deepcopy(SMALL), overlay))["small"]
+    jobs = {job.name: job for job in plan_run("small", run)}
+    embed, phase = jobs["embed/full.reference_0"], jobs["pretrain/full"]
+    assert phase.inputs["reference_0"] is embed
+    assert embed.inputs == {
+        "index": jobs["index/train"],
+        "shard": jobs["shard/full.reference_0"],
+    }
+    assert embed.settings == {
+        "model": str(teacher),
+        "pretrained": None,
+        "image_size": 16,
+        "crops": 1,
+        "augmentation": None,
+        "seed": 0,
+    }
+    before, after = versions({}), versions(overlay)
+    assert {name for name in before if not name.startswith("pretrain/full")} <= after.keys()
+    for name in ("download/train", "index/train", "shard/short", "shard/full", "pretrain/short"):
+        assert before[name] == after[name]
+    assert before["pretrain/full"] != after["pretrain/full"]
+    # The shards of a reference of 16 pixels are those of the phase of 16 pixels.
+    assert after["shard/full.reference_0"] == after["shard/short"] != after["shard/full"]
+
+
+def test_phases_and_runs_share_the_embeddings_of_a_reference(teacher):
+    both = {"pretrain": {"short": cached(teacher), "full": cached(teacher)}}
+    told = embeds(both)
+    assert set(told) == {"short.reference_0", "full.reference_0"} and len(set(told.values())) == 1
+    changes = [
+        {"seed": 5},
+        {"pretrain": {"full": {"optim": {"lr": 0.5}, "crop_scale": [0.3, 1.0], "flip_prob": 0.5}}},
+        {"pretrain": {"full": {**cached(teacher, scale=3.0), "distillation": {"affinity": 1}}}},
+        {"pretrain": {"full": {"image_size": 64}}},
+    ]
+    for change in changes:
+        assert set(embeds(merge(both, change)).values()) == set(told.values()), change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"crops": 2},
+        {"image_size": 32},
+        {"model": "ViT-B-32", "pretrained": "openai"},
+    ],
+)
+def test_what_a_reference_is_or_sees_makes_new_embeddings(teacher, change):
+    plain = embeds({"pretrain": {"full": cached(teacher)}})
+    other = embeds(
+        {"pretrain": {"full": {**cached(teacher, **change), "distillation": {"affinity": 1}}}}
+    )
+    assert plain.keys() == other.keys() and plain != other
+
+
+def test_several_crops_depend_on_what_they_are_drawn_with_and_on_no_seed_or_rate(teacher):
+    def told(**change) -> dict[str, str]:
+        return embeds({"pretrain": {"full": {**cached(teacher, 3), **change}}})
+
+    assert told() == told(optim={"lr": 0.5}) == told(samples_seen=32)
+    several = [told(), told(flip_prob=0.5), told(crop_scale=[0.5, 1.0]), told(gray_scale_prob=0.1)]
+    assert len({tuple(each.values()) for each in several}) == 4
+
+
+def test_a_reference_that_no_step_compares_with_is_not_embedded(teacher):
+    reference = cached(teacher)["references"]
+    phase = {"references": reference, "init_from": "reference"}
+    assert embeds({"pretrain": {"short": phase}}) == {}
+
+
+def test_references_that_want_different_crops_are_refused(teacher):
+    reference = cached(teacher, 2)["references"][0]
+    several = {"references": [reference, {**reference, "crops": 3}]}
+    with pytest.raises(ConfigError, match=r"pretrain\.full\.references: crops = 2 and 3"):
+        versions({"pretrain": {"full": {**cached(teacher), **several}}})
+
+
+def test_retrained_weights_of_a_reference_are_another_source(teacher):
+    def told() -> dict[str, tuple[str, ...]]:
+        raw = merge(copy.deepcopy(SMALL), {"pretrain": {"full": cached(teacher)}})
+        jobs = plan_run("small", load_config(raw)["small"])
+        return {job.name: job.sources for job in jobs}
+
+    before = told()
+    (teacher / "model.safetensors").touch()
+    assert told() == before
+    (teacher / "model.safetensors").write_bytes(b"\1" * 2**21)  # of the same size
+    after = told()
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"embed/full.reference_0", "pretrain/full"}

@@ -21,12 +21,14 @@ from pydantic import (
 )
 
 from clipgraft.recipes import (
+    AugmentationSettings,
     ModelSettings,
     PhaseSettings,
     TrainSettings,
     hint,
     position_kind,
     position_misfit,
+    start_misfit,
     vocabulary_misfit,
 )
 from clipgraft.reductions import TEXT_MASKS, num_kept, text_mask_of
@@ -320,7 +322,9 @@ class RunSettings(Settings):
         self._check_scaling()
         self._check_patches()
         self._check_vocabulary()
+        self._check_crops()
         self._check_positions()
+        self._check_starts()
         self._check_layers()
         self._check_batches()
         self._check_source_weights()
@@ -432,6 +436,15 @@ class RunSettings(Settings):
             if misfit:
                 raise ValueError(f"model.config.{misfit}")
 
+    def _check_crops(self) -> None:
+        for phase in self.pretrain:
+            several = [each.crops for each in phase.references if each.crops > 1]
+            if len(set(several)) > 1:
+                raise ValueError(
+                    f"pretrain.{phase.name}.references: crops = {' and '.join(map(str, several))}, but a visit shows "
+                    "one crop to all of them. Hint: the same number, or 1 for the picture as in evaluation"
+                )
+
     def _check_positions(self) -> None:
         if self.model.config is None:  # of named architectures, training knows
             return
@@ -441,6 +454,13 @@ class RunSettings(Settings):
             if misfit:
                 raise ValueError(misfit)
             was_frozen = position_kind(phase, was_frozen) == "sincos_frozen"
+
+    def _check_starts(self) -> None:
+        for number, phase in enumerate(self.pretrain):
+            is_carried, has_pretrained = number > 0, self.model.pretrained is not None
+            misfit = start_misfit(phase, is_carried, has_pretrained)
+            if misfit:
+                raise ValueError(misfit)
 
     def _check_batches(self) -> None:
         train = self.download["train"]
@@ -496,6 +516,20 @@ class ShardJob(ShardSettings):
 
     image_size: PositiveInt = Field(description="Training size of the phase that reads the shards.")
     oversize: Annotated[float, Field(ge=1)] = 1.58
+
+
+class ReferenceJob(Settings):
+    """Settings of an `embed` job of a reference; an expert's is handed EmbedSettings."""
+
+    model: str
+    pretrained: str | None = None
+    image_size: PositiveInt
+    crops: PositiveInt = 1
+    augmentation: AugmentationSettings | None = Field(
+        None,
+        description="What several crops are drawn with; null: the one is the picture as in evaluation.",
+    )
+    seed: NonNegativeInt = Field(0, description="Of the crops.")
 
 
 class PretrainJob(PhaseSettings):

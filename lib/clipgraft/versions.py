@@ -20,9 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from clipgraft import settings as cfg
-from clipgraft.architectures import our_file
+from clipgraft.architectures import check_references, image_size_of, our_file
 from clipgraft.config import ConfigError
-from clipgraft.recipes import PhaseSettings, TrainSettings
+from clipgraft.recipes import (
+    AugmentationSettings,
+    PhaseSettings,
+    ReferenceSettings,
+    TrainSettings,
+)
 from clipgraft.sources import MixedSource, Settings
 
 LIBRARY = Path(__file__).resolve().parent
@@ -168,6 +173,7 @@ def plan_run(name: str, run: cfg.RunSettings) -> list[PlannedJob]:
 
     phases: list[PlannedJob] = []
     for phase in run.pretrain:
+        check_references(phase, run.model)
         settings = _extend(
             cfg.ShardJob, run.shard, image_size=phase.image_size, oversize=_oversize(run, phase)
         )
@@ -175,7 +181,10 @@ def plan_run(name: str, run: cfg.RunSettings) -> list[PlannedJob]:
         seed = seed_for(run.seed, "pretrain", phase.name)
         settings = _extend(cfg.PretrainJob, phase, model=run.model, seed=seed)
         init = phases[-1] if phases else None
-        phases.append(add(f"pretrain/{phase.name}", settings, init=init, index=index, shard=shard))
+        cached = _plan_references(run, add, phase, index)
+        phases.append(
+            add(f"pretrain/{phase.name}", settings, init=init, index=index, shard=shard, **cached)
+        )
     base = phases[-1]
 
     models = {phase.name.split("/")[1]: phase for phase in phases[:-1]}
@@ -188,6 +197,29 @@ def plan_run(name: str, run: cfg.RunSettings) -> list[PlannedJob]:
             )
     add("report", _extend(cfg.ReportJob, run.report, run=name), **jobs)
     return list(jobs.values())
+
+
+def _plan_references(
+    run: cfg.RunSettings, add: Callable[..., PlannedJob], phase: PhaseSettings, index: PlannedJob
+) -> dict[str, PlannedJob]:
+    """The jobs that embed the cached references of a phase, by the name of the input.
+
+    They depend on the reference and the data, and on the phase only in what several crops are drawn with; so phases and
+    runs share them. The reference has shards of its own size, which are those of the phase where the sizes are equal.
+    """
+    jobs = {}
+    for number, reference in enumerate(phase.references):
+        if not reference.cached or not phase.compares_with_references:
+            continue
+        drawn = _extend(AugmentationSettings, phase) if reference.crops > 1 else None
+        size, (smallest, _) = image_size_of(reference), (drawn or AugmentationSettings()).crop_scale
+        room = run.shard.oversize or _room(smallest)
+        name = f"{phase.name}.reference_{number}"  # a phase cannot be called so
+        settings: Settings = _extend(cfg.ShardJob, run.shard, image_size=size, oversize=room)
+        shard = add(f"shard/{name}", settings, index=index)
+        settings = _extend(cfg.ReferenceJob, reference, image_size=size, augmentation=drawn)
+        jobs[f"reference_{number}"] = add(f"embed/{name}", settings, index=index, shard=shard)
+    return jobs
 
 
 def _plan_moe(
@@ -231,7 +263,12 @@ def _oversize(run: cfg.RunSettings, phase: PhaseSettings) -> float:
     if run.moe is not None and phase is run.pretrain[-1]:
         users += [run.finetune_expert, run.finetune_router]
     smallest = min(user.crop_scale[0] for user in users if user is not None)
-    return run.shard.oversize or round(smallest**-0.5, 2)
+    return run.shard.oversize or _room(smallest)
+
+
+def _room(smallest: float) -> float:
+    """Oversize of the stored image with which a crop that keeps this share of the area is not enlarged."""
+    return float(round(smallest**-0.5, 2))
 
 
 def _extend(job: type[cfg.S], section: Settings, /, **more: Any) -> cfg.S:
@@ -249,6 +286,11 @@ def _sources(settings: Settings) -> Iterator[str]:
         yield from map(_identity, local_files(settings.wordpiece))
     if isinstance(settings, cfg.PretrainJob) and (path := our_file(settings.model)):
         yield _identity(path)
+    if isinstance(settings, cfg.ReferenceJob):
+        yield from map(_sampled, _weights(settings))
+    if isinstance(settings, cfg.PretrainJob):
+        for reference in settings.references:
+            yield from map(_sampled, _weights(reference))
     if not isinstance(settings, cfg.DownloadJob):
         return
     for key in ("folder", "images"):
@@ -273,10 +315,33 @@ def _listing(name: str) -> str:
     return f"{len(files)} files, {_short_hash(listed)}"
 
 
+def _weights(reference: ReferenceSettings | cfg.ReferenceJob) -> list[Path]:
+    """The local files of a reference; none if it is public."""
+    if reference.pretrained is None:
+        files = [_folder(reference) / name for name in ("model.json", "model.safetensors")]
+    else:
+        files = [Path(os.path.expandvars(reference.pretrained)).expanduser()]
+    return [path for path in files if path.is_file()]
+
+
+def _folder(reference: ReferenceSettings | cfg.ReferenceJob) -> Path:
+    return Path(os.path.expandvars(reference.model)).expanduser()
+
+
 def _identity(path: Path) -> str:
     size = path.stat().st_size
     content = hashlib.sha256(path.read_bytes()).hexdigest()[:8] if size < 2**20 else ""
     return f"{path.name}:{size}:{content}"
+
+
+def _sampled(path: Path) -> str:
+    """As `_identity`, of a file whose size stays when its content changes: training moves all weights a little."""
+    size, digest = path.stat().st_size, hashlib.sha256()
+    with path.open("rb") as file:
+        for number in range(64):
+            file.seek(size * number // 64)
+            digest.update(file.read(4096))
+    return f"{path.name}:{size}:{digest.hexdigest()[:8]}"
 
 
 def spelled_out(pattern: str) -> list[str]:

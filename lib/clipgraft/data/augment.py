@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clipgraft.recipes import TrainSettings
+from clipgraft.recipes import AugmentationSettings
 
 # Columns of the uniform numbers of a sample.
 _FLIP, _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _GRAY = range(7)
@@ -19,12 +19,14 @@ NUM_UNIFORM = 7
 _LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2, as torchvision rounds it
 
 
-def augments(settings: TrainSettings) -> bool:
+def augments(settings: AugmentationSettings) -> bool:
     """Whether these settings change any picture."""
     return bool(settings.flip_prob or settings.gray_scale_prob or _jitters(settings))
 
 
-def augment(images_BCHW: Tensor, uniform_BK: Tensor | None, settings: TrainSettings) -> Tensor:
+def augment(
+    images_BCHW: Tensor, uniform_BK: Tensor | None, settings: AugmentationSettings
+) -> Tensor:
     """Mirror, jitter and grey each picture as its numbers say.
 
     Args:
@@ -53,7 +55,7 @@ def augment(images_BCHW: Tensor, uniform_BK: Tensor | None, settings: TrainSetti
     return images_BCHW
 
 
-def _jitters(settings: TrainSettings) -> bool:
+def _jitters(settings: AugmentationSettings) -> bool:
     return bool(any(settings.color_jitter) and settings.color_jitter_prob)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from clipgraft.config import ConfigError
 from clipgraft.data.augment import NUM_UNIFORM
-from clipgraft.data.crops import random_boxes
+from clipgraft.data.cached import ReferenceCache, shared_crops
+from clipgraft.data.crops import random_boxes, whole_boxes
 from clipgraft.data.draws import as_uniform, draw_bits
 from clipgraft.data.sampler import Rows
 from clipgraft.data.shards import Shards
@@ -32,6 +33,10 @@ _PREFETCH = 3  # batches under way
 # Columns of the random words of a visit; a new one comes last, so that the others stay as they are.
 _CAPTION, _TOKENS, _CROP, _AUGMENT = 0, 1, slice(2, 6), slice(6, 6 + NUM_UNIFORM)
 _PATCHES = _AUGMENT.stop
+_VIEW = slice(_CROP.start, _AUGMENT.stop)  # how a picture is shown
+
+
+Sizes = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 class Sampler(Protocol):
@@ -51,17 +56,23 @@ class Batch:
         images_BCHW: uint8; channels last in memory.
         text_BL: token ids, int64.
         rows_B: rows of the samples, int64.
+        captions_B: numbers of the drawn captions, among all captions of the data set, int64.
         is_mixed: whether the global batch holds several pseudo labels.
         uniform_BK: float32 in [0, 1), what `augment` goes by; None if the loader was not asked for it.
         image_bits_B: int64, a random word that says which patches of an image are kept; None likewise.
+        crop_B: int64, which of the stored crops each image is; None where it is none.
+        cached_BE: float16, stored embeddings of images and texts by each reference; None where there are none.
     """
 
     images_BCHW: Tensor
     text_BL: Tensor
     rows_B: Tensor
+    captions_B: Tensor
     is_mixed: bool
     uniform_BK: Tensor | None = None
     image_bits_B: Tensor | None = None
+    crop_B: Tensor | None = None
+    cached_BE: Tensor | None = None
 
 
 class Loader:
@@ -91,6 +102,9 @@ class Loader:
         augment: bool = False,
         drops_patches: bool = False,
         pin_memory: bool = False,
+        caches: Sequence[ReferenceCache] = (),
+        sizes: Sizes | None = None,
+        squash: bool = False,
     ) -> None:
         """Check that the parts fit together; work begins with iteration.
 
@@ -112,10 +126,13 @@ class Loader:
             augment: draw what `augment` needs.
             drops_patches: draw what `models/patches.py` needs.
             pin_memory: put batches where a GPU can fetch them by itself.
+            caches: embeddings that are read along; if they have several crops of each sample, these are shown.
+            sizes: widths and heights of pictures by row, which boxes are drawn for; by default as stored.
+            squash: show all of each picture instead of a crop.
 
         Raises:
-            ConfigError: if shards and tokens are of different samples, ranks cannot share a batch evenly, or a sample
-                has no caption of a kind that is drawn.
+            ConfigError: if shards and tokens are of different samples, ranks cannot share a batch evenly, a sample has
+                no caption of a kind that is drawn, or caches hold different crops.
         """
         tokens.check_weights(captions or {})
         if shards.samples_id != tokens.samples_id:
@@ -144,6 +161,9 @@ class Loader:
         )
         self.captions, self.text_reduction = captions or {}, text_reduction
         self.augment, self.drops_patches, self.pin_memory = augment, drops_patches, pin_memory
+        self.caches, self.squash, self.crops = caches, squash, shared_crops(caches)
+        assert self.crops is None or self.crops.augmentation.crop_scale == crop_scale
+        self.sizes = sizes or (shards.sizes if self.crops is None else self.crops.sizes)
         self.wait_seconds = 0.0
 
     def __iter__(self) -> Iterator[Batch]:
@@ -166,16 +186,27 @@ class Loader:
     def _submit(self, pool: ThreadPoolExecutor, step: int) -> _Pending:
         rows, visits, is_mixed = self.sampler.batch(step)
         rows_B = np.array(rows[self.own], np.int64)  # a copy: the batch outlives the epoch's order
+        visit_B = visits[self.own]
         count = max(_CROP.stop, self.augment * _AUGMENT.stop, self.drops_patches * (_PATCHES + 1))
-        bits_BK = draw_bits(self.seed, rows_B, visits[self.own], count)
+        bits_BK = draw_bits(self.seed, rows_B, visit_B, count)
+        crop_B = None if self.crops is None else self.crops.choose(self.seed, rows_B, visit_B)
+        if self.crops is not None and crop_B is not None:
+            view = slice(_VIEW.start, min(_VIEW.stop, count))
+            bits_BK[:, view] = draw_bits(self.crops.seed, rows_B, crop_B, count)[:, view]
+        num_cached = 2 * sum(cache.dim for cache in self.caches)
         size, pin = (len(rows_B), self.image_size, self.image_size, 3), self.pin_memory
         batch = Batch(
             torch.empty(size, dtype=torch.uint8, pin_memory=pin).permute(0, 3, 1, 2),
             torch.empty((len(rows_B), self.text_length), dtype=torch.int64, pin_memory=pin),
             torch.from_numpy(rows_B),
+            torch.empty(len(rows_B), dtype=torch.int64),
             is_mixed,
             _uniform(bits_BK[:, _AUGMENT], pin) if self.augment else None,
             _tensor(bits_BK[:, _PATCHES].view(np.int64), pin) if self.drops_patches else None,
+            None if crop_B is None else torch.from_numpy(crop_B),
+            torch.empty((len(rows_B), num_cached), dtype=torch.float16, pin_memory=pin)
+            if self.caches
+            else None,
         )
         parts = np.array_split(np.arange(len(rows_B)), min(self.num_threads, len(rows_B)))
         futures = [pool.submit(self._fill_text, batch, bits_BK)]
@@ -187,7 +218,11 @@ class Loader:
     def _fill_images(self, batch: Batch, bits_BK: np.ndarray, own: slice) -> None:
         rows_B = batch.rows_B[own].numpy()
         uniform_B4 = as_uniform(bits_BK[own, _CROP])
-        box_B4 = random_boxes(*self.shards.sizes(rows_B), uniform_B4, self.crop_scale)
+        box_B4 = (
+            whole_boxes(*self.sizes(rows_B))
+            if self.squash
+            else random_boxes(*self.sizes(rows_B), uniform_B4, self.crop_scale)
+        )
         pixels_BHWC = batch.images_BCHW.permute(0, 2, 3, 1)[own].numpy()
         self.shards.squares(rows_B, box_B4, pixels_BHWC)
 
@@ -198,6 +233,11 @@ class Loader:
             caption_B, self.text_length, self.text_reduction, bits_BK[:, _TOKENS]
         )
         batch.text_BL.copy_(torch.from_numpy(text_BL))
+        batch.captions_B.copy_(torch.from_numpy(caption_B))
+        if batch.cached_BE is not None:
+            crop_B = None if batch.crop_B is None else batch.crop_B.numpy()
+            read = [cache.read(batch.rows_B.numpy(), caption_B, crop_B) for cache in self.caches]
+            batch.cached_BE.copy_(torch.from_numpy(np.concatenate(read, axis=1)))
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,38 @@ class Samples:
         return path, int(self._offset[row]), int(self._size[row])
 
 
+class Captions:
+    """Captions of neighbouring samples, of an index that may be larger than memory: one row group is held at a time."""
+
+    def __init__(self, index_folder: Path) -> None:
+        """Open the table of an index."""
+        self._file = pq.ParquetFile(Path(index_folder) / "samples.parquet")
+        about = self._file.metadata
+        sizes = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
+        self._first = np.cumsum([0, *sizes])
+        self._held: tuple[int, pa.Array | None] = (-1, None)
+
+    def of_rows(self, first: int, stop: int) -> list[str]:
+        """All captions of samples first .. stop - 1, end to end."""
+        texts: list[str] = []
+        while first < stop:
+            group = int(np.searchsorted(self._first, first, side="right")) - 1
+            begin, end = self._first[group : group + 2]
+            if self._held[0] != group:
+                column = self._file.read_row_group(group, ["captions"])["captions"]
+                self._held = group, column.combine_chunks()
+            part = self._held[1].slice(first - begin, min(stop, end) - first)
+            texts += part.flatten().to_pylist()
+            first = min(stop, int(end))
+        return texts
+
+
+def picture_sizes(index_folder: Path) -> np.ndarray:
+    """Width and height of all pictures, uint32 [N, 2]."""
+    table = pq.read_table(Path(index_folder) / "samples.parquet", columns=["width", "height"])
+    return np.stack([table[name].to_numpy() for name in ("width", "height")], 1).astype(np.uint32)
+
+
 def samples_id_of(uids: Iterable[str]) -> str:
     """16 hex digits that name these samples in this order."""
     return hashlib.sha256("\n".join(uids).encode()).hexdigest()[:16]

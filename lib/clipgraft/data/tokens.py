@@ -84,10 +84,19 @@ class Tokens:
             )
         return cls(folder)
 
+    @property
+    def num_captions(self) -> int:
+        """Of all samples together."""
+        return len(self._captions) - 1
+
     def captions_of(self, rows_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Number of the first caption of each sample [B], and how many it has [B]; the others follow the first."""
         first_B = self._samples[rows_B]
         return first_B, self._samples[rows_B + 1] - first_B
+
+    def span_of(self, first: int, stop: int) -> tuple[int, int]:
+        """First caption of neighbouring samples first .. stop - 1, and that of the next sample."""
+        return int(self._samples[first]), int(self._samples[stop])
 
     def check_weights(self, weights: Mapping[str, float]) -> None:
         """Look through all samples, so that training does not find out in the middle.

@@ -1,0 +1,133 @@
+"""Arrays on disk that several processes fill, chunk by chunk, and that a kill leaves as far as they are.
+
+Which chunks are done stands in a file beside them, marked only after what they hold is on the disk. What is done does
+not depend on who did it: the next start may have another number of processes. Written by offset, not mapped, so that
+processes of several nodes never write the same page.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from clipgraft import dist
+from clipgraft.job import write_json
+
+SAVE_SECONDS = 60.0
+_ABOUT, _DONE = "filling.json", "done"
+
+
+class Filling:
+    """Float16 arrays in a folder of their own; all processes open it together.
+
+    Attributes:
+        num_done: chunks that were done before.
+        own_todo: numbers of the chunks that this process is to fill.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tag: str,
+        shapes: Mapping[str, tuple[int, ...]],
+        num_chunks: int,
+        world: dist.World,
+    ) -> None:
+        """Open the arrays; they are made anew unless those of the same tag are there.
+
+        Args:
+            folder: what else is in it goes.
+            tag: what arrays must agree with to be filled further: settings, inputs and code.
+            shapes: of the arrays, by the names of their files.
+            num_chunks: how many chunks of work there are.
+            world: this process.
+        """
+        self._folder, self._names = folder, list(shapes)
+        if world.is_first:
+            about = {"tag": tag, "shapes": {name: list(shape) for name, shape in shapes.items()}}
+            if _read(folder / _ABOUT) != about:
+                _make(folder, shapes, num_chunks)
+                write_json(folder / _ABOUT, about)  # the last: all is there
+        dist.barrier()
+        done = np.frombuffer((folder / _DONE).read_bytes(), np.uint8)
+        dist.barrier()  # nobody marks before all have read
+        todo = np.flatnonzero(done == 0)
+        self.num_done, self.own_todo = num_chunks - len(todo), todo[world.rank :: world.size]
+        self._files = {name: os.open(folder / name, os.O_WRONLY) for name in [*shapes, _DONE]}
+        self._close = weakref.finalize(self, _close, list(self._files.values()))
+        self._begin = {name: np.load(folder / name, mmap_mode="r").offset for name in shapes}
+        self._unmarked: list[int] = []
+        self._saved = time.monotonic()
+
+    def write(self, name: str, first: int, rows: np.ndarray) -> None:
+        """Write neighbouring rows of an array."""
+        rows = np.ascontiguousarray(rows, np.float16)
+        begin = self._begin[name] + first * rows[:1].nbytes
+        view = memoryview(rows.tobytes())
+        while view:
+            written = os.pwrite(self._files[name], view, begin)
+            view, begin = view[written:], begin + written
+
+    def mark(self, chunk: int) -> None:
+        """Say that a chunk is filled."""
+        self._unmarked.append(chunk)
+        if time.monotonic() - self._saved > SAVE_SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        """Put what is filled on the disk, and then the marks."""
+        for name in self._names:
+            os.fsync(self._files[name])
+        for chunk in self._unmarked:
+            os.pwrite(self._files[_DONE], b"\1", chunk)
+        os.fsync(self._files[_DONE])
+        self._unmarked, self._saved = [], time.monotonic()
+
+    def finish(self, out: Path, world: dist.World) -> None:
+        """Move the arrays, when all processes have filled theirs, to another folder of the same disk."""
+        self.save()
+        self._close()
+        dist.barrier()
+        if world.is_first:
+            assert 0 not in (self._folder / _DONE).read_bytes()
+            for name in self._names:
+                os.replace(self._folder / name, out / name)
+            shutil.rmtree(self._folder)
+
+
+def _close(files: list[int]) -> None:
+    for file in files:
+        os.close(file)
+
+
+def _make(folder: Path, shapes: Mapping[str, tuple[int, ...]], num_chunks: int) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        for name, shape in shapes.items():
+            _allocate(folder / name, shape)
+        (folder / _DONE).write_bytes(bytes(num_chunks))
+    except OSError:
+        shutil.rmtree(folder)
+        raise
+
+
+def _allocate(path: Path, shape: tuple[int, ...]) -> None:
+    """An empty array on disk, with its room reserved: a disk too small is said at the start."""
+    array = np.lib.format.open_memmap(path, "w+", np.float16, shape)
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
+
+
+def _read(path: Path) -> object:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
