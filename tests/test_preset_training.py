@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,11 +20,16 @@ from clipgraft.data.download import download
 from clipgraft.data.index import build_index
 from clipgraft.data.shards import write_shards
 from clipgraft.pretrain import pretrain
+from clipgraft.recipes import ModelSettings, PhaseSettings
 from clipgraft.settings import IndexJob, PretrainJob, ShardJob
 from clipgraft.sources import ShapesSource
 
 ROOT = Path(__file__).resolve().parent.parent
-PRESETS = sorted((ROOT / "presets").glob("clipa_*.yaml"))
+PRESETS = [
+    path
+    for family in ("clipa", "fastclip")
+    for path in sorted((ROOT / "presets").glob(f"{family}_*.yaml"))
+]
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +55,15 @@ def shrunk(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "embed_dim": 16}
 
 
+def few_samples(
+    phase: PhaseSettings, config: dict[str, Any], model: ModelSettings, **changes: Any
+) -> PretrainJob:
+    few = {"samples_seen": 8, "batch_size": 4, "seed": 0, **changes}
+    few["optim"] = {**phase.optim.model_dump(), "warmup_steps": 1, "warmup_samples": None}
+    few["model"] = {"config": config, "preprocess": model.preprocess.model_dump()}
+    return PretrainJob(**{**phase.model_dump(), **few})
+
+
 @pytest.fixture
 def lengths() -> Iterator[set[int]]:
     """Lengths of the sequences that reach a block."""
@@ -70,16 +85,13 @@ def test_every_preset_trains_on_as_many_tokens_as_it_says(
     monkeypatch.setenv("CLIPGRAFT_PRECISION", "fp32")
     ((model, phases),) = plan.read([path]).values()
     config = shrunk(architecture(model))
-    index = indexes["wordpiece" if "v2" in path.stem else "full"]
+    index = indexes["wordpiece" if path.stem.startswith("clipa_v2") else "full"]
     init = None
     for phase in phases:
         shard, out = tmp_path / f"shard_{phase.name}", tmp_path / phase.name
         shard.mkdir(), out.mkdir()
         write_shards(ShardJob(image_size=phase.image_size), index, shard, threads=1)
-        few = {"samples_seen": 8, "batch_size": 4, "seed": 0}
-        few["optim"] = {**phase.optim.model_dump(), "warmup_steps": 1, "warmup_samples": None}
-        few["model"] = {"config": config, "preprocess": model.preprocess.model_dump()}
-        job = PretrainJob(**{**phase.model_dump(), **few})
+        job = few_samples(phase, config, model)
         lengths.clear()
         facts = pretrain(job, index, shard, init, out)
         assert lengths == {image_tokens(config, phase), phase.text_length}
@@ -89,3 +101,34 @@ def test_every_preset_trains_on_as_many_tokens_as_it_says(
     side = phases[-1].image_size // config["vision_cfg"]["patch_size"]
     assert loaded.model.visual.positional_embedding.shape == (side**2 + 1, 32)
     assert loaded.spec["preprocess"]["size"] == phases[-1].image_size
+
+
+@pytest.mark.parametrize("preset", ["dfn1m_reference", "drrho_dfn192m"])
+def test_every_run_of_a_preset_with_references_trains(preset, indexes, tmp_path, monkeypatch):
+    """With a small model of our own in place of the public reference, of the same patches."""
+    monkeypatch.setenv("CLIPGRAFT_PRECISION", "fp32")
+    runs, index, shard = (
+        plan.read([ROOT / f"presets/{preset}.yaml"]),
+        indexes["full"],
+        tmp_path / "shard",
+    )
+    shard.mkdir(), (tmp_path / "reference").mkdir()
+    write_shards(ShardJob(image_size=224), index, shard, threads=1)
+    _, (plain,) = runs["fastclip"]
+    theirs = shrunk(architecture(ModelSettings(name="ViT-B-32")))
+    job = few_samples(plain, theirs, ModelSettings(name="ViT-B-32"), temperature=0.02)
+    pretrain(job, index, shard, None, tmp_path / "reference")
+    tau = load_model(tmp_path / "reference").model.logit_scale.exp().item() ** -1
+    for run, (model, (phase,)) in runs.items():
+        out = tmp_path / run
+        out.mkdir()
+        references = [{"model": str(tmp_path / "reference")} for _ in phase.references]
+        job = few_samples(phase, shrunk(architecture(model)), model, references=references)
+        facts = pretrain(job, index, shard, None, out)
+        assert math.isfinite(facts["metrics"]["loss"])
+        row = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+        assert ("feature" in row) == (phase.distillation.feature > 0)
+        if phase.loss.tau == "locked":
+            assert row["tau"] == pytest.approx(tau, rel=1e-6)
+        if phase.loss.tau == "constant":
+            assert row["tau"] == pytest.approx(0.01)
