@@ -30,9 +30,9 @@ FLOORS = [
     },
     {"dist", "launch", "lean"},
     {"data", "models", "losses"},
-    {"checkpoint", "optim", "meter"},
+    {"checkpoint", "optim", "meter", "objectives", "gradcache"},
     {"train", "evaluation"},
-    {"pretrain", "embed", "cluster", "experts", "graft", "router", "report"},
+    {"pretrain", "references", "embed", "cluster", "experts", "graft", "router", "report"},
 ]
 MODULES = sorted(path for path in LIBRARY.rglob("*.py") if path != LIBRARY / "__init__.py")
 

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from clipgraft.config import ConfigError, load_config, merge, read_config, schema
+from clipgraft.recipes import LossSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = yaml.safe_load((ROOT / "tests/config/small.yaml").read_text())
@@ -55,6 +56,31 @@ def changed(path: str, value: Any) -> dict[str, Any]:
             20,
             ["pretrain.short.image_size = 20", "patch size 8", "16 or 24"],
         ),
+        ("pretrain.0.loss.rho", 9.0, ["pretrain.0.loss", "rho has no effect on kind: contrastive"]),
+        (
+            "pretrain.0.loss",
+            {"kind": "rgcl_g", "gama": {}},
+            ["unknown key `gama` in pretrain.0.loss", "`gamma`"],
+        ),
+        ("pretrain.0.loss", {"kind": "rgcl"}, ["rgcl needs lr_tau", "0.0133"]),
+        (
+            "pretrain.0.loss",
+            {"kind": "gcl", "temperature": "per_sample"},
+            ["per_sample is for rgcl"],
+        ),
+        ("pretrain.0.loss", {"kind": "gcl", "lr_tau": 1e-4}, ["lr_tau has no effect", "constant"]),
+        ("pretrain.0.loss", {"kind": "rgcl_g", "lr_tau_schedule": "const"}, ["needs lr_tau"]),
+        (
+            "pretrain.0.loss",
+            {"kind": "rgcl_g", "gamma": {"schedule": "scent", "min": 0.3}},
+            ["gamma.min has no effect on schedule: scent"],
+        ),
+        (
+            "pretrain.0.loss",
+            {"kind": "rgcl_g", "tau_bounds": [0.1, 0.2]},
+            ["temperature = 0.07", "loss.tau_bounds = [0.1, 0.2]"],
+        ),
+        ("pretrain.0.accumulate", 7, ["does not divide into accumulate = 7 parts"]),
         ("pretrain.0.batch_size", 97, ["pretrain.short.batch_size = 97", "num_samples = 96"]),
         ("pretrain.0.image_reduction", "mesh", ["pretrain.0.image_reduction", "mesh", "'grid'"]),
         (
@@ -136,6 +162,105 @@ def test_a_mistake_is_named_with_its_place_value_and_a_hint(path, value, words):
     for word in words:
         assert word in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+B32 = {"model": "ViT-B-32", "pretrained": "openai"}
+
+
+@pytest.mark.parametrize(
+    ("number", "phase", "words"),
+    [
+        (0, {"distillation": {"feature": 1}}, ["distillation needs a reference", "ViT-B-32"]),
+        (0, {"init_from": "reference"}, ["init_from: reference needs a reference"]),
+        (
+            0,
+            {"loss": {"kind": "gcl", "margins": "reference"}},
+            ["loss.margins: reference needs a reference"],
+        ),
+        (
+            0,
+            {"loss": {"margins": "reference"}, "reference": B32},
+            ["pretrain.0.loss", "margins has no effect on kind: contrastive", "rgcl_g"],
+        ),
+        (0, {"reference": B32}, ["references are given, but nothing uses them", "feature: 0.5"]),
+        (
+            0,
+            {"reference": B32, "references": [B32], "distillation": {"feature": 1}},
+            ["reference and references are the same setting", "null"],
+        ),
+        (
+            0,
+            {"reference": B32 | {"pretraned": "x"}, "distillation": {"feature": 1}},
+            ["unknown key `pretraned` in pretrain.0.references.0", "`pretrained`"],
+        ),
+        (
+            0,
+            {"reference": B32 | {"scale": 70}, "distillation": {"feature": 1}},
+            ["scale = 70.0 has no effect without distillation.affinity"],
+        ),
+        (
+            0,
+            {"reference": B32 | {"crops": 3}, "distillation": {"feature": 1}},
+            ["crops has no effect without cached: true"],
+        ),
+        (
+            0,
+            {"reference": B32, "distillation": {"feature": 1, "affinity_form": "kl"}},
+            ["affinity_form = kl has no effect: affinity = 0"],
+        ),
+        (
+            0,
+            {"distillation": {"features": 1}},
+            ["`features` in pretrain.0.distillation", "`feature`"],
+        ),
+        (0, {"distillation": {"feature": -1}}, ["pretrain.0.distillation.feature = -1"]),
+        (0, {"loss": {"weight": 0}}, ["loss.weight = 0", "nothing to learn", "Hint"]),
+        (1, {"lock": ["image", "text"]}, ["lock = [image, text]: nothing is left to train"]),
+        (1, {"lock": ["vision"]}, ["pretrain.1.lock", "vision", "'image' or 'text'"]),
+        (0, {"lock": ["text"]}, ["pretrain.short.lock = [text]", "no initial weights", "Hint"]),
+        (
+            0,
+            {"loss": {"temperature": "locked"}},
+            ["pretrain.short.loss.temperature = locked", "no initial weights"],
+        ),
+        (
+            1,
+            {"loss": {"temperature": "locked"}, "temperature": 0.01},
+            ["temperature = 0.01 has no effect", "locked", "constant"],
+        ),
+        (
+            1,
+            {"loss": {"kind": "rgcl_g", "temperature": "locked", "lr_tau": 1e-4}},
+            ["lr_tau has no effect: the temperature is locked"],
+        ),
+        (
+            1,
+            {"init_from": "reference", "reference": B32},
+            ["pretrain.full.init_from = reference", "the phase before"],
+        ),
+    ],
+)
+def test_a_mistake_about_references_and_locks_is_named(number, phase, words):
+    raw = copy.deepcopy(SMALL)
+    raw["pretrain"][number] |= phase
+    with pytest.raises(ConfigError) as error:
+        load_config(raw)
+    for word in words:
+        assert word in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_one_reference_is_a_list_of_one_and_an_overlay_can_replace_it():
+    raw = copy.deepcopy(SMALL)
+    raw["pretrain"][0] |= {"reference": B32, "distillation": {"feature": 0.5}}
+    (run,) = load_config(raw).values()
+    assert [each.model for each in run.pretrain[0].references] == ["ViT-B-32"]
+    two = [B32, {"model": "ViT-L-14", "pretrained": "openai"}]
+    raw["runs"] = {"two": {"pretrain": {"short": {"reference": None, "references": two}}}}
+    assert [each.model for each in load_config(raw)["two"].pretrain[0].references] == [
+        "ViT-B-32",
+        "ViT-L-14",
+    ]
 
 
 def test_a_mistake_in_an_overlay_names_the_run():
@@ -280,6 +405,21 @@ def test_weights_name_sources_of_the_training_set():
     raw["finetune_expert"]["source_weights"] = {"owns": 1}
     with pytest.raises(ConfigError, match=r"finetune_expert\.source_weights: 'owns'.*mean `own`"):
         load_config(raw)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {},
+        {"kind": "siglip"},
+        {"kind": "gcl", "gamma": {"schedule": "scent"}},
+        {"kind": "rgcl", "lr_tau": 0.0133, "lr_tau_schedule": "const"},
+        {"kind": "rgcl_g", "rho": 6.5, "lr_tau": 2e-4, "lr_tau_schedule": "step_thresh"},
+    ],
+)
+def test_a_loss_is_valid_again_when_all_its_settings_are_handed_on(raw):
+    loss = LossSettings(**raw)
+    assert LossSettings(**json.loads(loss.model_dump_json())) == loss
 
 
 # --- reductions -----------------------------------------------------------------------------------------------
