@@ -86,10 +86,21 @@ class ReferenceFeatures(NamedTuple):
 
 
 class Reference(Protocol):
-    """Where the features of a reference come from."""
+    """Where the features of a reference come from.
 
-    def features(self, images_BCHW: Tensor, batch: Batch) -> ReferenceFeatures:
-        """Features of a part of a batch; the images are augmented, in 0..255, on the device of training."""
+    Attributes:
+        sees_images: whether it looks at the images of a batch, or has their features already.
+    """
+
+    sees_images: bool
+
+    def features(self, images_BCHW: Tensor | None, batch: Batch) -> ReferenceFeatures:
+        """Features of a part of a batch.
+
+        Args:
+            images_BCHW: augmented, in 0..255, on the device of training; None if no reference looks at them.
+            batch: the part.
+        """
 
 
 # The loss with gradient, and numbers or lists worth logging without; the epoch, with its fraction, comes last.

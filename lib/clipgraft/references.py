@@ -48,6 +48,8 @@ class OnlineReference:
         dim: of its features.
     """
 
+    sees_images = True
+
     def __init__(self, settings: ReferenceSettings, data: Data, device: torch.device) -> None:
         """Load it.
 
@@ -74,13 +76,14 @@ class OnlineReference:
             self.dim,
         )
 
-    def features(self, images_BCHW: Tensor, batch: Batch) -> ReferenceFeatures:
+    def features(self, images_BCHW: Tensor | None, batch: Batch) -> ReferenceFeatures:
         """Features of a batch, or a part of one.
 
         Args:
             images_BCHW: augmented, in 0..255, on the device of the reference.
             batch: says which captions were drawn.
         """
+        assert images_BCHW is not None
         about = self._preprocess
         images_BCHW = resize(images_BCHW, about["size"], about["interpolation"])
         images_BCHW = normalize(images_BCHW, about["mean"], about["std"])
@@ -99,6 +102,8 @@ class CachedReference:
         dim: of its features.
         cache: for the loader, which is given the caches of all references in their order.
     """
+
+    sees_images = False
 
     def __init__(
         self,
@@ -125,10 +130,10 @@ class CachedReference:
             self.dim,
         )
 
-    def features(self, images_BCHW: Tensor, batch: Batch) -> ReferenceFeatures:
-        """Features of a batch, or a part of one; the images are those that were embedded, and not looked at."""
+    def features(self, images_BCHW: Tensor | None, batch: Batch) -> ReferenceFeatures:
+        """Features of a batch, or a part of one; its images are those that were embedded, and not looked at."""
         assert batch.cached_BE is not None, "the loader was not given the cache"
-        cached_BE = batch.cached_BE[:, self._columns].to(images_BCHW.device, non_blocking=True)
+        cached_BE = batch.cached_BE[:, self._columns].to(self._scale.device, non_blocking=True)
         image_BD, text_BD = cached_BE.float().split(self.dim, dim=1)
         return ReferenceFeatures(
             F.normalize(image_BD, dim=1), F.normalize(text_BD, dim=1), self._scale

@@ -309,10 +309,10 @@ class Fit:
         """Of the whole local batch, encoded in the parts that the model takes it in."""
         if not self.references:
             return []
-        encoded = []
+        encoded, are_seen = [], any(each.sees_images for each in self.references)
         with torch.no_grad(), self._autocast():
             for part in parts:
-                pixels = self._pixels(part)
+                pixels = self._pixels(part) if are_seen else None
                 encoded.append([each.features(pixels, part) for each in self.references])
         return [ReferenceFeatures.of_parts(each) for each in zip(*encoded, strict=True)]
 
