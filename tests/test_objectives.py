@@ -16,9 +16,10 @@ from torch import Tensor
 from clipgraft import dist
 from clipgraft.data.loader import Batch
 from clipgraft.gradcache import backward_in_parts
+from clipgraft.loss_settings import DistillationSettings, LossSettings
 from clipgraft.losses.distillation import Projection
 from clipgraft.objectives import Features, ReferenceFeatures, memory_of, objective_of
-from clipgraft.recipes import DistillationSettings, LossSettings, OptimSettings
+from clipgraft.recipes import OptimSettings
 
 G, D, TAU = 6, 5, 0.25
 WEIGHTS = {"feature": 0.7, "affinity": 1.3, "interactive": 0.4}

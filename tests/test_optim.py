@@ -7,10 +7,11 @@ from pydantic import ValidationError
 from torch import nn
 
 from clipgraft.checkpoint import TrainingState
+from clipgraft.loss_settings import LossSettings
 from clipgraft.models.build import build
 from clipgraft.models.moe import upcycle
 from clipgraft.optim import TEMPERATURE, build_optimizer, parameter_groups, tau_lr
-from clipgraft.recipes import LossSettings, OptimSettings
+from clipgraft.recipes import OptimSettings
 from clipgraft.schedule import cosine_lr
 
 
@@ -236,6 +237,23 @@ def test_the_temperature_may_have_a_group_of_its_own_and_nothing_else_changes():
     assert apart[2]["params"] == [parameters["logit_scale"]]
     parameters["logit_scale"].requires_grad_(False)
     assert len(build_optimizer(parameters, settings, 0.1, True).param_groups) == 2
+
+
+def test_parameters_with_a_learning_rate_of_their_own_are_groups_that_say_by_how_much():
+    names = ["a.weight", "a.bias", "b.weight", "b.bias"]
+    parameters = {
+        name: torch.nn.Parameter(torch.ones((2, 2) if "weight" in name else 2)) for name in names
+    }
+    own = {"b.weight": 0.01, "b.bias": 0.01}
+    groups = build_optimizer(parameters, OptimSettings(lr=0.1), 0.1, lr_of=own).param_groups
+    found = [(group["lr_factor"], group["weight_decay"], group["params"]) for group in groups]
+    a, a_bias, b, b_bias = ([parameters[name]] for name in names)
+    assert found == [
+        (1, 0.2, a),
+        (1, 0, a_bias),
+        (pytest.approx(0.1), 0.2, b),
+        (pytest.approx(0.1), 0, b_bias),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,19 @@ def mean(value: torch.Tensor) -> torch.Tensor:
     return value / torch_dist.get_world_size()
 
 
+def total(value: torch.Tensor) -> torch.Tensor:
+    """Sum over processes, for a loss of it that each of them computes alike.
+
+    The gradient of this process's value is scaled up by the number of processes, since those of parameters are averaged
+    over them afterwards.
+    """
+    if not torch_dist.is_initialized():
+        return value
+    everyone = value.detach().clone()
+    torch_dist.all_reduce(everyone)
+    return everyone + torch_dist.get_world_size() * (value - value.detach())
+
+
 def any_true(flag: bool, device: torch.device) -> bool:
     """Whether the flag is set on any process; all processes get the same answer."""
     if not torch_dist.is_initialized():

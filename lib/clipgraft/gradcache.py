@@ -26,7 +26,7 @@ def backward_in_parts(
     num_parts: int,
     encode: Encode,
     loss_of: Callable[..., Loss],
-    extra_loss: Callable[[nn.Module], Loss] | None = None,
+    read: Callable[[nn.Module], Tensor] | None = None,
 ) -> Loss:
     """Add the gradients of the loss of a batch to the model's parameters; processes average once.
 
@@ -34,29 +34,31 @@ def backward_in_parts(
         model: maybe in DDP.
         num_parts: of the batch of this process.
         encode: features of a part: image, text, then scalars (1 / tau, a bias or None).
-        loss_of: the loss of the features of all parts.
-        extra_loss: what is read off the model after a part went through it; averaged over parts, so what it judges
-            (the balance of experts) is judged part by part.
+        loss_of: the loss of the features of all parts, and of the sum of what was read.
+        read: what is read off the model after a part went through it, to be summed over parts.
 
     Returns:
         The loss and what is to be logged, without gradient.
     """
     plain = getattr(model, "module", model)
-    states, cached = [], []
+    states, cached, sums = [], [], []
     with torch.no_grad():
         for part in range(num_parts):
             states.append(_random_state())
             cached.append(encode(plain, part))
+            if read is not None:
+                sums.append(read(plain))
     sides = [torch.cat(side) for side in zip(*(each[:2] for each in cached), strict=True)]
     leaves = [
         None if x is None else x.detach().clone().requires_grad_()
-        for x in (*sides, *cached[-1][2:])
+        for x in (*sides, *cached[-1][2:], *([torch.stack(sums).sum(0)] if sums else []))
     ]
+    num_scalars = len(cached[-1]) - 2
     loss, extras = loss_of(*leaves)
     loss.backward()
     d_sides = [leaf.grad.chunk(num_parts) for leaf in leaves[:2]]
-    d_scalars = [None if leaf is None else leaf.grad for leaf in leaves[2:]]
-    total = loss.detach()
+    d_others = [None if leaf is None else leaf.grad for leaf in leaves[2:]]
+    d_scalars, d_sums = d_others[:num_scalars], d_others[num_scalars:]
     for part, state in enumerate(states):
         _set_random_state(state)
         is_last = part == num_parts - 1
@@ -65,18 +67,11 @@ def backward_in_parts(
             gradients = [d_side[part] for d_side in d_sides]
             # The parameters of the scalars are the same in all parts: once is enough.
             gradients += d_scalars if is_last else [None] * len(d_scalars)
-            if extra_loss is not None:
-                extra, more = extra_loss(plain)
-                features, gradients = (
-                    (*features, extra),
-                    [*gradients, extra.new_tensor(1 / num_parts)],
-                )
-                total = total + extra.detach() / num_parts
-                for name, value in more.items():
-                    extras[name] = extras.get(name, 0) + value / num_parts
+            if read is not None:
+                features, gradients = (*features, read(plain)), [*gradients, *d_sums]
             pairs = [(x, d) for x, d in zip(features, gradients, strict=True) if _has_both(x, d)]
             torch.autograd.backward([x for x, _ in pairs], [d for _, d in pairs])
-    return total, extras
+    return loss.detach(), extras
 
 
 def _has_both(features: Tensor | None, gradient: Tensor | None) -> bool:

@@ -43,9 +43,8 @@ def _forget(*placeholders: ModuleType) -> None:
 def _left_out() -> Iterator[None]:
     """Without the compiler and timm, unless someone has imported them already."""
     later = {name: _Later(name) for name in _COMPILER if _COMPILER[0] not in sys.modules}
-    hidden = (
-        {"timm": None} if "timm" not in sys.modules else {}
-    )  # None: an ImportError, which open_clip expects
+    # None: an ImportError, which open_clip expects.
+    hidden = {"timm": None} if "timm" not in sys.modules else {}
     sys.modules.update({**later, **hidden})  # type: ignore[arg-type]
     try:
         yield
@@ -56,9 +55,8 @@ def _left_out() -> Iterator[None]:
 
 
 with _left_out(), warnings.catch_warnings():
-    warnings.simplefilter(
-        "ignore", ResourceWarning
-    )  # its merges file waits for the garbage collector
+    # Its merges file waits for the garbage collector.
+    warnings.simplefilter("ignore", ResourceWarning)
     import open_clip
 
 __all__ = ["open_clip", "with_timm"]

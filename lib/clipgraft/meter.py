@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -23,7 +23,12 @@ class Meter:
     """Averages between two log lines; keeps about `NUM_ROWS` rows and speaks every `LOG_SECONDS`."""
 
     def __init__(
-        self, num_steps: int, batch_size: int, logit_scale: Tensor, rows: list[dict[str, Any]]
+        self,
+        num_steps: int,
+        batch_size: int,
+        logit_scale: Tensor,
+        rows: list[dict[str, Any]],
+        watch: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> None:
         """Begin, or go on after a resume.
 
@@ -32,9 +37,10 @@ class Meter:
             batch_size: global batch size.
             logit_scale: of the model, read when a row is due.
             rows: those of the time before a resume; new ones are appended.
+            watch: is shown each new row.
         """
         self.num_steps, self.batch_size = num_steps, batch_size
-        self.logit_scale, self.rows = logit_scale, rows
+        self.logit_scale, self.rows, self.watch = logit_scale, rows, watch
         self.every = max(1, num_steps // NUM_ROWS)
         self.sums: dict[str, Tensor] = {}
         self.start_step = self.row_step = rows[-1]["step"] if rows else 0
@@ -86,6 +92,8 @@ class Meter:
                 f"{row['tau']:.4g}, lr {self.lr:.3g}). Hint: a lower optim.lr, a longer warmup, or max_grad_norm"
             )
         self.rows.append(row)
+        if self.watch is not None:
+            self.watch(row)
         self.sums, self.count = {}, 0
         self.row_time, self.row_step, self.row_waited = now, step, self.waited
         if now - self.spoke > LOG_SECONDS or step == self.num_steps:

@@ -18,10 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from clipgraft import dist
-from clipgraft.config import ConfigError
 from clipgraft.data.loader import Batch
 from clipgraft.data.memory import SampleMemory
-from clipgraft.losses.contrastive import contrastive_loss, log_odds, softmax_bias, softplus
+from clipgraft.loss_settings import DistillationSettings, GammaSettings, LossSettings
+from clipgraft.losses.contrastive import (
+    contrastive_loss,
+    guessing,
+    infonce,
+    log_odds,
+    softmax_bias,
+    softplus,
+)
 from clipgraft.losses.distillation import (
     Projection,
     Softmax,
@@ -46,7 +53,7 @@ from clipgraft.losses.inner import (
 )
 from clipgraft.losses.pairs import Anchors, Pairs, exact, excess, row_statistics
 from clipgraft.losses.siglip import siglip_loss
-from clipgraft.recipes import DistillationSettings, GammaSettings, LossSettings, OptimSettings
+from clipgraft.recipes import OptimSettings
 
 
 class Features(NamedTuple):
@@ -213,16 +220,12 @@ def _pair_term(
 
 def contrastive_term(features: Features, pairs: Pairs, *_: object) -> Loss:
     """Plain contrastive training."""
-    return _contrastive(features, pairs, 0.0), {}
+    return _contrastive(features, pairs, log_odds(pairs, features.logit_scale), 0.0), {}
 
 
 def siglip_term(features: Features, pairs: Pairs, *_: object) -> Loss:
     """The sigmoid loss."""
-    if features.logit_bias is None:
-        raise ConfigError(
-            "loss.kind: siglip needs a model with logit_bias. Hint: the phase before must use siglip, too, or "
-            "model.config: {init_logit_bias: -10}"
-        )
+    assert features.logit_bias is not None, "start_model gives it"
     return siglip_loss(*features, pairs), {}  # type: ignore[arg-type]
 
 
@@ -312,11 +315,23 @@ def pair_loss(
 ) -> Tensor:
     """Contrastive loss of this process's rows against the rows of all; `contrastive_loss` says the rest."""
     pairs = gather_pairs(world, features, group_G)
-    return _contrastive(features, pairs, label_smoothing)
-
-
-def _contrastive(features: Features, pairs: Pairs, label_smoothing: float) -> Tensor:
     odds_B2 = log_odds(pairs, features.logit_scale)
+    return _contrastive(features, pairs, odds_B2, label_smoothing)
+
+
+def expert_loss(
+    world: dist.World, features: Features, label_smoothing: float, group_G: Tensor | None
+) -> Loss:
+    """`pair_loss`, and what tells whether there is anything to learn: its InfoNCE, and that of guessing."""
+    pairs = gather_pairs(world, features, group_G)
+    odds_B2 = log_odds(pairs, features.logit_scale)
+    loss = _contrastive(features, pairs, odds_B2, label_smoothing)
+    return loss, {"infonce": infonce(pairs, odds_B2), "guessing": guessing(pairs)}
+
+
+def _contrastive(
+    features: Features, pairs: Pairs, odds_B2: Tensor, label_smoothing: float
+) -> Tensor:
     bias_G2 = dist.gather(softmax_bias(pairs, features.logit_scale, odds_B2))
     return contrastive_loss(*features[:3], pairs, odds_B2, bias_G2, label_smoothing)
 

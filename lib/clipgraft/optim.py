@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipgraft.recipes import LossSettings, OptimSettings
+from clipgraft.loss_settings import LossSettings
+from clipgraft.recipes import OptimSettings
 
 TEMPERATURE = (
     "temperature"  # name of the group of logit_scale, where it has a learning rate of its own
@@ -49,6 +50,7 @@ def build_optimizer(
     settings: OptimSettings,
     lr: float,
     temperature_apart: bool = False,
+    lr_of: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer of the parameters that want a gradient; the caller sets the learning rate of each step.
 
@@ -57,10 +59,18 @@ def build_optimizer(
         settings: which one, weight decay, betas and the like.
         lr: the peak.
         temperature_apart: whether logit_scale gets a group of its own, called `TEMPERATURE`.
+        lr_of: peaks of parameters that have their own; their groups say under `lr_factor` by how much it is higher.
     """
     apart = {"logit_scale"} if temperature_apart else set()
-    others = {name: p for name, p in named_parameters.items() if name not in apart}
-    groups = parameter_groups(others, settings.weight_decay)
+    parts: dict[float, dict[str, nn.Parameter]] = {}
+    for name, p in named_parameters.items():
+        if name not in apart:
+            parts.setdefault((lr_of or {}).get(name, lr) / lr, {})[name] = p
+    groups = [
+        {**group, "lr_factor": factor}
+        for factor, part in parts.items()
+        for group in parameter_groups(part, settings.weight_decay)
+    ]
     taus = [p for name, p in named_parameters.items() if name in apart and p.requires_grad]
     if taus:
         groups.append({"params": taus, "weight_decay": 0.0, "name": TEMPERATURE})

@@ -5,7 +5,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clipgraft.losses.contrastive import contrastive_loss, log_odds, softmax_bias
+from clipgraft.losses.contrastive import (
+    contrastive_loss,
+    guessing,
+    infonce,
+    log_odds,
+    softmax_bias,
+)
 from clipgraft.losses.pairs import Pairs
 
 
@@ -98,6 +104,33 @@ def test_mean_over_ranks_is_the_loss_of_the_global_batch(groups, num_ranks):
         gradients(mean, image, text, scale), gradients(whole, image, text, scale), strict=True
     ):
         assert torch.allclose(part, full, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize(
+    "groups", [[0] * 8, [0, 0, 1, 1, 1, 2, 0, 1], [*range(8)], [5, 5, 0, 1, 2, 3, 4, 6]]
+)
+def test_what_is_judged_is_the_loss_without_smoothing_and_the_log_of_the_candidates(
+    groups, num_ranks
+):
+    image, text = features(8)
+    group_G = None if len(set(groups)) == 1 else torch.tensor(groups)
+    scale, num_rows = torch.tensor(9.0), 8 // num_ranks
+    ranks = [
+        Pairs.of(image[r], text[r], image, text, r.start, group_G)
+        for r in (slice(first, first + num_rows) for first in range(0, 8, num_rows))
+    ]
+    losses = torch.stack([infonce(pairs, log_odds(pairs, scale)) for pairs in ranks])
+    bounds = torch.stack([guessing(pairs) for pairs in ranks])
+    expected = double_loop(image.detach().double(), text.detach().double(), 9.0, groups, 0.0)
+    assert losses.mean().item() == pytest.approx(expected, rel=1e-5, abs=1e-7)
+    sizes = [n for n in map(groups.count, groups) if n > 1]
+    bound = sum(map(math.log, sizes)) / max(1, len(sizes))
+    assert bounds.tolist() == pytest.approx([bound] * num_ranks, rel=1e-6)
+    blind = torch.ones_like(image) / 8**0.5
+    pairs = Pairs.of(blind, blind, group_G=group_G)
+    assert infonce(pairs, log_odds(pairs, scale)).item() == pytest.approx(bound, abs=1e-6)
+    assert not losses.requires_grad
 
 
 def test_pairs_of_other_groups_have_no_influence():

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from clipgraft.loss_settings import GammaSettings
 from clipgraft.losses.inner import (
     SampleTau,
     add_eps,
@@ -12,7 +13,6 @@ from clipgraft.losses.inner import (
     updated_tau,
 )
 from clipgraft.objectives import inner_rate
-from clipgraft.recipes import GammaSettings
 
 NAN = math.nan
 

@@ -35,6 +35,7 @@ from test_pairs import (
 from torch import Tensor
 
 from clipgraft import dist
+from clipgraft.loss_settings import DistillationSettings, LossSettings
 from clipgraft.objectives import (
     Features,
     ReferenceFeatures,
@@ -42,7 +43,7 @@ from clipgraft.objectives import (
     objective_of,
     pair_loss,
 )
-from clipgraft.recipes import DistillationSettings, LossSettings, OptimSettings
+from clipgraft.recipes import OptimSettings
 
 SIZES = (1, 2, 3)
 PRECISIONS = {torch.float64: 1e-12, torch.float32: 1e-5}

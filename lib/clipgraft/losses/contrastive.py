@@ -96,6 +96,22 @@ def contrastive_loss(
     )
 
 
+def infonce(pairs: Pairs, odds_B2: Tensor) -> Tensor:
+    """The loss without label smoothing and without gradient: mean of the local rows that count, as `contrastive_loss`."""
+    counts_G = _counts(pairs, pairs.image_GD)
+    share = counts_G.sum().clamp(min=1) * len(odds_B2) / len(counts_G)
+    return softplus(odds_B2).mean(1).sum() / share  # a row that is alone adds 0
+
+
+def guessing(pairs: Pairs) -> Tensor:
+    """`infonce` of a model to which all pairs look alike: mean log of the candidates of the rows that count."""
+    if pairs.group_G is None:
+        return pairs.image_BD.new_tensor(len(pairs.image_GD)).log()
+    number_G, size_U = _groups(pairs.group_G)
+    size_G = size_U[number_G].to(pairs.image_BD.dtype)
+    return size_G.log().sum() / (size_G > 1).sum().clamp(min=1)  # a row that is alone adds log 1
+
+
 def softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x)), to the last digit (torch's own returns x above 20)."""
     return -F.logsigmoid(-x)

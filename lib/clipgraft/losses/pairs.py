@@ -25,9 +25,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 TILES = {"cpu": (256, 2048), "cuda": (1024, 8192)}
-NOT_COMPARED = (
-    -1e4
-)  # similarity of a masked pair: exp gives 0, and unlike -inf it never makes a NaN
+# Similarity of a masked pair: exp gives 0, and unlike -inf it never makes a NaN.
+NOT_COMPARED = -1e4
 
 
 @dataclass(frozen=True)
