@@ -31,7 +31,7 @@ from clipgraft.config import ConfigError
 from clipgraft.job import WRITING, write_json
 from clipgraft.lean import open_clip
 from clipgraft.models.build import build
-from clipgraft.models.positions import resize_positions
+from clipgraft.models.positions import LINEAR, TextResize, resize_positions
 from clipgraft.models.public import Encode, load_public
 from clipgraft.models.weights import check_fit
 
@@ -102,7 +102,7 @@ def load_model(
     *,
     image_size: int | None = None,
     text_length: int | None = None,
-    text_positions: str = "linear",
+    text_positions: TextResize = LINEAR,
     insert_experts: Callable[..., object] | None = None,
 ) -> Loaded:
     """Read a model folder of any kind.
@@ -125,17 +125,12 @@ def load_model(
     spec = _read_spec(folder)
     image_size = image_size or spec["config"]["vision_cfg"]["image_size"]
     text_length = text_length or spec["config"]["text_cfg"]["context_length"]
-    weights = read_weights(folder)
-    if spec["kind"] == "delta":
-        base = folder.resolve() / spec["base"]
-        model = load_model(base, image_size=image_size, text_length=text_length).model
-        weights = {**model.state_dict(), **weights}
-    else:
-        model = build(spec["config"], image_size, text_length)
-        if spec["moe"] and insert_experts is None:
-            raise ConfigError(f"{folder} is a mixture of experts; a dense model is needed here")
-        if spec["moe"] and insert_experts is not None:
-            insert_experts(model, **spec["moe"])
+    weights = whole_weights(folder)
+    model = build(spec["config"], image_size, text_length)
+    if spec["moe"] and insert_experts is None:
+        raise ConfigError(f"{folder} is a mixture of experts; a dense model is needed here")
+    if spec["moe"] and insert_experts is not None:
+        insert_experts(model, **spec["moe"])
     check_fit(weights, model, str(folder / WEIGHTS))
     resize_positions(weights, model, text_positions)
     model.load_state_dict(weights)
@@ -194,6 +189,14 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             f"{path} ({size:,} bytes) is damaged or no safetensors file: {error}. Hint: remove the "
             "folder and run its job again"
         ) from None
+
+
+def whole_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a model folder; an expert's with those of its base."""
+    spec, weights = _read_spec(Path(folder)), read_weights(folder)
+    if spec["kind"] != "delta":
+        return weights
+    return {**whole_weights(Path(folder).resolve() / spec["base"]), **weights}
 
 
 class TrainingState:

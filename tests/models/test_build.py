@@ -16,6 +16,7 @@ from clipgraft.models.build import (
     normalize,
     pretrained_state,
 )
+from clipgraft.models.positions import TextResize
 from clipgraft.recipes import ModelSettings
 
 
@@ -147,7 +148,7 @@ def test_text_positions_of_pretrained_weights_follow_the_rule_of_the_phase(tiny_
     settings = inline(tiny_config, pretrained=str(tmp_path / "a.safetensors"))
     config = model_config(settings, 40, 16, 12)
     tables = {
-        rule: pretrained_state(settings, config, rule)["text.positional_embedding"]
+        rule: pretrained_state(settings, config, TextResize(rule))["text.positional_embedding"]
         for rule in ("linear", "pad", "none")
     }
     before = model.text.positional_embedding

@@ -13,6 +13,7 @@ from clipgraft.config import ConfigError
 from clipgraft.models.build import build, describe, model_config
 from clipgraft.models.inherit import area_matrix, inherit, resample_kernel
 from clipgraft.models.moe import insert_experts
+from clipgraft.models.positions import TextResize
 from clipgraft.recipes import ModelSettings
 
 KERNEL, POSITIONS = "visual.conv1.weight", "visual.positional_embedding"
@@ -184,7 +185,7 @@ def test_texts_of_another_length_follow_the_rule_of_the_phase(tiny_config, rule)
     config = copy.deepcopy(tiny_config)
     config["text_cfg"]["context_length"] = 12
     reference = described(build(tiny_config), tiny_config)
-    state, _, _ = inherit(config, reference, rule)
+    state, _, _ = inherit(config, reference, TextResize(rule))
     table, before = state["text.positional_embedding"], reference.model.text.positional_embedding
     assert table.shape == (12, 32)
     assert torch.equal(table[:8], before) == (rule == "pad")

@@ -13,7 +13,13 @@ from safetensors.torch import save_file
 
 from clipgraft.config import ConfigError
 from clipgraft.models.build import build
-from clipgraft.models.positions import resize_positions, sincos_table, start_positions
+from clipgraft.models.positions import (
+    TextResize,
+    resize_positions,
+    sincos_table,
+    start_positions,
+    stretched_table,
+)
 from clipgraft.recipes import PhaseSettings
 
 
@@ -69,7 +75,7 @@ def test_padded_text_positions_keep_their_rows_and_get_fresh_ones(tiny_config):
     for text_length in (5, 16):
         state, model = random_tables(tiny_config, 16, 8), build(tiny_config, None, text_length)
         before = state["text.positional_embedding"]
-        resize_positions(state, model, "pad")
+        resize_positions(state, model, TextResize("pad"))
         after = state["text.positional_embedding"]
         assert torch.equal(after[:8], before[:text_length])
         assert len(after) == text_length
@@ -81,9 +87,9 @@ def test_text_positions_that_are_not_carried_begin_afresh_at_another_length_only
     torch.manual_seed(0)
     state = random_tables(tiny_config, 16, 8)
     before = state["text.positional_embedding"]
-    resize_positions(state, build(tiny_config), "none")
+    resize_positions(state, build(tiny_config), TextResize("none"))
     assert torch.equal(state["text.positional_embedding"], before)
-    resize_positions(state, build(tiny_config, None, 16), "none")
+    resize_positions(state, build(tiny_config, None, 16), TextResize("none"))
     assert state["text.positional_embedding"].abs().max() < 0.1 < before.abs().max()
 
 
@@ -207,3 +213,56 @@ def test_open_clip_reads_a_model_with_any_table(tiny_config, tmp_path, pos_embed
     assert torch.equal(model.encode_image(images), theirs.encode_image(images))
     is_frozen = pos_embed == "sincos_frozen"
     assert theirs.visual.positional_embedding.requires_grad is not is_frozen
+
+
+# --- long texts ---------------------------------------------------------------------------------------------
+
+
+def random_table(num: int, width: int = 3) -> torch.Tensor:
+    return torch.randn(num, width, generator=torch.Generator().manual_seed(0))
+
+
+def test_77_positions_are_stretched_to_248_as_long_clip_does():
+    """Row by row as published: 20 rows stay, the others come every four, the last four go on as the last two do."""
+    P = random_table(77).double()
+    expected = [P[p] for p in range(20)]
+    expected += [(1 - j / 4) * P[20 + i] + (j / 4) * P[21 + i] for i in range(56) for j in range(4)]
+    expected += [P[76] + (j / 4) * (P[76] - P[75]) for j in range(4)]
+    got = stretched_table(P.float(), 248, 20)
+    assert got.shape == (248, 3) and got.dtype == torch.float32
+    assert torch.allclose(got.double(), torch.stack(expected), atol=1e-6)
+    assert torch.equal(got[:20], P[:20].float()) and torch.equal(got[20::4], P[20:].float())
+
+
+@pytest.mark.parametrize(("num", "length", "keep"), [(9, 30, 4), (9, 13, 0), (9, 10, 8), (5, 4, 2)])
+def test_any_length_is_stretched_by_the_same_rule(num, length, keep):
+    before = random_table(num).double().tolist()
+    after = stretched_table(random_table(num), length, keep).tolist()
+    for p, row in enumerate(after):
+        place = p if p < keep else keep + (p - keep) * (num - keep) / (length - keep)
+        left = min(int(place), num - 2)
+        for d, value in enumerate(row):
+            slope = before[left + 1][d] - before[left][d]
+            assert value == pytest.approx(before[left][d] + (place - left) * slope, abs=1e-6)
+
+
+@pytest.mark.parametrize(("num", "length", "keep"), [(77, 248, 20), (8, 20, 4), (9, 9, 3)])
+def test_what_was_stretched_can_be_undone(num, length, keep):
+    """Where the old rows are among the new ones."""
+    before = random_table(num)
+    back = stretched_table(stretched_table(before, length, keep), num, keep)
+    assert torch.allclose(back, before, atol=1e-6)
+    assert torch.equal(stretched_table(before, keep, keep), before[:keep])
+
+
+def test_a_model_is_stretched_by_its_rule_and_at_its_own_length_left_alone(tiny_config):
+    rule = TextResize("stretch", 4)
+    state, model = random_tables(tiny_config, 16, 8), build(tiny_config, text_length=20)
+    before = state["text.positional_embedding"]
+    resize_positions(state, build(tiny_config), rule)
+    assert torch.equal(state["text.positional_embedding"], before)
+    resize_positions(state, model, rule)
+    model.load_state_dict(state)
+    assert torch.equal(model.text.positional_embedding, stretched_table(before, 20, 4))
+    with pytest.raises(ConfigError, match=r"text_pos_keep = 20: .* 8 positions.*less than 8"):
+        resize_positions(random_tables(tiny_config, 16, 8), model, TextResize("stretch"))

@@ -14,7 +14,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,19 @@ from torch import Tensor, nn
 from clipgraft.architectures import architecture
 from clipgraft.config import ConfigError
 from clipgraft.lean import open_clip, with_timm
-from clipgraft.models.positions import resize_positions
+from clipgraft.models.positions import LINEAR, TextResize, resize_positions
 from clipgraft.models.weights import fit_state, pretrained_file, pretrained_tag, read_state
 from clipgraft.recipes import ModelSettings
 from clipgraft.reductions import TEXT_MASKS
 
 log = logging.getLogger(__name__)
 
-_MLP = re.compile(r"(visual|text)\.transformer\.resblocks\.\d+\.mlp\.")
+_MLP = re.compile(r"(visual|text)\.transformer\.resblocks\.(\d+)\.mlp\.")
+_TRIM_TO = (
+    8  # tokens; libraries keep a kernel, and compiled graphs a copy, for every length they meet
+)
+
+Layers = Literal["all"] | Sequence[int]
 
 
 def model_config(
@@ -149,7 +154,7 @@ def build(
 
 
 def pretrained_state(
-    settings: ModelSettings, config: dict[str, Any], text_positions: str = "linear"
+    settings: ModelSettings, config: dict[str, Any], text_positions: TextResize = LINEAR
 ) -> dict[str, Tensor]:
     """The weights of `settings.pretrained`, made to fit the model that `config` describes.
 
@@ -179,9 +184,63 @@ def normalize(images_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) 
     return (images_BCHW.float() - mean_C11) / std_C11
 
 
-def mlp_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of the MLPs of all blocks of both towers, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if _MLP.match(name)}
+def mlp_parameters(
+    model: nn.Module, image_layers: Layers = "all", text_layers: Layers = "all"
+) -> dict[str, nn.Parameter]:
+    """The parameters of the MLPs of chosen blocks of both towers, by name.
+
+    Args:
+        model: dense.
+        image_layers: blocks of the image tower.
+        text_layers: blocks of the text tower.
+
+    Raises:
+        ConfigError: if a tower has no such block.
+    """
+    wanted = {"visual": image_layers, "text": text_layers}
+    for tower, layers in wanted.items():
+        _check_blocks(layers, len(getattr(model, tower).transformer.resblocks), tower)
+    parts = {name: _MLP.match(name) for name, _ in model.named_parameters()}
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if (part := parts[name])
+        and ((layers := wanted[part[1]]) == "all" or int(part[2]) in layers)
+    }
+
+
+def _check_blocks(layers: Layers, num_layers: int, tower: str) -> None:
+    wrong = [] if layers == "all" else [number for number in layers if number >= num_layers]
+    if wrong:
+        key = "image_layers" if tower == "visual" else "text_layers"
+        raise ConfigError(
+            f"{key} = {list(layers)}: the tower has {num_layers} blocks. Hint: 0 to {num_layers - 1}, or all"
+        )
+
+
+def trimmed(model: nn.Module, text_BL: Tensor) -> Tensor:
+    """Texts without the columns that hold nothing but padding, where that changes no feature.
+
+    It does not where attention is causal and features are those of the end token, the highest id. Elsewhere, as in
+    SigLIP's and CLIPA-v2's towers, padding is seen, and texts are returned as they are. Columns are counted on the
+    device of the texts: call it before they go to a GPU, or the GPU is waited for.
+
+    Args:
+        model: has the text tower.
+        text_BL: token ids, padded at the end.
+
+    Returns:
+        As many columns as the longest text has tokens, rounded up to a multiple of 8.
+    """
+    if not is_padding_unseen(model.text) or not len(text_BL):
+        return text_BL
+    longest = int(text_BL.argmax(1).max()) + 1
+    return text_BL[:, : -(-longest // _TRIM_TO) * _TRIM_TO]
+
+
+def is_padding_unseen(text: Any) -> bool:
+    """Whether no feature of a text tower depends on what follows the end token."""
+    return text.attn_mask is not None and text.pool_type == "argmax" and text.cls_emb is None
 
 
 def architecture_of(settings: ModelSettings) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from clipgraft.config import ConfigError
 from clipgraft.lean import open_clip
 from clipgraft.models.build import build
-from clipgraft.models.positions import IMAGE, TEXT, resize_positions
+from clipgraft.models.positions import IMAGE, LINEAR, TEXT, TextResize, resize_positions
 from clipgraft.models.weights import KERNEL, adopt_scalars, first_of, misfits
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Described(Protocol):
 
 
 def inherit(
-    config: dict[str, Any], reference: Described, text_positions: str = "linear"
+    config: dict[str, Any], reference: Described, text_positions: TextResize = LINEAR
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
     """The weights of a student that starts as a reference.
 

@@ -4,11 +4,12 @@ Each token goes through the top_k experts that a linear router likes best; their
 renormalised probabilities, which add up to 1, so that identical experts are the dense model exactly. Decisions:
 weights of all experts of a layer are stacked, `[E, F, D]`; the router is float32 whatever autocast says; no token
 is ever dropped; padding after the end token is not routed at all and gets a zero where nothing that is used later
-can see it, and is routed like any token where it can (no causal mask, or features of the last position). Towers, not layers, know which tokens are padding and whether this is a real forward or
-the second one of gradient checkpointing: hooks on the tower tell its layers through a `TowerState`.
+can see it, and is routed like any token where it can (no causal mask, or features of the last position). Towers, not
+layers, know which tokens are padding and whether this is a real forward or the second one of gradient checkpointing:
+hooks on the tower tell its layers through a `TowerState`. How experts are run is in `experts.py`.
 """
 
-# Shapes: B batch, L sequence, T tokens, P = T * K routed rows, D width, F hidden, E experts, K top-k
+# Shapes: B batch, L sequence, T tokens, D width, F hidden, E experts, K top-k
 
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipgraft.config import ConfigError
+from clipgraft.models.backends import Experts, choose_backend, mix, wished_backend
 
 TOWERS = ("visual", "text")
 _MLP_TENSORS = ("c_fc.weight", "c_fc.bias", "c_proj.weight", "c_proj.bias")
@@ -44,6 +46,8 @@ class TowerState:
 
     is_forward: bool = False  # false while gradient checkpointing computes a block again
     real_BL: Tensor | None = None  # tokens that are not padding; None: all are, or padding is seen
+    real_T: Tensor | None = None  # their places in the flattened batch, found once for all layers
+    backend: str = "auto"
 
 
 class MoeMlp(nn.Module):
@@ -78,15 +82,21 @@ class MoeMlp(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """Route each real token to its experts; padding gets zeros."""
-        real_BL = self.state.real_BL
-        x_TD = x_BLD.flatten(0, 1) if real_BL is None else x_BLD[real_BL]
+        real_T, x_ND = self.state.real_T, x_BLD.flatten(0, 1)
+        if real_T is None:
+            return self._mix(x_ND).view(x_BLD.shape)
+        assert self.state.real_BL is not None
+        assert self.state.real_BL.shape == x_BLD.shape[:2], "the tower has seen another batch since"
+        y_TD = self._mix(x_ND.index_select(0, real_T))
+        return y_TD.new_zeros(x_ND.shape).index_copy(0, real_T, y_TD).view(x_BLD.shape)
+
+    def _mix(self, x_TD: Tensor) -> Tensor:
         gates_TK, topk_TK = self._route(x_TD)
-        y_TD = self._mix(x_TD, gates_TK, topk_TK)
-        if real_BL is None:
-            return y_TD.view(x_BLD.shape)
-        y_BLD = y_TD.new_zeros(x_BLD.shape)
-        y_BLD[real_BL] = y_TD
-        return y_BLD
+        experts = Experts(
+            self.c_fc_weight, self.c_fc_bias, self.c_proj_weight, self.c_proj_bias, self.gelu
+        )
+        backend = choose_backend(self.state.backend, x_TD, self.c_fc_bias.shape[1])
+        return mix(experts, x_TD, gates_TK, topk_TK, backend)
 
     def _route(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(x_TD.device.type, enabled=False):
@@ -97,31 +107,6 @@ class MoeMlp(nn.Module):
         if self.state.is_forward:
             self.routing = Routing(logits_TE, probs_TE, topk_TK)
         return gates_TK, topk_TK
-
-    def _mix(self, x_TD: Tensor, gates_TK: Tensor, topk_TK: Tensor) -> Tensor:
-        """Sort the (token, choice) rows by expert, run each expert on its rows, undo the sort, sum."""
-        num_experts, top_k = len(self.router), self.top_k
-        order_P = topk_TK.flatten().argsort(stable=True)
-        rows = topk_TK.flatten().bincount(minlength=num_experts).tolist()
-        x_PD = x_TD[order_P // top_k]
-        # unbind, not [e]: the gradient of a selection is as large as the whole stack, for each expert. An expert
-        # without rows is run all the same: its gradient must be zero, not missing.
-        experts = zip(
-            x_PD.split(rows),
-            self.c_fc_weight.unbind(),
-            self.c_fc_bias.unbind(),
-            self.c_proj_weight.unbind(),
-            self.c_proj_bias.unbind(),
-            strict=True,
-        )
-        y_PD = torch.cat(
-            [F.linear(self.gelu(F.linear(x, w1, b1)), w2, b2) for x, w1, b1, w2, b2 in experts]
-        )
-        place_P = torch.empty_like(order_P)
-        place_P[order_P] = torch.arange(len(order_P), device=order_P.device)
-        # The inverse permutation and a sum over K, rather than index_add: the same result on every run.
-        y_TKD = y_PD[place_P].view(-1, top_k, y_PD.shape[1])
-        return (y_TKD * gates_TK[..., None]).sum(1).to(y_PD.dtype)
 
 
 def upcycle(
@@ -197,6 +182,8 @@ def insert_experts(
         state = TowerState()
         for number in numbers:
             _check_plain(blocks[number].mlp, f"{tower}.{number}")
+            c_fc = blocks[number].mlp.c_fc
+            state.backend = wished_backend(c_fc.in_features, c_fc.out_features)
             blocks[number].mlp = MoeMlp(blocks[number].mlp, num_experts, top_k, state)
         if numbers:
             _hook(module, state, is_text=tower == "text")
@@ -282,6 +269,7 @@ def _before_text(tower: nn.Module, arguments: tuple[Any, ...]) -> None:
     position_L = torch.arange(text_BL.shape[1], device=text_BL.device)
     # Padding follows the end token, the highest id. Id 0 alone is no sign of it: it is "!".
     tower.moe_state.real_BL = position_L <= text_BL.argmax(1, keepdim=True)
+    tower.moe_state.real_T = tower.moe_state.real_BL.flatten().nonzero().squeeze(1)
 
 
 def _after(tower: nn.Module, *_: Any) -> None:

@@ -6,12 +6,12 @@ CLIPA v1 trains with a frozen sin-cos table, then learns from the interpolated o
 which keeps the distance of neighbours where interpolation keeps that of the edges.
 """
 
-# Shapes: L positions with that of the class token, G side of the grid of patches, D width, F frequencies (D / 4)
+# Shapes: L positions (of images with that of the class token), G side of the grid of patches, D width, F frequencies (D / 4)
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,12 +19,27 @@ from torch import Tensor, nn
 
 from clipgraft.config import ConfigError
 from clipgraft.lean import open_clip
-from clipgraft.recipes import PhaseSettings, position_kind, position_misfit
+from clipgraft.recipes import PhaseSettings, position_kind, position_misfit, stretch_misfit
 
 log = logging.getLogger(__name__)
 
 IMAGE, TEXT = "visual.positional_embedding", "text.positional_embedding"
 _TEXT_STD = 0.01  # of open_clip's fresh text tables
+
+
+class TextResize(NamedTuple):
+    """How a text table gets to another length.
+
+    Attributes:
+        kind: `linear`, `stretch`, `pad` or `none`, as `text_pos_resize` of a phase.
+        keep: rows that `stretch` leaves as they are.
+    """
+
+    kind: str = "linear"
+    keep: int = 20
+
+
+LINEAR = TextResize()
 
 
 def sincos_table(width: int, grid: int, form: str) -> Tensor:
@@ -58,7 +73,38 @@ def sincos_table(width: int, grid: int, form: str) -> Tensor:
     return torch.from_numpy(np.concatenate([np.zeros((1, width)), table_LD])).float()
 
 
-def resize_positions(state: dict[str, Tensor], model: nn.Module, text: str = "linear") -> None:
+def stretched_table(before_LD: Tensor, length: int, keep: int) -> Tensor:
+    """Long-CLIP's stretching: the first rows stay, the others are spread evenly over the rest of the new table.
+
+    Row p >= keep is the old table at place keep + (p - keep) (L - keep) / (length - keep), between two rows in a
+    straight line, and behind the last row as the last two go on. Long-CLIP (arXiv:2403.15378) does it from 77 to 248
+    with 20 kept, where the places are quarters. To a shorter length the same rule is its inverse.
+
+    Args:
+        before_LD: the table.
+        length: rows that are wanted.
+        keep: rows that stay.
+
+    Raises:
+        ConfigError: if no row is left to stretch.
+    """
+    num = len(before_LD)
+    misfit = stretch_misfit(keep, num)
+    if misfit:
+        raise ConfigError(misfit)
+    if length <= keep:
+        return before_LD[:length]
+    place_L = keep + torch.arange(length - keep, dtype=torch.float64) * (num - keep) / (
+        length - keep
+    )
+    left_L = place_L.long().clamp(max=num - 2)
+    share_L1 = (place_L - left_L)[:, None]
+    wide_LD = before_LD.double()
+    tail_LD = (1 - share_L1) * wide_LD[left_L] + share_L1 * wide_LD[left_L + 1]
+    return torch.cat([before_LD[:keep], tail_LD.to(before_LD)])
+
+
+def resize_positions(state: dict[str, Tensor], model: nn.Module, text: TextResize = LINEAR) -> None:
     """Fit the position tables in `state` to the lengths of `model`, in place.
 
     open_clip's own functions: image, bicubic with antialias over the grid, class token kept; text, linear.
@@ -66,15 +112,21 @@ def resize_positions(state: dict[str, Tensor], model: nn.Module, text: str = "li
     Args:
         state: weights.
         model: has the lengths that are wanted.
-        text: `linear`; `pad`: rows stay as they are, what is missing is drawn anew; `none`: a table of another length
-            is drawn anew. Drawn from torch's global generator.
+        text: `linear`; `stretch`: as `stretched_table`; `pad`: rows stay as they are, what is missing is drawn anew;
+            `none`: a table of another length is drawn anew. Drawn from torch's global generator.
+
+    Raises:
+        ConfigError: if no row is left to stretch.
     """
     open_clip.model.resize_pos_embed(state, model)
     before_LD, num = state[TEXT], len(model.text.positional_embedding)
-    if text == "linear" or len(before_LD) == num:
+    if text.kind == "linear" or len(before_LD) == num:
         open_clip.model.resize_text_pos_embed(state, model)
         return
-    kept_LD = before_LD[: num if text == "pad" else 0]
+    if text.kind == "stretch":
+        state[TEXT] = stretched_table(before_LD, num, text.keep)
+        return
+    kept_LD = before_LD[: num if text.kind == "pad" else 0]
     fresh_LD = torch.randn(num - len(kept_LD), before_LD.shape[1]) * _TEXT_STD
     state[TEXT] = torch.cat([kept_LD, fresh_LD.to(kept_LD)])
 

@@ -28,7 +28,9 @@ from clipgraft.recipes import ModelSettings
 
 KERNEL = "visual.conv1.weight"  # of the patches
 _WRAPPERS = ("module.", "_orig_mod.")  # of several devices, of the compiler; in either order
-_OPENAIS = {"input_resolution", "context_length", "vocab_size"}  # in OpenAI's files alone
+OPENAIS = {"input_resolution", "context_length", "vocab_size"}  # in OpenAI's files alone
+SECOND_TABLE = "_res"  # what the name of Long-CLIP's second text position table ends in
+_LONG_CLIP_KEEP = 20  # rows that are those of the first
 _SCALAR = np.float64(0).__reduce__()[0]
 # What a numpy number is pickled as; numpy 1 called the module by another name.
 _NUMBERS: list[Any] = [
@@ -80,7 +82,7 @@ def read_state(path: Path, where: str) -> dict[str, Tensor]:
             "by their names, or a dict that has them as `state_dict`"
         )
     state = _unwrapped({name: _in_float32(tensor) for name, tensor in state.items()})
-    return dict(open_clip.model.convert_to_custom_text_state_dict(state))
+    return _one_text_table(dict(open_clip.model.convert_to_custom_text_state_dict(state)))
 
 
 def fit_state(
@@ -98,9 +100,9 @@ def fit_state(
         ConfigError: if they are of another architecture, or were trained with another activation.
     """
     state = dict(open_clip.convert.convert_state_dict(model, dict(state)))
-    if state.keys() & _OPENAIS:
+    if state.keys() & OPENAIS:
         _check_activation(model, where)
-        state = {name: tensor for name, tensor in state.items() if name not in _OPENAIS}
+        state = {name: tensor for name, tensor in state.items() if name not in OPENAIS}
     adopt_scalars(state, model, bias)
     check_fit(state, model, where)
     return state
@@ -228,6 +230,14 @@ def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for wrapper in _WRAPPERS * 2:
         if all(name.startswith(wrapper) for name in state):
             state = {name.removeprefix(wrapper): tensor for name, tensor in state.items()}
+    return state
+
+
+def _one_text_table(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Long-CLIP and CLIP-MoE keep two tables, and take rows before 20 from one, the others from the other."""
+    second_LD = state.pop(f"{TEXT}{SECOND_TABLE}", None)
+    if second_LD is not None and TEXT in state:
+        state[TEXT] = torch.cat([state[TEXT][:_LONG_CLIP_KEEP], second_LD[_LONG_CLIP_KEEP:]])
     return state
 
 

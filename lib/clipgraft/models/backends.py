@@ -1,0 +1,218 @@
+"""Tokens through their experts: three ways of execution, one result.
+
+`loop` sorts the rows (token, choice) by expert and runs each expert on its rows: on CPUs it is as fast as the products
+allow. `grouped` runs the sorted rows through one grouped product per matrix, so that the host never waits for the
+device to learn how many rows an expert has; torch has a fast one for bf16 on compute capability 9 and 10. `dense` runs
+all experts on all tokens, E / K times the work, and no shape in it depends on the data: for export, and to test the
+others. Rows are brought to experts and back by permutations, forward and backward, never by sums in the order in which
+threads arrive: the same result on every run. Which way is taken is no setting, for it changes nothing but speed.
+"""
+
+# Shapes: T tokens, P = T * K routed rows, D width, F hidden, E experts, K top-k
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipgraft.config import ConfigError
+
+log = logging.getLogger(__name__)
+
+VARIABLE = "CLIPGRAFT_MOE_BACKEND"
+BACKENDS = ("auto", "loop", "grouped", "dense")
+_FAST_MAJORS = (9, 10)  # elsewhere torch's grouped product is a loop that waits for the device
+_ALIGNMENT = 8  # bf16 numbers in the 16 bytes that strides must be multiples of
+
+_probed: dict[int | None, bool] = {}
+
+
+class Experts(NamedTuple):
+    """The MLPs of a layer, stacked."""
+
+    fc_EFD: Tensor
+    fc_bias_EF: Tensor
+    proj_EDF: Tensor
+    proj_bias_ED: Tensor
+    gelu: Callable[[Tensor], Tensor]
+
+
+def wished_backend(width: int, hidden: int) -> str:
+    """What CLIPGRAFT_MOE_BACKEND asks for, by default `auto`.
+
+    Args:
+        width: D of the layers.
+        hidden: F of the layers.
+
+    Raises:
+        ConfigError: if there is no such backend, or it cannot run these layers.
+    """
+    wish = os.environ.get(VARIABLE, "auto")
+    if wish not in BACKENDS:
+        raise ConfigError(f"{VARIABLE} = {wish!r} is unknown. Hint: {', '.join(BACKENDS)}")
+    if wish == "grouped" and not _fits_grouped(width, hidden):
+        raise ConfigError(
+            f"{VARIABLE} = grouped: torch {torch.__version__} cannot for MLPs of {width} and {hidden}. Hint: torch 2.10 "
+            f"or later and multiples of {_ALIGNMENT}; or leave {VARIABLE} unset"
+        )
+    return wish
+
+
+def choose_backend(wish: str, x_TD: Tensor, hidden: int) -> str:
+    """The backend for these tokens: `grouped` where it is fast, else `loop`, unless one is wished for."""
+    if wish != "auto":
+        return wish
+    is_fast = (
+        x_TD.is_cuda
+        and compute_dtype(x_TD) == torch.bfloat16
+        and _fits_grouped(x_TD.shape[1], hidden)
+        and _grouped_works(x_TD.device)
+    )
+    return "grouped" if is_fast else "loop"
+
+
+def mix(experts: Experts, x_TD: Tensor, gates_TK: Tensor, topk_TK: Tensor, backend: str) -> Tensor:
+    """Sum over the K experts of each token, weighted with its gates.
+
+    Args:
+        experts: of one layer.
+        x_TD: tokens.
+        gates_TK: float32; their gradient is that of the weighted sum.
+        topk_TK: which experts.
+        backend: `loop`, `grouped` or `dense`.
+
+    Returns:
+        [T, D], in the precision of the products; gradients of experts without tokens are zero, not missing.
+    """
+    if backend == "dense":
+        return _dense(experts, x_TD, gates_TK, topk_TK)
+    top_k = topk_TK.shape[1]
+    expert_P, order_P = topk_TK.flatten().sort(stable=True)
+    place_P = order_P.argsort()
+    x_PD = _Repeat.apply(x_TD, order_P, place_P, top_k)
+    run = _grouped if backend == "grouped" else _loop
+    y_PD = _Permute.apply(run(experts, x_PD, expert_P), place_P, order_P)
+    y_TKD = y_PD.view(-1, top_k, y_PD.shape[1])
+    return (y_TKD * gates_TK[..., None]).sum(1).to(y_PD.dtype)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What products of this tensor are computed in: autocast's precision, or its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _loop(experts: Experts, x_PD: Tensor, expert_P: Tensor) -> Tensor:
+    num_rows = expert_P.bincount(minlength=len(experts.fc_EFD)).tolist()
+    # An expert without rows is run all the same, for its gradient.
+    dtype = compute_dtype(x_PD)
+    parts = zip(
+        x_PD.split(num_rows),
+        *(_Unstack.apply(tensor, dtype) for tensor in experts[:4]),
+        strict=True,
+    )
+    gelu = experts.gelu
+    return torch.cat([F.linear(gelu(F.linear(x, w1, b1)), w2, b2) for x, w1, b1, w2, b2 in parts])
+
+
+def _grouped(experts: Experts, x_PD: Tensor, expert_P: Tensor) -> Tensor:
+    """With biases as products, too: their gradients, sums over the rows of an expert, come out the same every time."""
+    dtype = compute_dtype(x_PD)
+    number_E = torch.arange(len(experts.fc_EFD), device=x_PD.device)
+    ends_E = torch.searchsorted(expert_P, number_E, right=True).int()
+    with torch.autocast(x_PD.device.type, enabled=False):  # it does not know grouped products
+        x_PD = x_PD.to(dtype)
+        fc_EFD, fc_bias_EF, proj_EDF, proj_bias_ED = (tensor.to(dtype) for tensor in experts[:4])
+        is_expert_PE = (expert_P[:, None] == number_E).to(dtype)
+        h_PF = F.grouped_mm(x_PD, fc_EFD.transpose(1, 2), offs=ends_E)
+        h_PF = experts.gelu(h_PF.addmm(is_expert_PE, fc_bias_EF))
+        y_PD = F.grouped_mm(h_PF, proj_EDF.transpose(1, 2), offs=ends_E)
+        return y_PD.addmm(is_expert_PE, proj_bias_ED)
+
+
+def _dense(experts: Experts, x_TD: Tensor, gates_TK: Tensor, topk_TK: Tensor) -> Tensor:
+    num_experts, gelu = len(experts.fc_EFD), experts.gelu
+    gates_TE = gates_TK.new_zeros(len(x_TD), num_experts).scatter(1, topk_TK, gates_TK)
+    parts = zip(gates_TE.unbind(1), *(tensor.unbind() for tensor in experts[:4]), strict=True)
+    y_TD = sum(
+        gate_T[:, None] * F.linear(gelu(F.linear(x_TD, w1, b1)), w2, b2)
+        for gate_T, w1, b1, w2, b2 in parts
+    )
+    assert isinstance(y_TD, Tensor)
+    return y_TD.to(compute_dtype(x_TD))
+
+
+class _Unstack(torch.autograd.Function):
+    """The experts of a stack, in this precision; backward, each gradient is written once, to its place in the stack."""
+
+    @staticmethod
+    def forward(ctx: Any, stack: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        ctx.dtype = stack.dtype
+        return stack.to(dtype).unbind()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        stack = grads[0].new_empty(len(grads), *grads[0].shape, dtype=ctx.dtype)
+        for place, grad in zip(stack, grads, strict=True):
+            place.copy_(grad)
+        return stack, None
+
+
+class _Repeat(torch.autograd.Function):
+    """Each token once per choice, sorted by expert; backward, the sum over the choices of a token."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, order_P: Tensor, place_P: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(place_P)
+        ctx.top_k = top_k
+        return x_TD[order_P // top_k]
+
+    @staticmethod
+    def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor, None, None, None]:
+        (place_P,) = ctx.saved_tensors
+        grad_TKD = grad_PD[place_P].view(-1, ctx.top_k, grad_PD.shape[1])
+        return grad_TKD.sum(1), None, None, None
+
+
+class _Permute(torch.autograd.Function):
+    """Rows in another order; backward, in the inverse one."""
+
+    @staticmethod
+    def forward(ctx: Any, x_PD: Tensor, order_P: Tensor, inverse_P: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_P)
+        return x_PD[order_P]
+
+    @staticmethod
+    def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor, None, None]:
+        (inverse_P,) = ctx.saved_tensors
+        return grad_PD[inverse_P], None, None
+
+
+def _fits_grouped(width: int, hidden: int) -> bool:
+    return hasattr(F, "grouped_mm") and width % _ALIGNMENT == 0 and hidden % _ALIGNMENT == 0
+
+
+def _grouped_works(device: torch.device) -> bool:
+    """Whether torch's grouped product is the fast one on this device, and runs; asked once per device."""
+    if device.index not in _probed:
+        is_fast = torch.cuda.get_device_capability(device)[0] in _FAST_MAJORS
+        _probed[device.index] = is_fast and probe_grouped(device)
+    return _probed[device.index]
+
+
+def probe_grouped(device: torch.device) -> bool:
+    """Whether a small grouped product runs on this device; says so in the log if it does not."""
+    try:
+        x_PD = torch.ones(16, 16, device=device, dtype=torch.bfloat16)
+        ends_E = torch.tensor([16, 16], device=device, dtype=torch.int32)
+        F.grouped_mm(x_PD, torch.stack([x_PD, x_PD]), offs=ends_E)
+    except (RuntimeError, NotImplementedError) as error:
+        log.warning("experts run one by one: no grouped product on %s: %s", device, error)
+        return False
+    return True

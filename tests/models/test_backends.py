@@ -1,0 +1,299 @@
+"""The three ways to run experts, against every token and choice by itself in float64; and two processes against one."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as torch_dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipgraft.config import ConfigError
+from clipgraft.models import backends as execution
+from clipgraft.models.backends import (
+    Experts,
+    choose_backend,
+    mix,
+    probe_grouped,
+    wished_backend,
+)
+from clipgraft.models.build import build, mlp_parameters
+from clipgraft.models.moe import routings, upcycle
+
+T, D, H, E = 23, 16, 32, 4  # H: hidden
+WAYS = ("loop", "grouped", "dense")
+TEXT = torch.tensor(
+    [[38, 5, 0, 39, 0, 0, 0, 0], [38, 9, 8, 7, 6, 39, 0, 0], [38, 1, 2, 3, 4, 5, 6, 39]]
+)
+
+
+def drawn(top_k: int, idle: int | None = None, seed: int = 0) -> list[Tensor]:
+    """Tokens, gates, stacked weights, all wanting gradients, and choices; expert `idle` has no tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(T, D), (T, top_k), (E, H, D), (E, H), (E, D, H), (E, D)]
+    leaves = [torch.randn(shape, generator=generator) * 0.5 for shape in shapes]
+    choices = [e for e in range(E) if e != idle]
+    rows = [torch.randperm(len(choices), generator=generator)[:top_k] for _ in range(T)]
+    topk_TK = torch.tensor(choices)[torch.stack(rows)]
+    return [*(leaf.requires_grad_() for leaf in leaves), topk_TK]
+
+
+def one_by_one(x, gates, w1, b1, w2, b2, topk) -> Tensor:
+    """The definition: sum over the choices of a token of gate times MLP."""
+    rows = []
+    for t in range(len(x)):
+        row = torch.zeros(D, dtype=x.dtype)
+        for k, e in enumerate(topk[t].tolist()):
+            row = row + gates[t, k] * (w2[e] @ F.gelu(w1[e] @ x[t] + b1[e]) + b2[e])
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def gradients(y: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(9))
+    return list(torch.autograd.grad((y * weight.to(y)).sum(), leaves))
+
+
+@pytest.mark.parametrize("backend", WAYS)
+@pytest.mark.parametrize(("top_k", "idle"), [(1, None), (2, None), (3, 2), (4, None), (1, 0)])
+def test_every_way_is_the_definition_forward_and_backward(backend, top_k, idle):
+    *leaves, topk = drawn(top_k, idle)
+    x, gates, *weights = leaves
+    y = mix(Experts(*weights, F.gelu), x, gates, topk, backend)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = one_by_one(*exact, topk)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    ours, theirs = gradients(y, leaves), gradients(expected, exact)
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our.double(), their, rtol=1e-5, atol=1e-5)
+    if idle is not None:
+        assert all((grad[idle] == 0).all() for grad in ours[2:])
+
+
+@pytest.mark.parametrize("backend", WAYS)
+def test_no_tokens_at_all_give_gradients_of_zero(backend):
+    *leaves, topk = drawn(2)
+    x, gates, *weights = leaves
+    y = mix(Experts(*weights, F.gelu), x[:0], gates[:0], topk[:0], backend)
+    assert y.shape == (0, D)
+    assert all((grad == 0).all() for grad in gradients(y, weights))
+
+
+@pytest.mark.parametrize("backend", WAYS)
+def test_autocast_computes_products_in_bf16_and_weighs_in_float32(backend):
+    *leaves, topk = drawn(2)
+    x, gates, *weights = leaves
+    with torch.autocast("cpu", torch.bfloat16):
+        y = mix(Experts(*weights, F.gelu), x, gates, topk, backend)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), one_by_one(*leaves, topk), rtol=0.03, atol=0.05)
+    grads = gradients(y, leaves)
+    assert [grad.dtype for grad in grads] == [torch.float32] * len(leaves)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    for our, their in zip(grads, gradients(one_by_one(*exact, topk), exact), strict=True):
+        assert F.cosine_similarity(our.double().flatten(), their.flatten(), dim=0) > 0.999
+
+
+# --- whole models ---------------------------------------------------------------------------------------------
+
+
+def images(num: int = 3) -> Tensor:
+    return torch.randn(num, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def grafted(config, *, backend="auto", top_k=2, image_layers="all", text_layers="all", spread=0.2):
+    """Experts that differ from expert 0, more or less."""
+    torch.manual_seed(0)
+    model = build(config)
+    states = [copy.deepcopy(model.state_dict()) for _ in range(E)]
+    generator = torch.Generator().manual_seed(7)
+    for state in states[1:]:
+        for name in mlp_parameters(model):
+            state[name] += spread * torch.randn(state[name].shape, generator=generator)
+    layers = {"image_layers": image_layers, "text_layers": text_layers}
+    upcycle(model, states, top_k=top_k, generator=torch.Generator().manual_seed(3), **layers)
+    for tower in (model.visual, model.text):
+        if hasattr(tower, "moe_state"):
+            tower.moe_state.backend = backend
+    return model
+
+
+def trained_once(model: nn.Module) -> dict[str, Tensor]:
+    """Features and gradients of a batch with padding."""
+    image, text, _ = model(images(), TEXT)
+    (image @ text.T).float().square().sum().backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"image": image.detach(), "text": text.detach(), **grads}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("backend", ["grouped", "dense"])
+def test_models_agree_whatever_runs_their_experts(tiny_config, backend, checkpointing):
+    found = []
+    for way in ("loop", backend):
+        model = grafted(tiny_config, backend=way)
+        model.set_grad_checkpointing(checkpointing)
+        found.append(trained_once(model))
+        assert len(routings(model)["text.0"].probs_TE) == 4 + 6 + 8  # padding is in no way routed
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+LAYERS = [([], "all"), ("all", []), ([0], [1]), ([1], []), ([], [])]
+
+
+@pytest.mark.parametrize(("image_layers", "text_layers"), LAYERS)
+def test_identical_experts_in_any_layers_equal_the_dense_model(
+    tiny_config, image_layers, text_layers
+):
+    torch.manual_seed(0)
+    dense = build(tiny_config)
+    model = grafted(tiny_config, image_layers=image_layers, text_layers=text_layers, spread=0)
+    for ours, theirs in zip(model(images(), TEXT), dense(images(), TEXT), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    numbers = {"visual": image_layers, "text": text_layers}
+    chosen = {f"{t}.{n}" for t, ns in numbers.items() for n in ([0, 1] if ns == "all" else ns)}
+    assert set(routings(model)) == chosen
+
+
+# The compiler hides this warning from users, not from pytest.
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_a_compiled_tower_has_the_same_numbers(tiny_config):
+    """The graph breaks where the loop asks how many rows an expert has, and a tower which tokens are real."""
+    plain, model = (grafted(tiny_config).text for _ in range(2))
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled(TEXT), plain(TEXT), rtol=1e-5, atol=1e-5)
+    for tower in (compiled, plain):
+        tower(TEXT).square().sum().backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_with_all_experts_at_once_a_layer_is_one_graph(tiny_config):
+    model = grafted(tiny_config, backend="dense")
+    mlp, x = model.visual.transformer.resblocks[0].mlp, torch.randn(2, 5, 32)
+    compiled = torch.compile(mlp, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), mlp(x))
+
+
+# --- which way ------------------------------------------------------------------------------------------------
+
+
+def test_the_way_is_the_loop_unless_the_device_is_fast_at_more(monkeypatch):
+    monkeypatch.delenv(execution.VARIABLE, raising=False)
+    x = torch.randn(5, D, dtype=torch.bfloat16)
+    assert choose_backend(wished_backend(D, H), x, H) == "loop"
+    for way in WAYS:
+        monkeypatch.setenv(execution.VARIABLE, way)
+        assert choose_backend(wished_backend(D, H), x, H) == way
+
+
+def test_the_variable_decides_for_a_model_when_experts_are_inserted(tiny_config, monkeypatch):
+    monkeypatch.setenv(execution.VARIABLE, "dense")
+    torch.manual_seed(0)
+    model = build(tiny_config)
+    layers = {"image_layers": "all", "text_layers": "all"}
+    upcycle(model, [model.state_dict()] * 2, top_k=1, generator=torch.Generator(), **layers)
+    assert model.visual.moe_state.backend == model.text.moe_state.backend == "dense"
+
+
+@pytest.mark.parametrize(
+    ("value", "width", "message"),
+    [
+        ("fast", 16, "CLIPGRAFT_MOE_BACKEND = 'fast' is unknown"),
+        ("grouped", 12, "cannot for MLPs of 12 and 32"),
+    ],
+)
+def test_a_wish_that_cannot_be_met_is_named(monkeypatch, value, width, message):
+    monkeypatch.setenv(execution.VARIABLE, value)
+    with pytest.raises(ConfigError, match=message):
+        wished_backend(width, H)
+
+
+def test_where_the_grouped_product_fails_the_loop_runs_and_the_log_says_so(monkeypatch, caplog):
+    device = torch.device("cpu")
+    assert probe_grouped(device) and not caplog.records
+
+    def fail(*_, **__):
+        raise RuntimeError("not on this device")
+
+    monkeypatch.setattr(F, "grouped_mm", fail)
+    assert not probe_grouped(device)
+    assert "experts run one by one" in caplog.text and "not on this device" in caplog.text
+
+
+# --- two processes --------------------------------------------------------------------------------------------
+
+# Experts 2 and 3 have no tokens at all in the first half of the batch, which is what the first process sees.
+SIDES = 2
+
+
+class Tokens(nn.Module):
+    """A MoE layer on its own; the router follows the first coordinates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = {
+            "embed_dim": 16,
+            "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 1},
+            "text_cfg": {"context_length": 8, "vocab_size": 40, "width": 32, "heads": 2, "layers": 1},
+        }  # fmt: skip
+        self.mlp = grafted(config, top_k=1).visual.transformer.resblocks[0].mlp
+        with torch.no_grad():
+            self.mlp.router.copy_(torch.eye(E, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x)
+
+
+def batch() -> Tensor:
+    x = 0.1 * torch.randn(8, 5, 32, generator=torch.Generator().manual_seed(4))
+    for row in range(8):
+        x[row, :, row % 2 if row < 4 else row % E] = 3.0
+    return x
+
+
+def main(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    torch_dist.init_process_group("gloo", store, rank=rank, world_size=SIDES)
+    model = Tokens()
+    parallel = nn.parallel.DistributedDataParallel(model)
+    own = batch()[rank * 4 : (rank + 1) * 4]
+    for _ in range(2):  # a second step fails where a parameter was left out of the first
+        model.zero_grad()
+        parallel(own).square().mean().backward()
+    if rank == 0:
+        torch.save({name: p.grad for name, p in model.named_parameters()}, folder / "grads.pt")
+    torch_dist.barrier()
+    torch_dist.destroy_process_group()
+
+
+def test_two_processes_with_idle_experts_have_the_gradient_of_one(tmp_path: Path):
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], env=environment)
+        for rank in range(SIDES)
+    ]
+    model, x = Tokens(), batch()
+    model.mlp.state.is_forward = True
+    for half, used in ((x[:4], {0, 1}), (x, {0, 1, 2, 3})):
+        model(half)
+        assert set(model.mlp.routing.topk_TK.flatten().tolist()) == used
+    model(x).square().mean().backward()
+    assert [process.wait() for process in processes] == [0] * SIDES
+    together = torch.load(tmp_path / "grads.pt", weights_only=True)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(together[name], parameter.grad, rtol=1e-5, atol=1e-7, msg=name)
+    assert (together["mlp.c_fc_weight"][3] != 0).any()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
