@@ -32,9 +32,10 @@ from clipgraft.data.shards import Shards, write_shards
 from clipgraft.data.tokens import Tokenizer
 from clipgraft.data.vocabulary import Encoder, clip_merges
 from clipgraft.embed import caption_reader, embed_reference
+from clipgraft.loss_settings import ReferenceSettings
 from clipgraft.models.build import build, describe, normalize
 from clipgraft.pretrain import pretrain
-from clipgraft.recipes import AugmentationSettings, ReferenceSettings
+from clipgraft.recipes import AugmentationSettings
 from clipgraft.references import CachedReference, OnlineReference, open_references
 from clipgraft.settings import PretrainJob, ReferenceJob, ShardJob
 from clipgraft.train import Data

@@ -16,6 +16,7 @@ from pictures import jpeg
 from PIL import Image
 
 from clipgraft.config import ConfigError
+from clipgraft.data.corpus import write_tokens
 from clipgraft.data.draws import draw_bits
 from clipgraft.data.loader import Loader
 from clipgraft.data.sampler import HomogeneousBatches, UniformBatches, Visits
@@ -169,6 +170,71 @@ def test_captions_are_drawn_by_kind_and_reduced_as_asked(folders):
     }
     assert kept["truncate"] <= truncated
     assert len(kept["random"] - truncated) > len(rows) / 2
+
+
+@pytest.fixture(scope="module")
+def kinds_of_captions(folders, tmp_path_factory):
+    """Tokens of the same samples: two long captions and a short one each."""
+    folder = tmp_path_factory.mktemp("kinds")
+    texts = [[f"long {row} a. More here", f"long {row} b", f"brief {row}"] for row in range(N)]
+    kinds = [["long", "long", "caption"]] * N
+    samples_id = Tokens.open(folders[0]).samples_id
+    write_tokens(texts, kinds, "full", "textblob", samples_id, folder / "tokens")
+    return Tokens.open(folder), texts
+
+
+def short_batches(folders, tokens, **changes):
+    settings = SETTINGS | {"text_length": 9, "captions": {"long": 1.0}, **changes}
+    return list(Loader(Shards.open(folders[1]), tokens, UniformBatches(N, 4, 0), **settings))
+
+
+def test_the_second_caption_is_of_the_kind_or_how_the_drawn_one_begins(folders, kinds_of_captions):
+    tokens, texts = kinds_of_captions
+    clip = Tokenizer(tokens.tokenizer)
+    for batch in short_batches(folders, tokens, short_captions="caption"):
+        brief = [texts[row][2] for row in batch.rows_B.tolist()]
+        np.testing.assert_array_equal(batch.short_BL, clip.encode_batch(brief, 9))
+    seen = set()
+    for batch in short_batches(folders, tokens, short_captions="first_sentence"):
+        rows = batch.rows_B.tolist()
+        places = (batch.captions_B - 3 * batch.rows_B).tolist()
+        drawn = [texts[row][place] for row, place in zip(rows, places, strict=True)]
+        np.testing.assert_array_equal(batch.text_BL, clip.encode_batch(drawn, 9))
+        first = [text.split(". ")[0] for text in drawn]
+        np.testing.assert_array_equal(batch.short_BL, clip.encode_batch(first, 9))
+        seen |= set(places)
+    assert seen == {0, 1}
+
+
+def test_a_second_caption_leaves_all_else_as_it_is(folders, kinds_of_captions):
+    tokens, _ = kinds_of_captions
+    both = {"augment": True, "drops_patches": True}
+    plain = short_batches(folders, tokens, **both)
+    assert all(batch.short_BL is None for batch in plain)
+    for kind in ("caption", "long", "first_sentence"):
+        assert same(plain, short_batches(folders, tokens, short_captions=kind, **both))
+
+
+def test_the_second_caption_is_drawn_by_numbers_of_its_own(folders, kinds_of_captions):
+    """Neither those of the drawn caption, nor the word that says which patches are kept."""
+    tokens, _ = kinds_of_captions
+    changes = {"short_captions": "long", "drops_patches": True, "num_steps": 30}
+    drawn, short, patches = [], [], []
+    for batch in short_batches(folders, tokens, **changes):
+        second_BL = tokens.encode(3 * batch.rows_B.numpy() + 1, 9)
+        drawn += (batch.text_BL.numpy() == second_BL).all(1).tolist()
+        short += (batch.short_BL.numpy() == second_BL).all(1).tolist()
+        patches += (batch.image_bits_B < 0).tolist()  # the first bit: a uniform number above half
+    for others in (drawn, patches):
+        agree = np.mean(np.array(short) == np.array(others))
+        assert 0.3 < agree < 0.7
+    assert 0.3 < np.mean(short) < 0.7
+
+
+def test_a_kind_of_second_captions_that_samples_lack_is_named(folders, kinds_of_captions):
+    message = r"short_captions\.kind = brief: .*only caption, long.*first_sentence"
+    with pytest.raises(ConfigError, match=message):
+        short_batches(folders, kinds_of_captions[0], short_captions="brief")
 
 
 def test_each_epoch_crops_anew(batches):

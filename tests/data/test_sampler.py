@@ -9,7 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from clipgraft.config import ConfigError
-from clipgraft.data.sampler import HomogeneousBatches, UniformBatches, Visits
+from clipgraft.data.sampler import (
+    HomogeneousBatches,
+    RoundRobinBatches,
+    UniformBatches,
+    Visits,
+    share_homogeneous,
+)
 
 LABELS = np.array([5] * 11 + [0] * 6 + [9] * 2 + [7] * 1)[np.random.default_rng(1).permutation(20)]
 
@@ -78,6 +84,63 @@ def test_mixed_batches_are_not_always_last():
         [batch.is_mixed for batch in epoch_of(sampler, epoch)].index(True) for epoch in range(30)
     }
     assert len(places) > 2
+
+
+def test_every_label_is_shuffled_anew_and_evenly():
+    labels, first = np.repeat([1, 0], [6, 14]), Counter()
+    for epoch in range(3000):
+        sampler = HomogeneousBatches(labels, 6, epoch)
+        batches = [b.rows_B for b in epoch_of(sampler, 0) if not b.is_mixed]
+        own = next(rows for rows in batches if set(rows) == set(range(6)))
+        first[int(own[0])] += 1
+    # Each of the six rows comes first 500 times, give or take five standard deviations.
+    assert set(first) == set(range(6)) and all(abs(n - 500) < 103 for n in first.values())
+
+
+def test_blocks_of_a_label_are_neighbours_within_it():
+    labels = np.random.default_rng(0).integers(2, size=16_000)
+    sampler = HomogeneousBatches(labels, 80, 0, shuffle_block=10)
+    batches = sorted((b.rows_B for b in epoch_of(sampler, 0) if not b.is_mixed), key=lambda b: b[0])
+    assert len(batches) == sum(np.bincount(labels) // 80)
+    place = np.empty(len(labels), int)  # among the rows of the same label
+    for label in (0, 1):
+        place[labels == label] = np.arange((labels == label).sum())
+    blocks = [set(place[rows] // 10) for rows in batches]
+    # A batch is a window of 8 blocks, or lies across two; any 80 rows would be in some 76 of 800 blocks.
+    assert max(map(len, blocks)) <= 17
+    assert np.median([max(each) - min(each) for each in blocks]) > 300
+    assert np.median([np.abs(np.diff(place[rows])).mean() for rows in batches]) > 100
+
+
+def test_the_share_in_batches_of_one_label_is_what_is_drawn():
+    drawn = [b.is_mixed for b in epoch_of(HomogeneousBatches(LABELS, 3, 0), 0)]
+    assert share_homogeneous(LABELS, 3) == pytest.approx(3 * drawn.count(False) / 20)
+
+
+def test_round_robin_takes_one_batch_of_each_label_in_turn_and_drops_what_does_not_fill_one():
+    sampler = RoundRobinBatches(LABELS, 3, 0)
+    batches = epoch_of(sampler, 4)
+    assert [set(LABELS[b.rows_B]) for b in batches] == [{0}, {5}, {0}, {5}, {5}]
+    assert not any(b.is_mixed for b in batches) and set(batches[0].visit_B) == {4}
+    rows = np.concatenate([b.rows_B for b in batches])
+    assert len(rows) == len(set(rows)) == 15
+    lost = [
+        set(range(20)) - {int(row) for b in epoch_of(sampler, e) for row in b.rows_B}
+        for e in (0, 1, 2, 3)
+    ]
+    assert all(
+        set(np.flatnonzero(LABELS > 5)) <= rows for rows in lost
+    )  # small labels, in every epoch
+    assert len(set(map(frozenset, lost))) > 1  # of label 5 others each time
+    again = [RoundRobinBatches(LABELS, 3, 0).batch(step).rows_B for step in range(20, 25)]
+    np.testing.assert_array_equal(again, [b.rows_B for b in batches])
+
+
+def test_round_robin_without_a_whole_batch_is_the_users_mistake():
+    with pytest.raises(
+        ConfigError, match=r"batch_size = 12 has no batches: the largest of 10 .* 11 samples.*Hint"
+    ):
+        RoundRobinBatches(LABELS, 12, 0)
 
 
 def test_one_label_makes_ordinary_batches():
@@ -169,15 +232,18 @@ def test_sources_are_those_of_the_index(tmp_path):
         Visits.of_index(tmp_path, 6, {"coco": 2}, seed=0)
 
 
-def test_ten_million_rows_need_a_few_arrays():
-    num = 10_000_000
+@pytest.mark.parametrize("kind", ["uniform", "blocks", "homogeneous", "homogeneous blocks"])
+def test_a_million_rows_need_a_few_arrays(kind):
+    num, block = 1_000_000, 1000 if "blocks" in kind else None
+    labels = np.random.default_rng(0).integers(10_000, size=num).astype(np.int32)
     tracemalloc.start()
     try:
-        for block in (None, 1000):
+        if "homogeneous" in kind:
+            sampler = HomogeneousBatches(labels, 4096, 0, shuffle_block=block)
+        else:
             sampler = UniformBatches(num, 4096, 0, shuffle_block=block)
-            assert len(sampler.batch(5).rows_B) == 4096
-            del sampler
+        assert len(sampler.batch(5).rows_B) == 4096
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 5 * 8 * num
+    assert peak < 10 * 8 * num

@@ -101,6 +101,30 @@ def test_every_token_knows_its_word(index, clip):
     assert {CLASSES[number] for number in classes} == set(CLASSES)
 
 
+def test_the_first_sentence_ends_before_a_full_stop_and_a_space(tmp_path, clip):
+    """Long-CLIP's short caption: text.split(". ")[0]; a mark that sticks to the stop belongs to it."""
+    captions = {
+        "A dog. It runs. It barks.": "A dog",
+        "A dog runs.": "A dog runs.",
+        "Version 3.5 of the U.S. flag. It is new": "Version 3.5 of the U.S",
+        'She says "hi". Then she leaves': 'She says "hi".',
+        ". A dog": ". A dog",
+        "no stop at all": "no stop at all",
+        "A cat &amp; a dog.  Two\tspaces. End": "A cat & a dog",
+    }
+    kinds = [["caption"]] * len(captions)
+    write_tokens([[c] for c in captions], kinds, "full", "textblob", "abc", tmp_path / "tokens")
+    tokens, everything = Tokens.open(tmp_path), np.arange(len(captions))
+    length_B = tokens.first_sentence(everything)
+    expected = [len(clip.encode(first)) for first in captions.values()]
+    assert length_B.tolist() == expected
+    np.testing.assert_array_equal(
+        tokens.encode(everything, 30, length_B=length_B), clip(list(captions.values()), 30).numpy()
+    )
+    cut = tokens.encode(everything, 5, length_B=length_B)
+    np.testing.assert_array_equal(cut, clip(list(captions.values()), 5).numpy())
+
+
 def test_arrays_are_as_small_as_they_say(index):
     types = {
         "ids": np.uint16,
@@ -109,6 +133,7 @@ def test_arrays_are_as_small_as_they_say(index):
         "caption_offsets": np.int64,
         "caption_kinds": np.uint8,
         "sample_offsets": np.int64,
+        "sentences": np.uint32,
     }
     for name, dtype in types.items():
         assert written(index, name).dtype == dtype
@@ -123,7 +148,7 @@ def test_workers_and_chunks_change_no_byte(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "_CHUNK", 2)
     monkeypatch.setattr(corpus, "_WORTH_A_WORKER", 1)
     write_tokens(CAPTIONS, KINDS, "corpus", "textblob", "abc", two, threads=2)
-    assert len(list(one.iterdir())) == 8
+    assert len(list(one.iterdir())) == 9
     for path in one.iterdir():
         assert (two / path.name).read_bytes() == path.read_bytes(), path.name
 

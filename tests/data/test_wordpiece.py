@@ -39,7 +39,7 @@ def tokens(index):
 
 
 def spelt(pieces: WordPieces, text: str) -> list[str]:
-    return [pieces._pieces[number] for number in pieces.encode(text)]
+    return [pieces.pieces[number] for number in pieces.encode(text)]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_a_made_vocabulary_has_the_corpus_whole_and_spells_the_rest(index, token
     assert all(len(pieces.encode_word(word)) == 1 for word in words)
     assert spelt(pieces, "dogs Quiz 7!") == "dog ##s q ##u ##i ##z 7 !".split()
     assert spelt(pieces, "\u03a9") == ["[UNK]"]
-    assert pieces.vocab_size == tokens.vocab_size == len(set(pieces._pieces))
+    assert pieces.vocab_size == tokens.vocab_size == len(set(pieces.pieces))
 
 
 def test_equal_captions_make_equal_vocabularies_whatever_their_order(tmp_path):
@@ -185,7 +185,7 @@ def test_reductions_fill_all_places_but_the_first(tokens, reduction):
 def test_syntax_keeps_nouns_first_and_whole_words(tokens):
     pieces = WordPieces.read(tokens.tokenizer)
     row = tokens.encode(np.array([4]), 5, text_reduction("syntax"))[0]
-    assert [pieces._pieces[number] for number in row] == "[CLS] old dog small dog".split()
+    assert [pieces.pieces[number] for number in row] == "[CLS] old dog small dog".split()
 
 
 def test_every_token_knows_its_word(index):

@@ -30,9 +30,8 @@ from clipgraft.data.draws import draw_bits
 from clipgraft.recipes import AugmentationSettings
 
 ABOUT = "reference.json"
-_CHOICE = (
-    2**32
-)  # added to the seed of a job, which is smaller: other numbers than those of any loader
+# Added to the seed of a job, which is smaller: other numbers than those of any loader.
+_CHOICE = 2**32
 
 
 @dataclass(frozen=True)

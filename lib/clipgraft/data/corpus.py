@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from clipgraft.data.reduce import spread
 from clipgraft.data.tokens import BEGINS
 from clipgraft.data.vocabulary import Encoder, clip_merges
 from clipgraft.data.wordpiece import WordPieces, basic_words
-from clipgraft.data.words import load_tagger, split_words, tag_words
+from clipgraft.data.words import first_sentence, load_tagger, split_words, tag_words
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +34,12 @@ _WORTH_A_WORKER = 50_000  # captions; a worker needs seconds to load a tagger
 
 @dataclass(frozen=True)
 class _Part:
-    """Some captions: their words as numbers, the classes of the words, and how many words each caption has."""
+    """Some captions: their words as numbers, the classes of the words, how many words each has, and its first sentence."""
 
     word_W: np.ndarray
     class_W: np.ndarray
     num_words_C: np.ndarray
+    num_first_C: np.ndarray
 
 
 def write_tokens(
@@ -130,7 +131,7 @@ def _read(
     for words, part in parallel_map(_read_chunk, tasks, num_workers):
         numbers = [number_of.setdefault(word, len(number_of)) for word in words]
         word_W = np.array(numbers, np.int32)[part.word_W]
-        parts.append(_Part(word_W, part.class_W, part.num_words_C))
+        parts.append(replace(part, word_W=word_W))
         progress.add(len(part.num_words_C))
     progress.done()
     return list(number_of), parts
@@ -154,8 +155,16 @@ def _read_chunk(task: tuple[str, Split, list[str]]) -> tuple[list[str], _Part]:
     number_of: dict[str, int] = {}
     numbers = [number_of.setdefault(word, len(number_of)) for words in words_C for word in words]
     num_words_C = np.array([len(words) for words in words_C], np.int32)
+    firsts = [first_sentence(caption) for caption in captions]
+    num_first_C = np.array(
+        [
+            len(words if first is None else split(first))
+            for words, first in zip(words_C, firsts, strict=True)
+        ],
+        np.int32,
+    )
     return list(number_of), _Part(
-        np.array(numbers, np.int32), tag_words(tagger, words_C), num_words_C
+        np.array(numbers, np.int32), tag_words(tagger, words_C), num_words_C, num_first_C
     )
 
 
@@ -183,6 +192,10 @@ def _write_pieces(
     _write_array(folder / "frequency.npy", np.dtype(np.uint32), num_tokens, counts)
     lengths = [_sums(size_V[part.word_W], part.num_words_C) for part in parts]
     np.save(folder / "caption_offsets.npy", _offsets(np.concatenate(lengths)))
+    firsts = [
+        _first_sums(size_V[part.word_W], part.num_words_C, part.num_first_C) for part in parts
+    ]
+    np.save(folder / "sentences.npy", np.concatenate(firsts).astype(np.uint32))
     return num_tokens
 
 
@@ -219,6 +232,12 @@ def _write_samples(folder: Path, caption_kinds: Sequence[Sequence[str]]) -> list
 def _sums(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Sums of so many neighbours each; of none, 0."""
     return np.diff(_offsets(values)[_offsets(lengths)])
+
+
+def _first_sums(values: np.ndarray, lengths: np.ndarray, firsts: np.ndarray) -> np.ndarray:
+    """Sums of the first few of so many neighbours each."""
+    sums, begins = _offsets(values), _offsets(lengths)[:-1]
+    return sums[begins + np.minimum(firsts, lengths)] - sums[begins]
 
 
 def _offsets(lengths: np.ndarray) -> np.ndarray:

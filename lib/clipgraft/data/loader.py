@@ -26,6 +26,7 @@ from clipgraft.data.draws import as_uniform, draw_bits
 from clipgraft.data.sampler import Rows
 from clipgraft.data.shards import Shards
 from clipgraft.data.tokens import Tokens
+from clipgraft.moe_settings import FIRST_SENTENCE
 from clipgraft.reductions import TRUNCATE, TextReduction
 
 _PREFETCH = 3  # batches under way
@@ -33,6 +34,7 @@ _PREFETCH = 3  # batches under way
 # Columns of the random words of a visit; a new one comes last, so that the others stay as they are.
 _CAPTION, _TOKENS, _CROP, _AUGMENT = 0, 1, slice(2, 6), slice(6, 6 + NUM_UNIFORM)
 _PATCHES = _AUGMENT.stop
+_SHORT = _PATCHES + 1
 _VIEW = slice(_CROP.start, _AUGMENT.stop)  # how a picture is shown
 
 
@@ -62,6 +64,7 @@ class Batch:
         image_bits_B: int64, a random word that says which patches of an image are kept; None likewise.
         crop_B: int64, which of the stored crops each image is; None where it is none.
         cached_BE: float16, stored embeddings of images and texts by each reference; None where there are none.
+        short_BL: as text_BL, of a second caption of each sample; None where there is none.
     """
 
     images_BCHW: Tensor
@@ -73,6 +76,7 @@ class Batch:
     image_bits_B: Tensor | None = None
     crop_B: Tensor | None = None
     cached_BE: Tensor | None = None
+    short_BL: Tensor | None = None
 
 
 class Loader:
@@ -105,6 +109,7 @@ class Loader:
         caches: Sequence[ReferenceCache] = (),
         sizes: Sizes | None = None,
         squash: bool = False,
+        short_captions: str | None = None,
     ) -> None:
         """Check that the parts fit together; work begins with iteration.
 
@@ -129,12 +134,15 @@ class Loader:
             caches: embeddings that are read along; if they have several crops of each sample, these are shown.
             sizes: widths and heights of pictures by row, which boxes are drawn for; by default as stored.
             squash: show all of each picture instead of a crop.
+            short_captions: the kind that a second caption is drawn from, or `first_sentence` of the drawn one.
 
         Raises:
             ConfigError: if shards and tokens are of different samples, ranks cannot share a batch evenly, a sample has
                 no caption of a kind that is drawn, or caches hold different crops.
         """
         tokens.check_weights(captions or {})
+        if short_captions not in (None, FIRST_SENTENCE):
+            _check_short(tokens, short_captions)
         if shards.samples_id != tokens.samples_id:
             raise ConfigError(
                 f"the shards are of samples {shards.samples_id}, the tokens of {tokens.samples_id}. "
@@ -161,6 +169,7 @@ class Loader:
         )
         self.captions, self.text_reduction = captions or {}, text_reduction
         self.augment, self.drops_patches, self.pin_memory = augment, drops_patches, pin_memory
+        self.short_captions = short_captions
         self.caches, self.squash, self.crops = caches, squash, shared_crops(caches)
         assert self.crops is None or self.crops.augmentation.crop_scale == crop_scale
         self.sizes = sizes or (shards.sizes if self.crops is None else self.crops.sizes)
@@ -187,7 +196,12 @@ class Loader:
         rows, visits, is_mixed = self.sampler.batch(step)
         rows_B = np.array(rows[self.own], np.int64)  # a copy: the batch outlives the epoch's order
         visit_B = visits[self.own]
-        count = max(_CROP.stop, self.augment * _AUGMENT.stop, self.drops_patches * (_PATCHES + 1))
+        count = max(
+            _CROP.stop,
+            self.augment * _AUGMENT.stop,
+            self.drops_patches * (_PATCHES + 1),
+            bool(self.short_captions) * (_SHORT + 1),
+        )
         bits_BK = draw_bits(self.seed, rows_B, visit_B, count)
         crop_B = None if self.crops is None else self.crops.choose(self.seed, rows_B, visit_B)
         if self.crops is not None and crop_B is not None:
@@ -206,6 +220,9 @@ class Loader:
             None if crop_B is None else torch.from_numpy(crop_B),
             torch.empty((len(rows_B), num_cached), dtype=torch.float16, pin_memory=pin)
             if self.caches
+            else None,
+            torch.empty((len(rows_B), self.text_length), dtype=torch.int64, pin_memory=pin)
+            if self.short_captions
             else None,
         )
         parts = np.array_split(np.arange(len(rows_B)), min(self.num_threads, len(rows_B)))
@@ -234,10 +251,23 @@ class Loader:
         )
         batch.text_BL.copy_(torch.from_numpy(text_BL))
         batch.captions_B.copy_(torch.from_numpy(caption_B))
+        if batch.short_BL is not None:
+            batch.short_BL.copy_(torch.from_numpy(self._short(batch, caption_B, bits_BK)))
         if batch.cached_BE is not None:
             crop_B = None if batch.crop_B is None else batch.crop_B.numpy()
             read = [cache.read(batch.rows_B.numpy(), caption_B, crop_B) for cache in self.caches]
             batch.cached_BE.copy_(torch.from_numpy(np.concatenate(read, axis=1)))
+
+    def _short(self, batch: Batch, caption_B: np.ndarray, bits_BK: np.ndarray) -> np.ndarray:
+        """A second caption: of the kind that was asked for, or how the drawn one begins."""
+        how, words_B = (self.text_length, self.text_reduction), bits_BK[:, _TOKENS]
+        if self.short_captions == FIRST_SENTENCE:
+            length_B = self.tokens.first_sentence(caption_B)
+            return self.tokens.encode(caption_B, *how, words_B, length_B)
+        assert self.short_captions is not None
+        uniform_B = as_uniform(bits_BK[:, _SHORT])
+        own_B = self.tokens.choose(batch.rows_B.numpy(), uniform_B, {self.short_captions: 1.0})
+        return self.tokens.encode(own_B, *how, words_B)
 
 
 @dataclass(frozen=True)
@@ -252,6 +282,16 @@ class _Pending:
         for future in self.futures:
             future.result()
         return self.batch
+
+
+def _check_short(tokens: Tokens, kind: str) -> None:
+    """Every sample must have a caption of the kind."""
+    try:
+        tokens.check_weights({kind: 1.0})
+    except ConfigError as error:
+        raise ConfigError(
+            f"short_captions.kind = {kind}: {error}; or kind: {FIRST_SENTENCE}"
+        ) from None
 
 
 def _uniform(bits_BK: np.ndarray, pin: bool) -> Tensor:

@@ -7,6 +7,7 @@ The folder `tokens/` holds flat arrays, which are memory-mapped, so that an inde
     frequency.npy        [T]      uint32: how often the token's word occurs in all captions
     caption_offsets.npy  [C + 1]  where each caption begins in the arrays above
     caption_kinds.npy    [C]      kind of each caption: its place in `caption_kinds` of tokens.json
+    sentences.npy        [C]      uint32: how many tokens the first sentence of each caption has
     sample_offsets.npy   [N + 1]  where the captions of each sample begin
 """
 
@@ -69,6 +70,7 @@ class Tokens:
         self._captions = _mapped(folder / "caption_offsets.npy")
         self._kinds = _mapped(folder / "caption_kinds.npy")
         self._samples = _mapped(folder / "sample_offsets.npy")
+        self._sentences = _mapped(folder / "sentences.npy")
 
     @classmethod
     def open(cls, index_folder: Path) -> Tokens:
@@ -97,6 +99,10 @@ class Tokens:
     def span_of(self, first: int, stop: int) -> tuple[int, int]:
         """First caption of neighbouring samples first .. stop - 1, and that of the next sample."""
         return int(self._samples[first]), int(self._samples[stop])
+
+    def first_sentence(self, caption_B: np.ndarray) -> np.ndarray:
+        """Tokens of the first sentence of each caption, int64 [B]."""
+        return self._sentences[caption_B].astype(np.int64)
 
     def check_weights(self, weights: Mapping[str, float]) -> None:
         """Look through all samples, so that training does not find out in the middle.
@@ -148,6 +154,7 @@ class Tokens:
         text_length: int,
         reduction: TextReduction = TRUNCATE,
         bits_B: np.ndarray | None = None,
+        length_B: np.ndarray | None = None,
     ) -> np.ndarray:
         """Captions with start and end (if the vocabulary has one), padded with zeros; too long ones are reduced.
 
@@ -156,13 +163,15 @@ class Tokens:
             text_length: tokens per caption, with those.
             reduction: which tokens stay (see `data/reduce.py`).
             bits_B: a random word for each, uint64; truncate and plain syntax do without.
+            length_B: how many tokens of each caption are read; by default all.
 
         Returns:
             int64 [B, text_length].
         """
         room = room_for_text(text_length, self.end_id)
         begin_B = self._captions[caption_B]
-        length_B = self._captions[caption_B + 1] - begin_B
+        if length_B is None:
+            length_B = self._captions[caption_B + 1] - begin_B
         if reduction.kind == "block":
             assert bits_B is not None
             begin_B = begin_B + block_start(length_B, room, bits_B)
@@ -221,7 +230,12 @@ class Tokens:
 
 
 class Tokenizer:
-    """Encodes any text with a tokenizer file: WordPiece's, or merges, through open_clip's SimpleTokenizer."""
+    """Encodes any text with a tokenizer file: WordPiece's, or merges, through open_clip's SimpleTokenizer.
+
+    Attributes:
+        vocab_size, start_id, end_id: of the vocabulary; WordPiece has no end token.
+        pieces: each token for people; of merges, a hyphen says that the word goes on.
+    """
 
     def __init__(self, file: Path) -> None:
         """Read the vocabulary; merges import open_clip."""
@@ -229,6 +243,7 @@ class Tokenizer:
             pieces = WordPieces.read(file)
             self._encode = pieces.encode
             self.vocab_size, self.start_id, self.end_id = pieces.vocab_size, pieces.start_id, None
+            self.pieces = pieces.pieces
             return
         with warnings.catch_warnings():
             # open_clip leaves its merges file to the garbage collector.
@@ -239,6 +254,10 @@ class Tokenizer:
         self._encode = merges.encode
         self.vocab_size = int(merges.vocab_size)
         self.start_id, self.end_id = int(merges.sot_token_id), int(merges.eot_token_id)
+        byte_of = merges.byte_decoder
+        self.pieces = [
+            _readable(merges.decoder[number], byte_of) for number in range(self.vocab_size)
+        ]
 
     def encode_batch(self, texts: Sequence[str], text_length: int) -> np.ndarray:
         """Token ids int64 [B, text_length], truncated and framed as `Tokens.encode` does it."""
@@ -247,6 +266,15 @@ class Tokenizer:
         flat = [number for each in ids for number in each]
         length_B = np.array([len(each) for each in ids], np.int64)
         return frame(np.array(flat), length_B, text_length, self.start_id, self.end_id)
+
+
+def _readable(piece: str, byte_of: Mapping[str, int]) -> str:
+    """A piece of CLIP's byte pairs, in which characters stand for bytes."""
+    letters = piece.removesuffix("</w>")
+    if any(letter not in byte_of for letter in letters):  # start and end
+        return piece
+    text = bytes(byte_of[letter] for letter in letters).decode("utf-8", "replace")
+    return text if piece.endswith("</w>") else f"{text}-"
 
 
 def _mapped(path: Path) -> np.ndarray:

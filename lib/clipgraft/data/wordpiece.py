@@ -50,16 +50,16 @@ class WordPieces:
         Raises:
             ConfigError: if a special piece is missing, or padding is not 0.
         """
-        self._pieces = list(pieces)
-        self._id_of = {piece: number for number, piece in enumerate(self._pieces)}
+        self.pieces = list(pieces)
+        self._id_of = {piece: number for number, piece in enumerate(self.pieces)}
         missing = [special for special in (_PAD, _UNKNOWN, _START) if special not in self._id_of]
         if missing or self._id_of[_PAD] != 0:
             raise ConfigError(
-                f"{where}: {len(self._pieces):,} pieces, {', '.join(missing) or _PAD + ' as the first'} is not among "
+                f"{where}: {len(self.pieces):,} pieces, {', '.join(missing) or _PAD + ' as the first'} is not among "
                 "them. Hint: the vocab.txt of a BERT model, e.g. bert-base-uncased"
             )
         self.start_id = self._id_of[_START]
-        self.vocab_size = len(self._pieces)
+        self.vocab_size = len(self.pieces)
         self._unknown = [self._id_of[_UNKNOWN]]
 
     @classmethod
@@ -103,7 +103,7 @@ class WordPieces:
 
     def write(self, path: Path) -> None:
         """Write the vocabulary as BERT's."""
-        path.write_text("\n".join(self._pieces) + "\n", encoding="utf-8")
+        path.write_text("\n".join(self.pieces) + "\n", encoding="utf-8")
 
     def encode(self, text: str) -> list[int]:
         """Ids of the pieces of a text, without start."""

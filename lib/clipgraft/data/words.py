@@ -44,6 +44,12 @@ def clean_text(text: str) -> str:
     return " ".join(text.split())
 
 
+def first_sentence(text: str) -> str | None:
+    """What stands before the first full stop that a space follows (Long-CLIP's short caption); None if that is all."""
+    first, stop, _ = clean_text(text).partition(". ") if "." in text else (text, "", "")
+    return first if stop and first.strip() else None
+
+
 def tag_words(tagger: str, captions: Iterable[Sequence[str]]) -> np.ndarray:
     """Classes of words in their captions.
 
