@@ -1,8 +1,12 @@
-"""Stage `cluster`: spherical k-means of both embeddings, and pseudo labels accumulated over the rounds.
+"""Stage `cluster`: spherical k-means of the embeddings, and pseudo labels accumulated over the rounds.
 
-Round k clusters the embeddings of expert k-1, images and texts apart; the pair of clusters is a sample's digit of
-that round. The label is the row of digits of all rounds so far, made dense (CLIP-MoE: 9, 81, 729 labels at most).
+Round k clusters the embeddings of expert k-1: images and texts apart, one of them, or both side by side. The clusters
+are a sample's digit of that round, the label is the row of digits of all rounds so far, made dense (CLIP-MoE: 9, 81,
+729 labels at most; MCL: images alone). When most labels have come down to one sample, there is nothing left to tell
+apart, and the round ends with a message.
 """
+
+# Shapes: N samples, S sides, C labels; in `agreement` A and B clusters
 
 from __future__ import annotations
 
@@ -13,13 +17,17 @@ from typing import Any
 
 import faiss
 import numpy as np
-from sklearn.metrics import normalized_mutual_info_score
 
 from clipgraft.config import ConfigError
 from clipgraft.data.labels import read_labels
+from clipgraft.kmeans import Clusters, Points, spherical_kmeans
 from clipgraft.settings import ClusterJob
 
 log = logging.getLogger(__name__)
+
+# What is clustered, in the order of the columns of clusters.npy.
+FILES = {"image": ("image",), "text": ("text",), "joint": ("image", "text")}
+_MIN_COMPARED = 0.5  # share of the samples that must have company in their label
 
 
 def cluster(
@@ -28,52 +36,65 @@ def cluster(
     """Write `clusters.npy`, `labels.npy`, the centroids and `clusters.json`.
 
     Args:
-        settings: numbers of clusters, iterations and tries, seed.
+        settings: what is clustered into how many clusters, and how; seed.
         embed: folder with the embeddings of expert k-1.
         previous: cluster folder of round k-1; None in the first round.
         out: folder to write.
         threads: CPU threads.
     Returns:
         Facts for the manifest.
+    Raises:
+        ConfigError: if the labels have run out, with fewer samples than clusters, or with embeddings that diverged.
     """
     faiss.omp_set_num_threads(threads)
     samples_id = json.loads((embed / "embed.json").read_text())["samples_id"]
-    about: dict[str, Any] = {"samples_id": samples_id}
+    before: dict[str, Any] = {"rounds": 0, "digits": [[]]}
+    if previous is not None:
+        before = json.loads((previous / "clusters.json").read_text())
+        before_N = read_labels(previous, samples_id)
+    about: dict[str, Any] = {"samples_id": samples_id, "by": settings.by, "seed": settings.seed}
+    about["rounds"] = before["rounds"] + 1
     columns = []
-    for side, num_clusters in (
-        ("image", settings.image_clusters),
-        ("text", settings.text_clusters),
-    ):
-        embeddings_ND = np.load(embed / f"{side}.npy").astype(np.float32)
-        assigned_N, centroids_CD, inertia = spherical_kmeans(
-            embeddings_ND, num_clusters, settings.num_iterations, settings.num_tries, settings.seed
+    for side, num_clusters in settings.given.items():
+        assert isinstance(num_clusters, int)  # a job has one round
+        points = Points.open(*(embed / f"{name}.npy" for name in FILES[side]))
+        found = spherical_kmeans(
+            points,
+            num_clusters,
+            num_iterations=settings.num_iterations,
+            num_tries=settings.num_tries,
+            seed=settings.seed,
+            min_size=settings.min_size,
+            max_points=settings.max_points,
+            threads=threads,
         )
-        np.save(out / f"{side}_centroids.npy", centroids_CD)
-        sizes = np.bincount(assigned_N, minlength=num_clusters).tolist()
-        about[side] = {"num_clusters": num_clusters, "sizes": sizes, "inertia": inertia}
-        log.info("%s: %d clusters of %s, mean distance %.3f", side, num_clusters, sizes, inertia)
-        columns.append(assigned_N)
-    clusters_N2 = np.stack(columns, 1).astype(np.int32)
-    digits_before = [] if previous is None else _digits(previous, samples_id)
-    labels_N, digits = accumulate([*digits_before, clusters_N2])
+        np.save(out / f"{side}_centroids.npy", found.centroids_CD)
+        about[side] = _facts(found, min(points.num, settings.max_points or points.num))
+        _announce(side, about[side], settings.min_size, points.num)
+        columns.append(found.assigned_N)
+    clusters_NS = np.stack(columns, 1)
+    labels_N, parent_C, digits_CS = accumulate(None if previous is None else before_N, clusters_NS)
     sizes_C = np.bincount(labels_N)
+    check_labels(about["rounds"], sizes_C)
     about |= {
-        "num_labels": len(digits),
+        "num_labels": len(sizes_C),
         "sizes": sizes_C.tolist(),
-        "digits": digits,
-        "rounds": len(digits[0]),
-        "agreement": _agreement(digits_before, clusters_N2),
+        "digits": [
+            [*before["digits"][parent], digit]
+            for parent, digit in zip(parent_C, digits_CS.tolist(), strict=True)
+        ],
+        "agreement": None if previous is None else _agreements(before, previous, about, columns),
     }
-    np.save(out / "clusters.npy", clusters_N2)
-    np.save(out / "labels.npy", labels_N.astype(np.int32))
+    np.save(out / "clusters.npy", clusters_NS)
+    np.save(out / "labels.npy", labels_N)
     (out / "clusters.json").write_text(json.dumps(about) + "\n")
     log.info(
-        "round %d: %d labels, smallest %d, largest %d",
+        "round %d: %s labels, smallest %s, largest %s",
         about["rounds"],
-        len(sizes_C),
-        sizes_C.min(),
-        sizes_C.max(),
+        *(f"{number:,}" for number in (len(sizes_C), sizes_C.min(), sizes_C.max())),
     )
+    if len(sizes_C) == len(before["digits"]):
+        log.warning("round %d splits no label of the rounds before", about["rounds"])
     return {
         "num_labels": len(sizes_C),
         "smallest_label": int(sizes_C.min()),
@@ -81,71 +102,108 @@ def cluster(
     }
 
 
-def spherical_kmeans(
-    embeddings_ND: np.ndarray, num_clusters: int, num_iterations: int, num_tries: int, seed: int
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """Cluster unit vectors by cosine, on all points (faiss would silently take 256 per centroid).
-
-    Args:
-        embeddings_ND: float32; rows are normalised here, since float16 storage leaves them slightly off.
-        num_clusters: C.
-        num_iterations: of Lloyd's algorithm.
-        num_tries: runs from different seeds; the best is kept.
-        seed: of the first try.
-    Returns:
-        cluster of each row [N], unit centroids [C, D], and the mean squared distance to the own centroid, 0..4.
-    Raises:
-        ConfigError: with fewer rows than clusters, or rows that are not finite.
-    """
-    if len(embeddings_ND) < num_clusters:
-        raise ConfigError(
-            f"{num_clusters} clusters of {len(embeddings_ND)} samples. Hint: fewer clusters"
-        )
-    if not np.isfinite(embeddings_ND).all():
-        bad = int((~np.isfinite(embeddings_ND)).any(1).sum())
-        raise ConfigError(
-            f"{bad} of {len(embeddings_ND)} embeddings are not finite: the model has diverged"
-        )
-    unit_ND = np.ascontiguousarray(embeddings_ND)
-    faiss.normalize_L2(unit_ND)
-    kmeans = faiss.Kmeans(
-        unit_ND.shape[1],
-        num_clusters,
-        niter=num_iterations,
-        nredo=num_tries,
-        seed=seed + 1,
-        spherical=True,
-        min_points_per_centroid=1,
-        max_points_per_centroid=len(unit_ND),
-    )
-    kmeans.train(unit_ND)
-    similarity_N1, assigned_N1 = kmeans.index.search(unit_ND, 1)
-    return assigned_N1[:, 0], kmeans.centroids, float(np.mean(2 - 2 * similarity_N1))
-
-
-def accumulate(rounds: list[np.ndarray]) -> tuple[np.ndarray, list[list[list[int]]]]:
+def accumulate(
+    before_N: np.ndarray | None, clusters_NS: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Dense labels of the digits of all rounds.
 
     Args:
-        rounds: per round [N, 2], image and text cluster of each sample.
+        before_N: labels of the rounds before; None in the first.
+        clusters_NS: this round's clusters of each side.
     Returns:
-        labels [N] in 0..C-1, ordered by digits with the first round most significant; and for each label its
-        (image, text) digits per round.
+        labels [N] in 0..C-1, int32, ordered by digits with the first round most significant; the label that each was
+        before [C]; and this round's digit of each [C, S].
     """
-    digits_NR = np.concatenate(rounds, axis=1)
-    unique, labels_N = np.unique(digits_NR, axis=0, return_inverse=True)
-    return labels_N.reshape(-1), unique.reshape(len(unique), len(rounds), 2).tolist()
+    shape = tuple(clusters_NS.max(0) + 1)
+    key_N = np.ravel_multi_index(tuple(clusters_NS.T), shape)
+    if before_N is not None:
+        key_N += before_N.astype(np.int64) * np.prod(shape)
+    is_used = np.zeros(key_N.max() + 1, bool)
+    is_used[key_N] = True
+    labels_N = (is_used.cumsum(dtype=np.int32) - 1)[key_N]
+    parent_C, digit_C = np.divmod(np.flatnonzero(is_used), np.prod(shape))
+    return labels_N, parent_C, np.stack(np.unravel_index(digit_C, shape), 1)
 
 
-def _digits(folder: Path, samples_id: str) -> list[np.ndarray]:
-    labels_N = read_labels(folder, samples_id)
-    digits_CR2 = np.array(json.loads((folder / "clusters.json").read_text())["digits"])
-    return [digits_CR2[labels_N, r] for r in range(digits_CR2.shape[1])]
+def check_labels(number: int, sizes_C: np.ndarray) -> None:
+    """See that most samples have company.
+
+    A sample that is alone in its label has no negatives, whatever the batch size is: its loss is zero and teaches
+    nothing. Once that is the lot of most of them, an expert would be made of the few that are left. (Labels that have
+    company, but nothing that could tell it apart, show in the loss instead.)
+
+    Args:
+        number: of the round.
+        sizes_C: samples of each label.
+    Raises:
+        ConfigError: if they have not.
+    """
+    num = sizes_C.sum()
+    share = sizes_C[sizes_C > 1].sum() / num
+    if share >= _MIN_COMPARED:
+        return
+    stop = f"moe.num_experts: {number} ends before this round; or" if number > 1 else "use"
+    raise ConfigError(
+        f"round {number}: the labels have run out: {len(sizes_C):,} labels for {num:,} samples, and {1 - share:.0%} of "
+        f"the samples are alone in theirs, with nothing to be compared with (at most {1 - _MIN_COMPARED:.0%}). "
+        f"Hint: {stop} fewer clusters a round (cluster.*_clusters), by: image, or more data"
+    )
 
 
-def _agreement(before: list[np.ndarray], now_N2: np.ndarray) -> dict[str, float] | None:
-    """Normalised mutual information with the clusters of the round before: 1 = nothing new was found."""
-    if not before:
-        return None
-    pairs = zip(("image", "text"), before[-1].T, now_N2.T, strict=True)
-    return {side: float(normalized_mutual_info_score(old, new)) for side, old, new in pairs}
+def agreement(one_N: np.ndarray, other_N: np.ndarray) -> float:
+    """Normalised mutual information of two clusterings, by the mean of their entropies: 1 = the same clusters."""
+    num_A, num_B = one_N.max() + 1, other_N.max() + 1
+    counts = np.bincount(one_N.astype(np.int64) * num_B + other_N, minlength=num_A * num_B)
+    joint_AB = counts.reshape(num_A, num_B) / len(one_N)
+    each = _entropy(joint_AB.sum(1)) + _entropy(joint_AB.sum(0))
+    return 2 * (each - _entropy(joint_AB)) / each if each else 1.0
+
+
+def _entropy(share: np.ndarray) -> float:
+    share = share[share > 0]
+    return float(-(share * np.log(share)).sum())
+
+
+def _agreements(
+    before: dict[str, Any], previous: Path, about: dict[str, Any], columns: list[np.ndarray]
+) -> dict[str, float]:
+    """With the clusters of the round before, of the sides that both have."""
+    old_NS = np.load(previous / "clusters.npy")
+    old = dict(zip((side for side in FILES if side in before), old_NS.T, strict=True))
+    new = dict(zip((side for side in FILES if side in about), columns, strict=True))
+    return {side: agreement(old[side], new[side]) for side in new if side in old}
+
+
+def _facts(found: Clusters, num_points: int) -> dict[str, Any]:
+    return {
+        "num_clusters": len(found.sizes_C),
+        "sizes": found.sizes_C.tolist(),
+        "inertia": found.inertia,
+        "tries": found.tries,
+        "num_passes": found.num_passes,
+        "num_points": num_points,
+        "merged": found.merged,
+    }
+
+
+def _announce(side: str, facts: dict[str, Any], min_size: int, num_samples: int) -> None:
+    log.info(
+        "%s: %d clusters of %s, mean squared distance %.3f, %d passes over %s points",
+        side,
+        facts["num_clusters"],
+        facts["sizes"],
+        facts["inertia"],
+        facts["num_passes"],
+        f"{facts['num_points']:,}",
+    )
+    if facts["num_points"] < num_samples:
+        log.info(
+            "%s: trained on a random part of %s samples (max_points)", side, f"{num_samples:,}"
+        )
+    if facts["merged"]:
+        log.warning(
+            "%s: clusters of %s samples had fewer than min_size = %d, and were merged into the nearest",
+            side,
+            facts["merged"],
+            min_size,
+        )
