@@ -39,7 +39,7 @@ from clipgraft.data.samples import Captions, picture_sizes
 from clipgraft.data.tokens import Tokenizer, Tokens
 from clipgraft.data.vocabulary import is_same_vocabulary
 from clipgraft.meter import LOG_SECONDS
-from clipgraft.models.build import normalize
+from clipgraft.models.build import normalize, trimmed
 from clipgraft.models.public import Encode
 from clipgraft.recipes import AugmentationSettings
 from clipgraft.settings import EmbedSettings, ReferenceJob
@@ -219,7 +219,9 @@ class _Encoder:
 
     def texts(self, text_CL: Tensor) -> Tensor:
         parts = [
-            self.model.encode_text(part.to(self.device), normalize=True)  # type: ignore[operator]
+            self.model.encode_text(  # type: ignore[operator]
+                trimmed(self.model, part).to(self.device), normalize=True
+            )
             for part in text_CL.split(BATCH)
         ]
         return torch.cat(parts)

@@ -18,7 +18,7 @@ from clipgraft.data.vocabulary import is_same_vocabulary
 from clipgraft.models.build import build, describe, model_config, pretrained_state, token_rows
 from clipgraft.models.inherit import inherit
 from clipgraft.models.patches import drop_patches
-from clipgraft.models.positions import start_positions
+from clipgraft.models.positions import TextResize, start_positions
 from clipgraft.objectives import memory_of, objective_of
 from clipgraft.recipes import PhaseSettings, start_misfit, vocabulary_misfit
 from clipgraft.references import (
@@ -135,10 +135,9 @@ def start_model(
     if misfit:
         raise ConfigError(misfit)
     size, length = settings.image_size, settings.text_length
+    rule = TextResize(settings.text_pos_resize, settings.text_pos_keep)
     if init is not None:
-        before = load_model(
-            init, image_size=size, text_length=length, text_positions=settings.text_pos_resize
-        )
+        before = load_model(init, image_size=size, text_length=length, text_positions=rule)
         text = before.spec["config"]["text_cfg"]
         has, needs = text["vocab_size"], token_rows(text, tokens.vocab_size)
         if has != needs or before.tokenizer.name != tokens.tokenizer.name:
@@ -146,6 +145,9 @@ def start_model(
                 f"{init} has {has:,} tokens of {before.tokenizer.name}, the data have {needs:,} of "
                 f"{tokens.tokenizer.name}. Hint: phases must share an index"
             )
+        if settings.loss.kind == "siglip" and before.model.logit_bias is None:
+            before.model.logit_bias = nn.Parameter(torch.tensor(SIGLIP_BIAS))
+            before.spec["config"]["init_logit_bias"] = SIGLIP_BIAS
         return before.model, before.spec
     config = model_config(settings.model, tokens.vocab_size, size, length)
     misfit = vocabulary_misfit(config["text_cfg"], tokens.vocabulary)
@@ -154,16 +156,15 @@ def start_model(
     if settings.loss.kind == "siglip":
         config.setdefault("init_logit_bias", SIGLIP_BIAS)
     if settings.init_from:
-        return start_as_reference(settings, config, tokens)
+        return start_as_reference(settings, config, tokens, rule)
     model = build(config, temperature=settings.temperature)
     if settings.model.pretrained:
-        rule = settings.text_pos_resize
         model.load_state_dict(pretrained_state(settings.model, config, rule))
     return model, describe(config, settings.model)
 
 
 def start_as_reference(
-    settings: PretrainJob, config: dict[str, Any], tokens: Tokens
+    settings: PretrainJob, config: dict[str, Any], tokens: Tokens, text_positions: TextResize
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The model with the weights of the first reference, and its description; says there what was resampled.
 
@@ -178,7 +179,7 @@ def start_as_reference(
             f"init_from: reference: {first.model} reads another vocabulary than the data have. Hint: "
             "index: {vocabulary: full} for weights that read CLIP's byte pairs"
         )
-    state, config, done = inherit(config, reference, settings.text_pos_resize)
+    state, config, done = inherit(config, reference, text_positions)
     model = build(config)
     model.load_state_dict(state)
     spec, given = describe(config), settings.model.preprocess.model_dump(exclude_none=True)

@@ -26,16 +26,12 @@ from clipgraft.data.loader import Batch
 from clipgraft.data.samples import Samples
 from clipgraft.data.tokens import Tokenizer
 from clipgraft.data.vocabulary import is_same_vocabulary
+from clipgraft.loss_settings import ReferenceSettings
 from clipgraft.losses.distillation import Projection
-from clipgraft.models.build import normalize
+from clipgraft.models.build import normalize, trimmed
 from clipgraft.models.public import Encode
 from clipgraft.objectives import ReferenceFeatures
-from clipgraft.recipes import (
-    AugmentationSettings,
-    PhaseSettings,
-    ReferenceSettings,
-    interactive_misfit,
-)
+from clipgraft.recipes import AugmentationSettings, PhaseSettings, interactive_misfit
 from clipgraft.train import Data
 
 log = logging.getLogger(__name__)
@@ -87,7 +83,7 @@ class OnlineReference:
         about = self._preprocess
         images_BCHW = resize(images_BCHW, about["size"], about["interpolation"])
         images_BCHW = normalize(images_BCHW, about["mean"], about["std"])
-        text_BL = self._text(batch).to(images_BCHW.device)
+        text_BL = trimmed(self._model, self._text(batch)).to(images_BCHW.device)
         image_BD = self._model.encode_image(images_BCHW).float()
         text_BD = self._model.encode_text(text_BL).float()
         return ReferenceFeatures(

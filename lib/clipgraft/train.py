@@ -14,12 +14,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,17 +32,23 @@ from clipgraft.data.augment import augment, augments
 from clipgraft.data.cached import ReferenceCache
 from clipgraft.data.loader import Batch, Loader
 from clipgraft.data.memory import SampleMemory
-from clipgraft.data.sampler import HomogeneousBatches, UniformBatches, Visits
+from clipgraft.data.sampler import (
+    HomogeneousBatches,
+    RoundRobinBatches,
+    UniformBatches,
+    Visits,
+)
 from clipgraft.data.shards import Shards
 from clipgraft.data.tokens import Tokens
 from clipgraft.gradcache import backward_in_parts
 from clipgraft.job import REQUEUE
+from clipgraft.loss_settings import LossSettings
 from clipgraft.meter import Meter
-from clipgraft.models.build import normalize
+from clipgraft.models.build import normalize, trimmed
 from clipgraft.models.patches import PartialVisionTransformer, num_patches
-from clipgraft.objectives import Features, Objective, Reference, ReferenceFeatures, encode
+from clipgraft.objectives import Features, Loss, Objective, Reference, ReferenceFeatures, encode
 from clipgraft.optim import TEMPERATURE, build_optimizer, tau_lr
-from clipgraft.recipes import LossSettings, TrainSettings
+from clipgraft.recipes import TrainSettings
 from clipgraft.schedule import cosine_lr, num_steps, num_warmup_steps, peak_lr
 
 log = logging.getLogger(__name__)
@@ -50,9 +56,20 @@ log = logging.getLogger(__name__)
 PROJECTIONS = "projections"  # what their names in the saved state begin with
 SAVE_SECONDS = float(os.environ.get("CLIPGRAFT_SAVE_SECONDS", "60"))
 
-Sampler = UniformBatches | HomogeneousBatches
-# What is added to the loss, read off the model after a batch went through it, and numbers worth logging.
-ExtraLoss = Callable[[nn.Module], tuple[Tensor, dict[str, Tensor]]]
+Sampler = UniformBatches | HomogeneousBatches | RoundRobinBatches
+
+
+class ExtraLoss(Protocol):
+    """What is added to the loss: it looks at what the model did with a batch, not at the features."""
+
+    def read(self, model: nn.Module) -> Tensor:
+        """Sums over what went through the model last, with gradient; those of parts of a batch are added."""
+
+    def loss(self, sums: Tensor) -> Loss:
+        """The loss of the sums of this process's batch, and numbers worth logging."""
+
+    def watch(self, row: Mapping[str, Any]) -> None:
+        """Look at a new row of the metrics, and warn."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +122,7 @@ class Fit:
         data: the training set.
         sampler: which rows are in which batch.
         image_size: side of the crops in pixels.
-        text_length: tokens per caption.
+        text_length: tokens per caption, at most: texts are trimmed to the longest of a part where that is exact.
         preprocess: `mean` and `std` of the model.
         seed: of crops and caption choice.
         world: this process.
@@ -114,9 +131,12 @@ class Fit:
         loss: settings of the temperature.
         memory: what the objective remembers, saved with the state.
         extra_loss: what is added to the objective.
+        lr_of: peak learning rates of parameters that have one of their own.
         references: whose features of each batch the objective is given, too.
         caches: stored embeddings that these need.
         projections: of the objective; trained, and saved with the state, but no part of the model.
+        short_captions: kind of a second caption (as of the loader); texts are then in turn a sample's drawn caption and
+            its short one.
     """
 
     model: nn.Module
@@ -134,9 +154,11 @@ class Fit:
     loss: LossSettings = field(default_factory=LossSettings)
     memory: SampleMemory | None = None
     extra_loss: ExtraLoss | None = None
+    lr_of: Mapping[str, float] = field(default_factory=dict)
     references: Sequence[Reference] = ()
     caches: Sequence[ReferenceCache] = ()
     projections: nn.ModuleList = field(default_factory=nn.ModuleList)
+    short_captions: str | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -171,6 +193,7 @@ class Fit:
             self.settings.optim,
             peak_lr(self.settings),
             temperature_apart=self.loss.lr_tau is not None,
+            lr_of=self.lr_of,
         )
         with (
             _stop_requests() as stop
@@ -230,9 +253,11 @@ class Fit:
             drops_patches=isinstance(self.model.visual, PartialVisionTransformer),
             pin_memory=self.world.device.type == "cuda",
             caches=self.caches,
+            short_captions=self.short_captions,
         )
         logit_scale = self.model.logit_scale
-        meter = Meter(self.num_steps, self.settings.batch_size, logit_scale, self.rows)
+        watch = self.extra_loss.watch if self.extra_loss is not None else None
+        meter = Meter(self.num_steps, self.settings.batch_size, logit_scale, self.rows, watch)
         model.train()
         saved = time.monotonic()
         with attention(self.world.device):
@@ -267,7 +292,7 @@ class Fit:
         warmup_steps, peak = num_warmup_steps(self.settings), peak_lr(self.settings)
         lr = cosine_lr(step, self.num_steps, warmup_steps, peak, optim.lr_min)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_factor", 1.0)
             if group.get("name") == TEMPERATURE:
                 tau = math.exp(-self.model.logit_scale.item())  # type: ignore[operator,union-attr]
                 group["lr"] = tau_lr(self.loss, lr / peak, tau)
@@ -290,19 +315,23 @@ class Fit:
         num_parts = self.settings.accumulate
         parts = split(batch, num_parts)
         references = self._features_of_references(parts)
+        read = self.extra_loss.read if self.extra_loss is not None else None
+
+        def loss_of(*features: Tensor) -> Loss:
+            num = len(Features._fields)
+            loss, extras = self.objective(Features(*features[:num]), references, batch, epoch)
+            if self.extra_loss is None:
+                return loss, extras
+            extra, more = self.extra_loss.loss(features[num])
+            return loss + extra, extras | more
+
         if num_parts == 1:
-            loss, extras = self.objective(self._encode(model, batch), references, batch, epoch)
-            if self.extra_loss is not None:
-                extra, more = self.extra_loss(self.model)
-                loss, extras = loss + extra, extras | more
+            features = self._encode(model, batch)
+            loss, extras = loss_of(*features, *([] if read is None else [read(self.model)]))
             loss.backward()
             return loss.detach(), extras
         return backward_in_parts(
-            model,
-            num_parts,
-            lambda model, part: self._encode(model, parts[part]),
-            lambda *features: self.objective(Features(*features), references, batch, epoch),
-            self.extra_loss,
+            model, num_parts, lambda model, part: self._encode(model, parts[part]), loss_of, read
         )
 
     def _features_of_references(self, parts: Sequence[Batch]) -> list[ReferenceFeatures]:
@@ -322,8 +351,12 @@ class Fit:
         if batch.image_bits_B is not None:
             self.model.visual.image_bits_B = batch.image_bits_B.to(device, non_blocking=True)
         images = normalize(pixels, self.preprocess["mean"], self.preprocess["std"])
+        text_BL = batch.text_BL
+        if batch.short_BL is not None:
+            text_BL = torch.stack([text_BL, batch.short_BL], 1).flatten(0, 1)
+        text_BL = trimmed(self.model, text_BL).contiguous()
         with self._autocast():
-            return encode(model, images, batch.text_BL.to(device, non_blocking=True))
+            return encode(model, images, text_BL.to(device, non_blocking=True))
 
     def _pixels(self, batch: Batch) -> Tensor:
         device = self.world.device
