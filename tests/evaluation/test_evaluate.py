@@ -17,11 +17,12 @@ from clipgraft.checkpoint import load_model, save_model
 from clipgraft.config import ConfigError
 from clipgraft.data.index import build_index
 from clipgraft.data.shapes import ATTRIBUTES, draw_sample, zero_shot_templates
-from clipgraft.evaluation.evaluate import evaluate
+from clipgraft.evaluation.evaluate import evaluate, with_random_weights
 from clipgraft.models.build import build, describe
+from clipgraft.models.moe import upcycle
 from clipgraft.settings import IndexJob, TaskSettings
 
-SIZE, LENGTH, NUM = 16, 12, 14
+SIZE, LENGTH, NUM = 16, 12, 24
 TASK = {
     "data": "renders",
     "retrieval": True,
@@ -140,6 +141,70 @@ def test_an_untrained_model_is_near_chance(model, index, tmp_path):
     assert facts["metrics"]["mean_R@1"] < 0.5
 
 
+def test_probes_and_labels_given_are_those_of_the_functions(model, index, samples, tmp_path):
+    task = {
+        "data": "renders",
+        "retrieval": True,
+        "probe": ["size"],
+        "given": [["size"], ["size", "background"]],
+    }
+    facts, result, _ = run(model, index, tmp_path / "out", {**TASK, **task}, batch_size=5)
+    plain = run(model, index, tmp_path / "plain", TASK)[1]
+    assert result["retrieval"] == plain["retrieval"] and plain["probe"] == plain["given"] == {}
+    by_size = [
+        [sample.attributes["size"] for sample in samples].count(s) for s in ("small", "large")
+    ]
+    assert result["given"]["size"]["num_images"] == sum(by_size) == NUM
+    assert result["given"]["size"]["median_images"] == np.median(by_size)
+    assert result["given"]["size+background"]["num_groups"] > 2
+    assert result["probe"]["size"]["num_samples"] == NUM
+    assert facts["metrics"]["size_probe"] == result["probe"]["size"]["acc"]
+    assert result["choices"] == {} and not (tmp_path / "out" / "choices.json").exists()
+
+
+def test_random_weights_are_of_the_seed_and_not_of_the_model(model, index, tmp_path):
+    task = {"data": "renders", "probe": ["size"]}
+    loaded = load_model(model)
+    torch.manual_seed(4)
+    expected = torch.randn(3)
+    torch.manual_seed(4)
+    one, same, other = (with_random_weights(loaded, seed).model.state_dict() for seed in (1, 1, 2))
+    assert torch.equal(torch.randn(3), expected)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["visual.conv1.weight"], other["visual.conv1.weight"])
+    trained = loaded.model.state_dict()
+    assert {name: t.shape for name, t in one.items()} == {
+        name: t.shape for name, t in trained.items()
+    }
+    assert not torch.equal(one["visual.conv1.weight"], trained["visual.conv1.weight"])
+    _, result, examples = run(model, index, tmp_path / "a", task, untrained=1)
+    loaded.model.load_state_dict(one)
+    save_model(model, loaded.model, loaded.spec, index / "tokens" / "merges.txt.gz")
+    assert result == run(model, index, tmp_path / "b", task)[1]
+    assert result["retrieval"] is None and examples["image_to_text"] == []
+
+
+def test_a_mixture_of_experts_says_what_its_tokens_choose(model, index, samples, tmp_path):
+    loaded = load_model(model)
+    state = [loaded.model.state_dict()] * 3
+    layers = {"image_layers": [0], "text_layers": [0, 1]}
+    moe = upcycle(
+        loaded.model, state, top_k=1, generator=torch.Generator().manual_seed(0), **layers
+    )
+    save_model(model, loaded.model, {**loaded.spec, "moe": moe}, index / "tokens" / "merges.txt.gz")
+    out = tmp_path / "out"
+    _, result, _ = run(model, index, out, {**TASK, "probe": ["size"]}, batch_size=5)
+    image, text = result["choices"]["image"], result["choices"]["text"]
+    assert (image["layers"], text["layers"], image["num_experts"]) == ([0], [0, 1], 3)
+    assert set(image["information"]) == {"size", "patch"}
+    assert set(text["information"]) == {"size", "token"}
+    shown = json.loads((out / "choices.json").read_text())
+    assert shown["grid"] == [2, 2] and shown["image"][0]["row"] == 0
+    assert np.array(shown["image"][0]["experts"]).shape == (1, 4)
+    assert " ".join(shown["text"][0]["words"]) in samples[0].captions
+    assert run(model, index, tmp_path / "b", {**TASK, "probe": ["size"]})[1] == result
+
+
 def test_zero_shot_alone_needs_no_retrieval(model, index, tmp_path):
     task = {"data": "renders", "zero_shot": [{"label": "shape"}]}
     facts, result, examples = run(model, index, tmp_path / "out", task)
@@ -161,6 +226,20 @@ def test_zero_shot_alone_needs_no_retrieval(model, index, tmp_path):
 def test_labels_that_cannot_work_are_refused(model, index, tmp_path, zero_shot, message):
     with pytest.raises(ConfigError, match=message):
         run(model, index, tmp_path / "out", {"data": "renders", "zero_shot": [zero_shot]})
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"probe": ["shade"]}, "tasks.renders.probe: the data has no label 'shade'"),
+        ({"retrieval": True, "given": [["shade"]]}, "tasks.renders.given: the data has no label"),
+        ({"probe": ["rare"]}, "renders.probe: label 'rare': 0 samples have the label"),
+        ({"retrieval": True, "given": [["rare"]]}, "no two images with captions agree on rare"),
+    ],
+)
+def test_labels_that_cannot_be_probed_are_refused(model, index, tmp_path, wanted, message):
+    with pytest.raises(ConfigError, match=message):
+        run(model, index, tmp_path / "out", {"data": "renders", **wanted})
 
 
 def test_a_diverged_model_is_named(model, index, tmp_path):

@@ -1,8 +1,8 @@
 """Stage `evaluate`: one model measured on one task.
 
 Images are encoded once, in float32 (a table of results must not depend on which hardware has
-bf16), and serve retrieval and every zero-shot label. Beside every number stands what guessing
-would give.
+bf16), and serve retrieval, every zero-shot label and every probe. Beside every number stands what guessing
+would give. Of a mixture of experts the routing is recorded on the way.
 """
 
 # Shapes: N images, H side of an image, U distinct captions, D embedding, C classes
@@ -12,8 +12,9 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +23,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgraft.checkpoint import load_model
+from clipgraft.checkpoint import Loaded
 from clipgraft.config import ConfigError
 from clipgraft.data.images import decode, prepare
 from clipgraft.data.samples import Samples
 from clipgraft.data.shapes import ATTRIBUTES, zero_shot_templates
 from clipgraft.data.tokens import Tokenizer
+from clipgraft.evaluation import choices
+from clipgraft.evaluation.ensemble import load_side_by_side
+from clipgraft.evaluation.given import evaluate_given, groups_of
+from clipgraft.evaluation.probe import linear_probe
 from clipgraft.evaluation.retrieval import Captions, best_candidates, evaluate_retrieval
 from clipgraft.evaluation.zero_shot import check_templates, evaluate_zero_shot, zero_shot_weights
 from clipgraft.lean import open_clip
-from clipgraft.models.build import normalize
-from clipgraft.models.moe import insert_experts
+from clipgraft.models.build import build, normalize, trimmed
 from clipgraft.settings import TaskSettings, ZeroShotSettings
 
 log = logging.getLogger(__name__)
 
 NUM_EXAMPLES = 8  # queries each way that the report shows, the same for every model
 NUM_RETRIEVED = 5
+
+Watch = Callable[[Any], None]  # told of every batch after its forward
 
 
 def evaluate(
@@ -48,10 +54,12 @@ def evaluate(
     out: Path,
     *,
     task_name: str,
+    beside: Sequence[Path] = (),
+    untrained: int | None = None,
     threads: int = 1,
     batch_size: int = 256,
 ) -> dict[str, Any]:
-    """Measure a model and write `result.json` and `examples.json`.
+    """Measure a model and write `result.json` and `examples.json`; of a mixture of experts `choices.json`, too.
 
     Args:
         task: what is measured.
@@ -59,6 +67,8 @@ def evaluate(
         index_folder: the samples.
         out: folder to write.
         task_name: name of the task, for messages and the result.
+        beside: models whose embeddings stand beside those of the first (`ensemble`).
+        untrained: seed of random weights, which take the place of those of the model.
         threads: for decoding.
         batch_size: images or texts encoded at a time; changes nothing but speed.
     Returns:
@@ -68,34 +78,69 @@ def evaluate(
     """
     samples = Samples.open(index_folder)
     jobs = [_check_label(samples, zero_shot, task_name) for zero_shot in task.zero_shot]
-    captions = Captions.of(samples.all_captions()) if task.retrieval else None
+    captions_of = samples.all_captions()
+    captions = Captions.of(captions_of) if task.retrieval else None
+    where = f"evaluate.tasks.{task_name}"
+    groups = {
+        "+".join(names): groups_of(
+            _labels(samples, names, f"{where}.given"), captions_of, f"{where}.given"
+        )
+        for names in task.given
+    }
+    probes = _labels(samples, task.probe, f"{where}.probe")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_model(model_folder, insert_experts=insert_experts)
+    loaded = load_side_by_side([model_folder, *beside])
+    loaded = loaded if untrained is None else with_random_weights(loaded, untrained)
     model = loaded.model
     model.to(device).eval()
     length = loaded.spec["config"]["text_cfg"]["context_length"]
     tokenizer = Tokenizer(loaded.tokenizer)
+    recorder = choices.Recorder(model, (tokenizer.start_id, tokenizer.end_id))
     text_encoder = encoder_of_texts(model, tokenizer, length, device, batch_size)
     result: dict[str, Any] = {"task": task_name, "samples_id": samples.samples_id}
-    result |= {"retrieval": None, "zero_shot": {}}
+    result |= {"retrieval": None, "zero_shot": {}, "given": {}, "probe": {}, "choices": {}}
     examples: dict[str, Any] = {"samples_id": samples.samples_id}
     examples |= {"image_to_text": [], "text_to_image": []}
 
     with torch.inference_mode(), _true_float32():
         image_ND = encode_images(
-            model, loaded.spec["preprocess"], samples, device, threads, batch_size
+            model,
+            loaded.spec["preprocess"],
+            samples,
+            device,
+            threads,
+            batch_size,
+            watch=recorder.see_images,
         )
         _check_finite(image_ND, model_folder)
         if captions is not None:
-            text_UD = text_encoder(captions.texts)
+            text_UD = encoder_of_texts(
+                model, tokenizer, length, device, batch_size, watch=recorder.see_texts
+            )(captions.texts)
             _check_finite(text_UD, model_folder)
             result["retrieval"] = evaluate_retrieval(image_ND, text_UD, captions)
             examples |= retrieval_examples(image_ND, text_UD, captions)
+            for names, rows in groups.items():
+                result["given"][names] = evaluate_given(
+                    image_ND, text_UD, captions, captions_of, rows
+                )
         for label, classes, templates in jobs:
             weight_CD = zero_shot_weights(text_encoder, classes, templates)
             label_N = torch.from_numpy(np.asarray(samples.labels(label), dtype=np.int64))
             scores = evaluate_zero_shot(image_ND, weight_CD, label_N, classes)
             result["zero_shot"][label] = {**scores, "templates": templates}
+    for label, label_N in probes.items():
+        found = linear_probe(image_ND.cpu().numpy(), label_N, f"{where}.probe: label {label!r}")
+        result["probe"][label] = found
+    towers = recorder.towers()
+    if towers:
+        result["choices"] = _information(towers, probes, captions)
+        shown = _spread(list(range(len(samples))))
+        texts = [] if captions is None else _first_texts(captions, shown)
+        grid = model.visual.grid_size
+        maps = choices.examples(towers, shown, texts, grid, tokenizer.pieces)
+        maps |= {key: loaded.spec["preprocess"][key] for key in ("resize_mode", "interpolation")}
+        (out / "choices.json").write_text(json.dumps(maps) + "\n")
 
     (out / "result.json").write_text(json.dumps(result) + "\n")
     (out / "examples.json").write_text(json.dumps(examples, indent=1) + "\n")
@@ -112,14 +157,17 @@ def encode_images(
     device: torch.device,
     threads: int,
     batch_size: int,
+    watch: Watch | None = None,
 ) -> Tensor:
-    """L2-normalised float32 features of all images, `[N, D]`, on the device."""
+    """L2-normalised float32 features of all images, `[N, D]`, on the device; `watch` is told how many a batch had."""
     parts = []
     start = spoke = time.monotonic()
     for pixels_BHHC in _batches_of_pixels(samples, preprocess, threads, batch_size):
         pixels = torch.from_numpy(pixels_BHHC).permute(0, 3, 1, 2).to(device)
         images = normalize(pixels, preprocess["mean"], preprocess["std"])
         parts.append(F.normalize(model.encode_image(images).float(), dim=-1))
+        if watch is not None:
+            watch(len(images))
         if time.monotonic() - spoke > 10:
             spoke = time.monotonic()
             done = sum(map(len, parts))
@@ -134,15 +182,19 @@ def encoder_of_texts(
     length: int,
     device: torch.device,
     batch_size: int,
+    watch: Watch | None = None,
 ) -> Callable[[list[str]], Tensor]:
-    """A function from texts to L2-normalised float32 features on the device."""
+    """A function from texts to L2-normalised float32 features on the device; `watch` is told the ids of a batch."""
 
     def encode(texts: list[str]) -> Tensor:
         parts = []
         for start in range(0, len(texts), batch_size):
             ids = tokenizer.encode_batch(texts[start : start + batch_size], length)
-            features = model.encode_text(torch.as_tensor(ids, device=device))
+            text_BL = trimmed(model, torch.from_numpy(ids))
+            features = model.encode_text(text_BL.to(device))
             parts.append(F.normalize(features.float(), dim=-1))
+            if watch is not None:
+                watch(text_BL)
         return torch.cat(parts)
 
     return encode
@@ -193,7 +245,51 @@ def main_metrics(result: dict[str, Any]) -> dict[str, float]:
         metrics["image_to_text_R@1"] = retrieval["image_to_text"]["R@1"]
         metrics["text_to_image_R@1"] = retrieval["text_to_image"]["R@1"]
         metrics["mean_R@1"] = retrieval["mean_R@1"]
-    return metrics | {f"{name}_acc1": about["acc1"] for name, about in result["zero_shot"].items()}
+    metrics |= {f"{name}_acc1": about["acc1"] for name, about in result["zero_shot"].items()}
+    given = {f"given {names}: R@1": each["mean_R@1"] for names, each in result["given"].items()}
+    return (
+        metrics | given | {f"{name}_probe": each["acc"] for name, each in result["probe"].items()}
+    )
+
+
+def with_random_weights(loaded: Loaded, seed: int) -> Loaded:
+    """The same architecture before any training; torch's global generator is left as it is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return replace(loaded, model=build(loaded.spec["config"]))
+
+
+def _labels(samples: Samples, names: Sequence[str], where: str) -> dict[str, np.ndarray]:
+    """Class numbers of each sample by label."""
+    try:
+        return {name: samples.labels(name) for name in names}
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _information(
+    towers: Mapping[str, choices.TowerChoices],
+    labels: Mapping[str, np.ndarray],
+    captions: Captions | None,
+) -> dict[str, Any]:
+    """What the choices of each tower say of the labels; captions have those of their images."""
+    result: dict[str, Any] = {}
+    for tower, of in towers.items():
+        item_P, labels_P, key = np.arange(of.item_R.max(initial=-1) + 1), labels, "patch"
+        if tower == "text":
+            assert captions is not None
+            item_P, image_P = captions.text_P.numpy(), captions.image_P.numpy()
+            labels_P, key = {name: label_N[image_P] for name, label_N in labels.items()}, "token"
+        about = {"layers": of.layers, "num_experts": of.num_experts}
+        result[tower] = {**about, "information": choices.information(of, item_P, labels_P, key)}
+    return result
+
+
+def _first_texts(captions: Captions, images: Sequence[int]) -> list[int]:
+    """The first caption of each image that has one."""
+    rows, first = np.unique(captions.image_P.numpy(), return_index=True)
+    text_of = dict(zip(rows.tolist(), captions.text_P.numpy()[first].tolist(), strict=True))
+    return [text_of[image] for image in images if image in text_of]
 
 
 def _check_label(
