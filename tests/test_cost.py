@@ -5,18 +5,21 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 from typing import Any
 
 import open_clip
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from clipgraft import cost
 from clipgraft.architectures import OURS, architecture
 from clipgraft.config import ConfigError
 from clipgraft.models.build import build
+from clipgraft.models.moe import insert_experts
 from clipgraft.recipes import ModelSettings, PhaseSettings
 
 CLIPA = ["ViT-L-14-CLIPA", "ViT-H-14-CLIPA", "ViT-bigG-14-CLIPA", "ViT-H-14-CLIPA-336"]
@@ -58,6 +61,74 @@ def test_a_training_step_is_three_forward_passes(tiny_config):
     stem = 4 * 2 * 4 * 3 * 8**2 * 32
     expected = 4 * cost.FLOPS_PER_MAC * cost.forward_macs(tiny_config, 5, 8) - stem
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
+
+
+MOE = {"num_experts": 3, "top_k": 2, "image_layers": [0, 2], "text_layers": [1]}
+PARTS = {
+    "dense, all": (cost.Trained("all"), None),
+    "dense, image locked": (cost.Trained("all", image_layers=()), None),
+    "dense, MLPs": (cost.Trained("mlps"), None),
+    "dense, some MLPs": (cost.Trained("mlps", image_layers=[1], text_layers=()), None),
+    "dense, nothing": (cost.Trained(), None),
+    "mixture, routers": (cost.Trained("routers"), MOE),
+    "mixture, experts": (cost.Trained("experts"), MOE),
+    "mixture, all": (cost.Trained("all"), MOE),
+    "mixture, nothing": (cost.Trained(), MOE),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_what_is_trained_costs_what_torch_counts(tiny_config, name):
+    """Exactly: whatever is frozen, dense or a mixture, and whichever block is the first that is trained."""
+    trained, moe = PARTS[name]
+    config = wide(tiny_config)
+    model = build(config).train()
+    if moe:
+        insert_experts(model, **moe)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+    freeze(model, trained)
+    images = torch.randn(4, 3, 16, 16)
+    text = torch.cat([torch.randint(1, 38, (4, 7)), torch.full((4, 1), 39)], 1)  # no padding
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        features = model.encode_image(images).sum() + model.encode_text(text).sum()
+        if features.requires_grad:
+            features.backward()
+    counted = counter.get_total_flops() / 4
+    assert counted == cost.sample_flops(config, 5, 8, trained, moe)
+
+
+def freeze(model: torch.nn.Module, trained: cost.Trained) -> None:
+    """Leave only what is trained with a gradient, by the names of the parameters."""
+    layers = {"visual": trained.image_layers, "text": trained.text_layers}
+    for name, parameter in model.named_parameters():
+        tower, number = name.split(".")[0], re.search(r"resblocks\.(\d+)", name)
+        chosen = layers.get(tower, ())
+        is_router, is_expert = (
+            name.endswith("router"),
+            ".mlp." in name and not name.endswith("router"),
+        )
+        parameter.requires_grad_(
+            {
+                "none": False,
+                "all": chosen == "all",
+                "mlps": is_expert and (chosen == "all" or int(number[1]) in chosen),
+                "routers": is_router,
+                "experts": is_router or name.split(".")[-1].startswith(("c_fc_", "c_proj_")),
+            }[trained.weights]
+        )
+
+
+def test_published_costs_of_a_mixture():
+    """Units of a dense forward pass, ViT-L/14 with top 2 of 4: forward 1.64, MLPs alone 2.67, routers alone 3.3."""
+    config = named("ViT-L-14")
+    moe = {"num_experts": 4, "top_k": 2, "image_layers": range(24), "text_layers": range(12)}
+    forward = cost.sample_flops(config, 257, 248)
+    assert forward == 2 * cost.forward_macs(config, 257, 248)
+    assert cost.sample_flops(config, 257, 248, moe=moe) / forward == pytest.approx(1.64, abs=0.02)
+    for weights, of, expected in (("all", None, 3.0), ("mlps", None, 2.67), ("routers", moe, 3.3)):
+        flops = cost.sample_flops(config, 257, 248, cost.Trained(weights), of)
+        assert flops / forward == pytest.approx(expected, abs=0.08)
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,18 @@
 
 Counted are the matrix products of open_clip's transformers, as torch's FLOP counter counts them: stem, blocks and
 final projections; attention as if nothing were masked. Norms, softmax and activations are left out (under 1 %).
-A training step costs three forward passes, and a multiply-accumulate is two FLOPs; what gradient checkpointing
-would compute a second time is no progress and never counted.
+A training step of all weights costs three forward passes, and a multiply-accumulate is two FLOPs; what gradient
+checkpointing would compute a second time is no progress and never counted. Where only a part is trained, a step costs
+less (`sample_flops`): products with frozen weights have no gradient of the weights, and what comes before the first
+trained weight has none at all.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from clipgraft.config import ConfigError
 from clipgraft.recipes import PhaseSettings
@@ -27,6 +30,25 @@ UNCOUNTED = """
     timm_model_name attentional_pool ls_init_value qk_norm scale_heads scale_attn_inner
     scale_attn scale_fc block_type hf_model_name embed_cls proj_bias
 """.split()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What of a model a training step changes.
+
+    Attributes:
+        weights: `all`; the `mlps` of a dense model; of a mixture `experts`, their routers too, or `routers` alone;
+            `none`, for a forward pass.
+        image_layers: blocks of the image tower that are trained; of a mixture those with experts count. With `all`
+            weights it is every block, or none in a locked tower.
+        text_layers: the same of the text tower.
+        num_texts: per picture.
+    """
+
+    weights: Literal["none", "mlps", "routers", "experts", "all"] = "none"
+    image_layers: Literal["all"] | Collection[int] = "all"
+    text_layers: Literal["all"] | Collection[int] = "all"
+    num_texts: float = 1
 
 
 def tower_macs(depth: int, width: int, length: int, mlp_ratio: float = 4.0) -> float:
@@ -59,6 +81,70 @@ def forward_macs(config: Mapping[str, Any], image_tokens: int, text_tokens: int)
     lengths = ((vision, image_tokens), (text, text_tokens))
     blocks = sum(tower_macs(x["layers"], x["width"], n, x["mlp_ratio"]) for x, n in lengths)
     return float(blocks + stem + projections)
+
+
+def sample_flops(
+    config: Mapping[str, Any],
+    image_tokens: int,
+    text_tokens: int,
+    trained: Trained | None = None,
+    moe: Mapping[str, Any] | None = None,
+) -> float:
+    """FLOPs of one sample: of a training step, or of a forward pass where nothing is trained.
+
+    A weight costs three products: of the forward pass, of the gradient of its input, and of its own, the last only if
+    it is trained, the one before only behind the first trained weight of the tower. The two products of attention have
+    no weights, but two inputs each. Padding is counted as if it were computed.
+
+    Args:
+        config: in open_clip's form.
+        image_tokens: with the class token.
+        text_tokens: with start and end token.
+        trained: what is; None: nothing.
+        moe: that entry of `model.json`; None: dense.
+
+    Raises:
+        ConfigError: if the model has parts that are not counted.
+    """
+    trained, moe = trained or Trained(), moe or {}
+    vision, text = _towers(config)
+    stem = 3 * vision["patch_size"] ** 2 * vision["width"] * (image_tokens - 1)
+    image = _tower_flops(vision, image_tokens, stem, config["embed_dim"], trained, moe, "image")
+    words = _tower_flops(text, text_tokens, 0, config["embed_dim"], trained, moe, "text")
+    return image + trained.num_texts * words
+
+
+def _tower_flops(
+    tower: Mapping[str, Any],
+    length: int,
+    stem: int,
+    embed_dim: int,
+    trained: Trained,
+    moe: Mapping[str, Any],
+    side: Literal["image", "text"],
+) -> float:
+    layers = trained.image_layers if side == "image" else trained.text_layers
+    is_whole = trained.weights == "all" and (layers == "all" or bool(layers))
+    width, head = tower["width"], tower["width"] * embed_dim
+    forward, backward, flows = stem + head, stem * is_whole, is_whole
+    for number in range(tower["layers"]):
+        is_moe, is_here = (
+            number in moe.get(f"{side}_layers", ()),
+            layers == "all" or number in layers,
+        )
+        half = width * int(width * tower["mlp_ratio"]) * length * (moe["top_k"] if is_moe else 1)
+        router = width * moe["num_experts"] * length if is_moe else 0
+        linear, products = 4 * width**2 * length, 2 * width * length**2
+        has_mlp = is_whole or (is_here and trained.weights == ("experts" if is_moe else "mlps"))
+        has_router = is_moe and is_here and trained.weights in ("routers", "experts", "all")
+        forward += linear + products + 2 * half + router
+        if flows:  # gradients of what enters attention, the first half of the MLP, and the router
+            backward += linear + 2 * products + half + router
+        if flows or has_mlp:
+            backward += half
+        backward += linear * is_whole + 2 * half * has_mlp + router * has_router
+        flows = flows or has_mlp or has_router
+    return float(2 * (forward + backward + head * flows + head * is_whole))
 
 
 def image_tokens(config: Mapping[str, Any], phase: PhaseSettings) -> int:

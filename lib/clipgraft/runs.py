@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from clipgraft.compare import LOCK, compare
+from clipgraft.config import ConfigError
 from clipgraft.job import write_json
 from clipgraft.provenance import MANIFEST
 
 RESULTS = Path("results")
-LOCK = "versions.json"
 
 
 def link_run(run: str, versions: Mapping[str, str], results: Path = RESULTS) -> None:
@@ -53,7 +55,7 @@ def show(run: str, results: Path = RESULTS) -> str:
 
 
 def main() -> None:
-    """Command line: `python -m clipgraft.runs link RUN JSON`, `... show RUN` or `... unused`."""
+    """Command line: `python -m clipgraft.runs link RUN JSON`, `show RUN`, `compare RUN ...` or `unused`."""
     parser = argparse.ArgumentParser(description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     link = verbs.add_parser("link", help="link a run into the store and write its lock")
@@ -63,12 +65,22 @@ def main() -> None:
         "unused", help="list folders that no run uses, with their size; nothing is deleted"
     )
     verbs.add_parser("show", help="print the results of a run").add_argument("run")
+    several = verbs.add_parser(
+        "compare", help="one table of several runs, mean and spread over seeds"
+    )
+    several.add_argument("runs", nargs="+")
     given = parser.parse_args()
     if given.verb == "link":
         link_run(given.run, given.versions)
         return
     if given.verb == "show":
         print(show(given.run))
+        return
+    if given.verb == "compare":
+        try:
+            print(compare(given.runs, RESULTS))
+        except ConfigError as error:
+            sys.exit(f"compare: {error}")
         return
     total = 0
     for folder in unused():

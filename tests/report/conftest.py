@@ -5,7 +5,9 @@ import json
 import math
 import os
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,14 +16,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from clipgraft.baseline_settings import KINDS
 from clipgraft.data.index import build_index
 from clipgraft.data.samples import Samples
 from clipgraft.data.shapes import ATTRIBUTES, draw_sample
+from clipgraft.evaluation.choices import TowerChoices, examples, information
 from clipgraft.evaluation.evaluate import retrieval_examples
+from clipgraft.evaluation.given import evaluate_given, groups_of
 from clipgraft.evaluation.retrieval import Captions, evaluate_retrieval
 from clipgraft.evaluation.zero_shot import evaluate_zero_shot
+from clipgraft.planning import plan_run
 from clipgraft.settings import IndexJob, RunSettings
-from clipgraft.versions import PlannedJob, plan_run
+from clipgraft.versions import PlannedJob
 
 SECONDS = {
     "pretrain": 120.0,
@@ -33,8 +39,15 @@ SECONDS = {
 ROUND_ATTRIBUTES = ("colour", "shape", "texture")  # what the clusters of round 1, 2, 3 find
 
 
+# One as long as an expert, and all kinds that cost as much as experts and routers together.
+BASELINES = {"short_mlp": {"kind": "mlp", "samples_seen": 6_000}, **{kind: {} for kind in KINDS}}
+
+
 def settings(
-    num_experts: int = 4, phases: int = 2, labels: tuple[str, ...] = ("colour", "shape", "texture")
+    num_experts: int = 4,
+    phases: int = 2,
+    labels: tuple[str, ...] = ("colour", "shape", "texture"),
+    baselines: Mapping[str, Any] = BASELINES,
 ) -> RunSettings:
     """Settings of a small run."""
     optim = {"lr": 1e-3}
@@ -44,8 +57,9 @@ def settings(
         {"name": "full", "image_size": 64, "text_length": 18, "samples_seen": 12_000, **train},
     ]
     zero_shot = [{"label": label} for label in labels]
+    learnt = {"probe": labels, "given": [labels[:1], labels[:2]] if labels else []}
     tasks = {
-        split: {"data": split, "retrieval": True, "zero_shot": zero_shot}
+        split: {"data": split, "retrieval": True, "zero_shot": zero_shot, **learnt}
         for split in ("renders", "combinations")
     }
     sources = {
@@ -60,6 +74,7 @@ def settings(
             "pretrain": phase[2 - phases :],
             "finetune_expert": {"samples_seen": 6_000, **train},
             "moe": {"num_experts": num_experts},
+            "baselines": baselines,
             "finetune_router": {"samples_seen": 4_000, **train},
             "evaluate": {"tasks": tasks},
         }
@@ -177,10 +192,28 @@ def _train(results: Path, job: PlannedJob, folder: Path, with_labels: bool) -> d
                 row |= {"contrastive": row["loss"] - 0.01, "balance": 1 + 0.2 * share**2}
                 row |= {"entropy": math.log(experts) - 0.5 * share}
                 row |= {"load_image": load[0].tolist(), "load_text": load[1].tolist()}
+                for tower in ("image", "text"):
+                    row[f"entropy_{tower}"] = [row["entropy"] - 0.1 * n * share for n in range(3)]
             file.write(json.dumps(row) + "\n")
-    moe = {"num_experts": experts, "top_k": 2, "image_layers": [0, 1, 2], "text_layers": [0, 1, 2]}
-    (folder / "model.json").write_text(json.dumps({"moe": moe}))
-    return {"samples_seen": seen}
+    _model(results, job, folder, with_labels)
+    tokens = {"image_tokens": 17, "text_tokens": 18}
+    return {"samples_seen": seen, "healthy_loads": [0.0025, 0.475], **tokens}
+
+
+TINY = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 64, "patch_size": 16, "width": 32, "layers": 3},
+    "text_cfg": {"context_length": 18, "width": 32, "layers": 3, "vocab_size": 100},
+}
+
+
+def _model(results: Path, job: PlannedJob, folder: Path, with_labels: bool) -> None:
+    """What a model folder says of its model, as planned."""
+    assembled, moe = job.inputs.get("init", job), None
+    if assembled.stage == "assemble":
+        layers = {"image_layers": [0, 1, 2], "text_layers": [0, 1, 2]}
+        moe = {key: assembled.settings[key] for key in ("num_experts", "top_k")} | layers
+    (folder / "model.json").write_text(json.dumps({"config": TINY, "moe": moe}))
 
 
 def _embed(results: Path, job: PlannedJob, folder: Path, with_labels: bool) -> None:
@@ -222,14 +255,24 @@ def _cluster(results: Path, job: PlannedJob, folder: Path, with_labels: bool) ->
 
 
 # How much of the truth a model's made-up features hold.
-SKILL = {"short": 0.22, "base": 0.3, "upcycled": 0.31, "moe": 0.36, "control": 0.32}
+SKILL = {
+    "untrained": 0.1,
+    "short": 0.22,
+    "base": 0.3,
+    "upcycled": 0.31,
+    "moe": 0.36,
+    "ensemble": 0.34,
+}
 
 
 def _evaluate(results: Path, job: PlannedJob, folder: Path, with_labels: bool) -> None:
     _, key, task = job.name.split("/")
-    skill = SKILL.get(key) or 0.3 + 0.01 * int(key[-1])
+    skill = SKILL.get(key, 0.32)
+    if key.startswith("expert_"):
+        skill = 0.3 + 0.01 * int(key[-1])
     samples = _train_samples(results, job)
-    captions = Captions.of(samples.all_captions())
+    captions_of = samples.all_captions()
+    captions = Captions.of(captions_of)
     generator = torch.Generator().manual_seed(1)
     truth = F.normalize(torch.randn(len(samples), 32, generator=generator), dim=-1)
 
@@ -252,10 +295,56 @@ def _evaluate(results: Path, job: PlannedJob, folder: Path, with_labels: bool) -
         guess = seen(direction[label_N], skill - 0.07 * number)
         scores = evaluate_zero_shot(guess, direction, label_N, classes)
         result["zero_shot"][zero_shot["label"]] = {**scores, "templates": ["a {c}"]}
+    labels = {label: samples.labels(label) for label in job.settings["probe"]}
+    result["probe"] = {
+        name: {
+            "acc": min(1.0, round(0.2 + skill * float(torch.rand((), generator=generator) + 1), 6)),
+            "spread": 0.02,
+            "chance": round(1 / len(samples.label_names[name]), 6),
+            "num_samples": len(samples),
+        }
+        for name in labels
+    }
+    result["given"] = {}
+    for names in job.settings["given"]:
+        rows = groups_of({name: samples.labels(name) for name in names}, captions_of, "given")
+        scores = evaluate_given(image_ND, text_UD, captions, captions_of, rows)
+        result["given"]["+".join(names)] = scores
+    result["choices"] = {}
+    measured = job.inputs.get("model")  # an ensemble has several
+    if measured and measured.stage == "finetune_router":
+        result["choices"] = _choices(folder, samples, captions, labels)
+    if not job.settings["retrieval"]:
+        result |= {"retrieval": None, "given": {}}
     (folder / "result.json").write_text(json.dumps(result))
     (folder / "examples.json").write_text(
         json.dumps(retrieval_examples(image_ND, text_UD, captions))
     )
+
+
+def _choices(folder: Path, samples: Samples, captions: Captions, labels: dict) -> dict:
+    """Tokens that follow the first label in one layer, their place in another, and nothing in the third."""
+    rng = np.random.default_rng(4)
+    label_N = next(iter(labels.values()), np.arange(len(samples)))
+    lengths = {"image": np.full(len(samples), 16), "text": np.full(len(captions.texts), 5)}
+    towers = {}
+    for tower, length_I in lengths.items():
+        item_R = np.repeat(np.arange(len(length_I)), length_I)
+        key_R = np.concatenate([np.arange(length) for length in length_I])
+        noise_R = rng.integers(0, 4, len(item_R))
+        columns = [label_N[item_R % len(label_N)] % 4, key_R % 4, noise_R]
+        towers[tower] = TowerChoices([0, 1, 2], 4, item_R, key_R, np.stack(columns, 1))
+    pieces = ["small", "red-", "star", "on", "mint"] * 4
+    maps = examples(towers, [0, 7, 9], [0, 3], (4, 4), pieces)
+    maps |= {"resize_mode": "shortest", "interpolation": "bicubic"}
+    (folder / "choices.json").write_text(json.dumps(maps))
+    own = {"image": (np.arange(len(samples)), labels, "patch")}
+    of_texts = {name: label_N[captions.image_P.numpy()] for name, label_N in labels.items()}
+    own["text"] = (captions.text_P.numpy(), of_texts, "token")
+    return {
+        tower: {"layers": [0, 1, 2], "num_experts": 4, "information": information(of, *own[tower])}
+        for tower, of in towers.items()
+    }
 
 
 _WRITERS = {
@@ -266,8 +355,9 @@ _WRITERS = {
     "embed": _embed,
     "cluster": _cluster,
     "finetune_expert": _train,
-    "assemble": _nothing,
+    "assemble": _model,
     "finetune_router": _train,
+    "soup": _model,
     "evaluate": _evaluate,
 }
 
@@ -281,5 +371,5 @@ def tree(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def bare_tree(tmp_path_factory) -> dict[str, Path]:
     """A run with one phase, two experts, and data without labels."""
-    run = settings(num_experts=2, phases=1, labels=())
+    run = settings(num_experts=2, phases=1, labels=(), baselines={"mlp": {"samples_seen": 6_000}})
     return build_tree(tmp_path_factory.mktemp("bare"), run, with_labels=False)

@@ -12,7 +12,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from clipgraft.config import load_config, sweep_points
-from clipgraft.versions import SWEEP, PlannedJob, plan_runs
+from clipgraft.planning import SWEEP, plan_runs
+from clipgraft.versions import PlannedJob
 
 # size -> (width, depth); parameters are written as 12 d w^2
 SIZES = {"tiny": (32, 2), "small": (64, 4), "large": (128, 6)}

@@ -5,6 +5,7 @@ import re
 import numpy as np
 
 from clipgraft.report.figures import MAX_SIZES, plot_caption_lengths, plot_rejects, size_counts
+from clipgraft.report.figures_experts import plot_router_layers
 from clipgraft.report.figures_results import noise_of
 
 REASONS = [{"data": "train", "reason": "too small & <odd>", "samples": 3}]
@@ -46,6 +47,29 @@ def test_a_figure_is_drawn_the_same_twice_and_carries_no_date():
     assert first == second
     assert "metadata" not in first and "<dc:date>" not in first
     assert "too small &amp; &lt;odd&gt;" in first
+
+
+def test_the_figure_of_layers_has_the_least_and_the_most_used_expert_of_each():
+    """A layer that collapses is a line of its own, whatever the others do."""
+    rows = [
+        {
+            "samples_seen": 10 * step,
+            "load_image": [[0.25] * 4, [0.4, 0.3, 0.3 - share, share]],
+            "entropy_image": [1.3, 1.0 - step / 10],
+        }
+        for step, share in ((1, 0.2), (2, 0.001))
+    ]
+    figure = plot_router_layers(rows, {"image": [0, 3]}, (0.0025, 0.475))
+    assert figure.rows[-1] == {
+        "samples_seen": 20,
+        "tower": "image",
+        "layer": 3,
+        "least": 0.001,
+        "most": 0.4,
+        "entropy": 0.8,
+    }
+    assert [row["layer"] for row in figure.rows] == [0, 3, 0, 3]
+    assert "layer 3" in figure.svg and "Bad:" in figure.caption
 
 
 def test_noise_is_two_standard_errors_of_a_share():

@@ -5,18 +5,24 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import pytest
+from sklearn.metrics import normalized_mutual_info_score
 
 from clipgraft.config import ConfigError
+from clipgraft.data.samples import Samples
 from clipgraft.report.report import report
 from clipgraft.settings import ReportJob
 
 FULL = {
     "data_caption_lengths", "data_image_sizes", "data_rejects", "pretraining_curves",
     "experts_cluster_sizes", "experts_agreement", "experts_loss", "moe_router", "moe_load",
-    "results_metrics", "results_cost", "results_confusion",
+    "moe_router_layers", "results_metrics", "results_cost", "results_confusion",
+    "moe_patch_choices", "moe_word_choices", "moe_words", "moe_information",
+    "attributes_probes", "attributes_gains", "attributes_given",
 }  # fmt: skip
 VOID = {"meta", "img", "br", "link", "hr"}
 
@@ -58,6 +64,11 @@ def write(inputs: dict[str, Path], out: Path) -> str:
     return (out / "report.html").read_text()
 
 
+def csv_rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
 @pytest.fixture(scope="module")
 def full(tree, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("report") / "full"
@@ -80,7 +91,7 @@ def test_the_page_needs_nothing_but_itself(full):
     inner = {link[1:] for link in page.links if link.startswith("#")}
     assert inner <= set(page.ids)
     for link in page.links:
-        assert link.startswith("#") or (full / link).exists()
+        assert link.startswith(("#", "data:image/png;base64,")) or (full / link).exists()
     assert len(text) < 5_000_000
 
 
@@ -119,6 +130,69 @@ def test_numbers_on_the_page_are_those_of_the_results(full, tree):
     assert f"{100 * result['retrieval']['mean_R@1']:.1f}" in line.replace("*", "").split()
 
 
+def test_an_untrained_network_stands_beside_the_probes_alone(full, tree):
+    rows = csv_rows(full / "figures/attributes_probes.csv")
+    result = json.loads((tree["evaluate/untrained/renders"] / "result.json").read_text())
+    found = [r for r in rows if (r["task"], r["model"]) == ("renders", "untrained")]
+    assert [float(r["accuracy"]) for r in found] == [p["acc"] for p in result["probe"].values()]
+    assert "untrained" not in (full / "results.txt").read_text()
+    line = next(r for r in csv_rows(full / "results.csv") if r["model"] == "untrained")
+    assert line["samples_seen"] == "0" and float(line["minutes"]) == 0
+    assert float(line["renders/probe_shape_acc"]) == result["probe"]["shape"]["acc"]
+    assert line["renders/mean_R@1"] == ""
+
+
+def test_gains_are_over_the_base(full, tree):
+    def accuracy(model: str) -> float:
+        folder = tree[f"evaluate/{model}/renders"]
+        return json.loads((folder / "result.json").read_text())["probe"]["colour"]["acc"]
+
+    rows = csv_rows(full / "figures/attributes_gains.csv")
+    gain = {
+        r["model"]: float(r["points"])
+        for r in rows
+        if r["task"] == "renders" and r["attribute"] == "colour"
+    }
+    assert not {"base", "untrained"} & set(gain) and {"moe", "expert_1", "soup"} <= set(gain)
+    assert gain["expert_2"] == pytest.approx(100 * (accuracy("expert_2") - accuracy("base")))
+
+
+def test_retrieval_given_labels_stands_below_that_of_all(full, tree):
+    rows = csv_rows(full / "figures/attributes_given.csv")
+    own = [r for r in rows if (r["task"], r["model"]) == ("combinations", "moe")]
+    result = json.loads((tree["evaluate/moe/combinations"] / "result.json").read_text())
+    expected = [result["retrieval"], *result["given"].values()]
+    assert [r["given"] for r in own] == ["all", "colour", "colour+shape"]
+    assert [float(r["mean_R@1"]) for r in own] == [each["mean_R@1"] for each in expected]
+    assert [float(r["chance"]) for r in own] == [each["chance"]["mean_R@1"] for each in expected]
+
+
+def test_maps_and_information_are_those_of_the_last_mixture(full, tree):
+    shown = json.loads((tree["evaluate/moe/renders"] / "choices.json").read_text())
+    rows = csv_rows(full / "figures/moe_patch_choices.csv")
+    assert len(rows) == 3 * 3 * 16
+    assert [int(r["expert"]) for r in rows[:48]] == list(chain(*shown["image"][0]["experts"]))
+    rows = csv_rows(full / "figures/moe_information.csv")
+    assert {"moe", "copies"} <= {r["model"] for r in rows}
+    own = [
+        r for r in rows if r["model"] == "moe" and r["tower"] == "image" and r["about"] == "colour"
+    ]
+    assert float(own[0]["share"]) > 0.9 > 0.2 > float(own[1]["share"])
+
+
+def test_every_side_and_both_are_held_against_labels(full, tree):
+    """Against scikit-learn, on what the round has stored."""
+    rows = csv_rows(full / "figures/experts_agreement.csv")
+    value = {(r["round"], r["clusters"], r["attribute"]): float(r["nmi"]) for r in rows}
+    assert {name for _, name, _ in value} == {"image", "text", "both", "all labels"}
+    clusters_N2 = np.load(tree["cluster/2"] / "clusters.npy")
+    shape_N = Samples.open(tree["index/train"]).labels("shape")
+    both_N = clusters_N2[:, 0] * 100 + clusters_N2[:, 1]
+    for name, found_N in (("text", clusters_N2[:, 1]), ("both", both_N)):
+        expected = normalized_mutual_info_score(shape_N, found_N)
+        assert value["2", name, "shape"] == pytest.approx(expected)
+
+
 def test_the_same_run_gives_the_same_bytes(full, tree, tmp_path):
     write(tree, tmp_path / "again")
     for path in sorted(path for path in full.rglob("*") if path.is_file()):
@@ -127,7 +201,8 @@ def test_the_same_run_gives_the_same_bytes(full, tree, tmp_path):
 
 def test_what_a_run_lacks_is_left_out(bare):
     drawn = {path.stem for path in (bare / "figures").glob("*.svg")}
-    assert drawn == FULL - {"experts_agreement", "results_confusion"}
+    learnt = {name for name in FULL if name.startswith("attributes_")}  # there are no labels
+    assert drawn == FULL - {"experts_agreement", "results_confusion"} - learnt
     names = {line.split("  ")[0] for line in (bare / "results.txt").read_text().splitlines()}
     assert {"base", "expert 1", "moe"} <= names and not {"short", "expert 2"} & names
 
@@ -155,7 +230,7 @@ def test_a_run_without_experts_has_a_report_that_speaks_of_none(tree, tmp_path):
     assert not {"experts", "moe"} & set(page.ids)
     said = " ".join(page.text)
     assert "base reaches" in said
-    assert not re.search(r"\b(MoE|experts?|controls?|routers?)\b", said)
+    assert not re.search(r"\b(MoE|experts?|baselines?|routers?)\b", said)
 
 
 def test_a_stage_that_trained_for_no_step_draws_no_curve(bare_tree, tmp_path):
@@ -163,8 +238,8 @@ def test_a_stage_that_trained_for_no_step_draws_no_curve(bare_tree, tmp_path):
     for name in (
         "pretrain/full",
         "finetune_expert/1",
-        "finetune_expert/control",
-        "finetune_router",
+        "finetune_expert/mlp",
+        "finetune_router/moe",
     ):
         inputs[name] = tmp_path / name.replace("/", "_")
         shutil.copytree(bare_tree[name], inputs[name])
@@ -213,7 +288,7 @@ def test_a_loss_is_said_as_plainly_as_a_gain(bare_tree, tmp_path, others, verdic
     for name, value in (
         ("base", others),
         ("expert_1", 0.0),
-        ("control", 0.0),
+        ("mlp", 0.0),
         ("upcycled", 0.0),
         ("moe", 0.5),
     ):

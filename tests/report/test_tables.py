@@ -5,6 +5,8 @@ import io
 
 import pytest
 
+from clipgraft.report.costs import Cost
+from clipgraft.report.page_tables import results_table
 from clipgraft.report.read import Model
 from clipgraft.report.tables import columns_of, human, results_csv, results_text, to_csv
 
@@ -23,8 +25,9 @@ def result(i2t: float, t2i: float, shape: float) -> dict:
 
 @pytest.fixture
 def models() -> list[Model]:
-    base = Model("base", "#000", 50_000, 3.25, {"renders": result(0.5, 0.31, 0.8)})
-    moe = Model("moe", "#fff", 1_250_000, 130.0, {"renders": result(0.123456, 0.62, 0.80001)})
+    base = Model("base", "#000", Cost(50_000, 3.25), {"renders": result(0.5, 0.31, 0.8)})
+    spent = Cost(1_250_000, 130.0)
+    moe = Model("moe", "#fff", spent, {"renders": result(0.123456, 0.62, 0.80001)})
     return [base, moe]
 
 
@@ -61,6 +64,30 @@ def test_a_task_that_a_model_lacks_is_left_blank(models):
     rows = list(csv.DictReader(io.StringIO(results_csv(models, columns))))
     assert rows[2]["other/shape_acc1"] == ""
     assert results_text(models, columns).count("\nmoe ") == 1
+
+
+def test_costs_after_the_base_stand_in_the_table_where_there_are_any_and_the_best_expert_is_marked(
+    models,
+):
+    moe = models[-1]
+    moe.cost = Cost(1_250_000, 130.0, 1_200_000, 5.43e18, 1.2e9)
+    for k, i2t in ((1, 0.4), (2, 0.7), (3, 0.6)):
+        spent = Cost(60_000, 4.0, 10_000, None, 8.6e8)
+        models.append(Model(f"expert_{k}", "", spent, {"renders": result(i2t, 0.1, 0.5)}))
+    text = results_text(models, columns_of(models))
+    rows = {line.split("  ")[0]: line.split("  ", 1)[-1].split() for line in text.splitlines()[1:]}
+    assert rows["base"][:5] == ["50k", "3.2", "-", "-", "-"]
+    assert rows["moe"][:5] == ["1.25M", "130", "1.2M", "5.43E", "1.2G"]
+    assert rows["expert 2 +"][2:5] == ["10k", "-", "860M"]  # what cannot be counted is no zero
+    assert [name for name in rows if name.endswith("+")] == ["expert 2 +"]
+    table = results_table("renders", models, columns_of(models))
+    assert table.groups[:3] == [("", 3), ("after the base", 2), ("", 1)]
+    assert all(len(row) == sum(span for _, span in table.groups) for row in table.rows)
+    assert [row[0].text for row in table.rows if "best" in row[0].text] == [
+        "expert 2 (best expert)"
+    ]
+    rows = list(csv.DictReader(io.StringIO(results_csv(models, columns_of(models)))))
+    assert float(rows[2]["flops_after"]) == 5.43e18 and rows[3]["flops_after"] == ""
 
 
 def test_a_run_without_evaluation_says_so():

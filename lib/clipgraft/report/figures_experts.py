@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure as Canvas
 
 from clipgraft.report.style import (
@@ -28,7 +30,7 @@ MAX_BARS = 60  # more labels than this are drawn as an outline
 def plot_expert_losses(
     series: Mapping[str, Rows], titles: Mapping[str, str], colours: Mapping[str, str]
 ) -> Figure:
-    """Loss of each expert and control against samples seen in its own fine-tuning.
+    """Loss of each expert and baseline against samples seen in its own fine-tuning.
 
     Args:
         series: model key to its metrics.
@@ -57,10 +59,10 @@ def plot_expert_losses(
         return figure
 
     caption = (
-        "Experts (solid) see batches of one pseudo label each, controls (dashed) ordinary batches. An "
+        "Experts (solid) see batches of one pseudo label each, baselines (dashed) ordinary batches. An "
         "expert's loss starts higher, because all its negatives look alike, and must fall: that fall is "
         "what it learns beyond the base. Bad: a flat line (nothing left to tell apart), or an expert "
-        "whose loss equals the control's (its clusters separate nothing)."
+        "whose loss equals a baseline's (its clusters separate nothing)."
     )
     return draw("experts_loss", "Loss of the experts", caption, rows, plot)
 
@@ -115,7 +117,7 @@ def plot_agreement(rows: Rows) -> Figure:
     """Clusters against the known labels of the data set.
 
     Args:
-        rows: `round`, `clusters` (image, text, label), `attribute`, `nmi`.
+        rows: `round`, `clusters` (image, text, both or joint, all labels), `attribute`, `nmi`.
     """
 
     def plot() -> Canvas:
@@ -130,13 +132,15 @@ def plot_agreement(rows: Rows) -> Figure:
         figure.set_layout_engine("constrained")
         axis = figure.subplots()
         heat_map(axis, table, attributes, names, high=1.0, text="{:.2f}")
-        for number in range(3, len(lines), 3):
-            axis.axhline(number, color="white", linewidth=4)
+        for number, (one, other) in enumerate(pairwise(lines), start=1):
+            if one[0] != other[0]:
+                axis.axhline(number, color="white", linewidth=4)
         return figure
 
     caption = (
         "Normalised mutual information between clusters and what is known of the training samples: 1 if "
-        "the clusters are that attribute, 0 if they know nothing of it. Look for rounds that "
+        "the clusters are that attribute, 0 if they know nothing of it (a little more by chance for very many labels). Look "
+        "for rounds that "
         "differ: what one round has found is held fixed within the labels of the next, so new "
         "image and text clusters should turn to something else. Bad: every round the same."
     )
@@ -179,6 +183,71 @@ def plot_router(rows: Rows, num_experts: int) -> Figure:
     return draw(
         "moe_router", "Router training", caption, [{k: r[k] for k in kept} for r in rows], plot
     )
+
+
+def plot_router_layers(
+    rows: Rows, layers: Mapping[str, Sequence[int]], bounds: Sequence[float]
+) -> Figure:
+    """Load of the least and of the most used expert, and entropy, layer by layer, while the routers are trained.
+
+    Args:
+        rows: of metrics, with `load_<tower>` and `entropy_<tower>`.
+        layers: tower to the numbers of its blocks with experts.
+        bounds: loads below and above which a layer counts as collapsed.
+    """
+    num_experts = len(rows[0][f"load_{next(iter(layers))}"][0])
+    table = [
+        {
+            "samples_seen": row["samples_seen"],
+            "tower": tower,
+            "layer": layer,
+            "least": min(row[f"load_{tower}"][i]),
+            "most": max(row[f"load_{tower}"][i]),
+            "entropy": row[f"entropy_{tower}"][i],
+        }
+        for row in rows
+        for tower, numbers in layers.items()
+        for i, layer in enumerate(numbers)
+    ]
+    panels = {
+        "least": ("least used expert", 1 / num_experts, bounds[0]),
+        "most": ("most used expert", 1 / num_experts, bounds[1]),
+        "entropy": ("entropy, nats", math.log(num_experts), None),
+    }
+
+    def plot() -> Canvas:
+        figure, axes = canvas(2.1 * len(layers) + 0.2, len(layers), 3, sharex=True)
+        x = [row["samples_seen"] for row in rows]
+        for line, (tower, numbers) in zip(axes, layers.items(), strict=True):
+            shades = colormaps["viridis_r"](np.linspace(0.1, 1, len(numbers)))
+            for axis, (key, (title, even, bound)) in zip(line, panels.items(), strict=True):
+                for number, shade in zip(numbers, shades, strict=True):
+                    own = [row for row in table if row["tower"] == tower and row["layer"] == number]
+                    marker = "o" if len(rows) < 3 else None
+                    label = f"layer {number}" if number in (numbers[0], numbers[-1]) else None
+                    y = [row[key] for row in own]
+                    axis.plot(x, y, color=shade, marker=marker, markersize=3, label=label)
+                axis.axhline(even, color=MUTED, linewidth=1, linestyle="--")
+                if bound is not None:
+                    axis.axhline(bound, color=ORANGE, linewidth=1.2, zorder=1)  # below the lines
+                axis.set_title(f"{tower}: {title}")
+                axis.set_ylim(0, None)
+                counts_on(axis.xaxis)
+            line[0].set_ylabel("share of choices")
+            line[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+        for axis in axes[-1]:
+            axis.set_xlabel("samples seen")
+        return figure
+
+    caption = (
+        f"One line per layer, from the first (light) to the last (dark). Dashed: even use, "
+        f"{100 / num_experts:.0f} % each, and a router without an opinion. Fresh routers are uneven; lines should leave "
+        "the orange bounds early and stay away from them. Bad: a line on or beyond a bound at the end (an expert that "
+        "no token takes, or one that every token takes), or a line that crosses it late (the layer is collapsing: a "
+        "larger balance_weight). The mean over layers would hide it."
+    )
+    title = "Router training, layer by layer"
+    return draw("moe_router_layers", title, caption, table, plot)
 
 
 def plot_expert_load(

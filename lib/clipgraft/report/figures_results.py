@@ -24,6 +24,7 @@ from clipgraft.report.style import (
 )
 from clipgraft.report.tables import Column, displayed, num_images_of
 
+LEGEND_COLUMNS = 8  # as many as are as wide as the page
 MAX_CONFUSIONS = 6
 MAX_CLASSES = 30  # of a confusion that can be read
 _ANNOTATED_CLASSES = 10
@@ -47,18 +48,19 @@ def plot_metrics(models: Sequence[Model], columns: Sequence[Column]) -> Figure:
         most = max(sum(column.task == task for column in columns) for task in tasks)
         per_line = min(2, len(tasks))
         lines = math.ceil(len(tasks) / per_line)
-        figure, axes = canvas((0.9 + 0.42 * most) * lines + 0.4, lines, per_line, sharex=True)
+        row = max(0.42, 0.065 * len(models))  # inches: models of one row stand one below another
+        figure, axes = canvas((0.9 + row * most) * lines + 0.4, lines, per_line, sharex=True)
         for axis, task in zip(hide_unused(axes, len(tasks)), tasks, strict=True):
-            _dots(axis, models, [column for column in columns if column.task == task])
+            draw_dots(axis, models, [column for column in columns if column.task == task])
             axis.set_title(task)
-        _legend(figure, models)
+        draw_legend(figure, models)
         return figure
 
     caption = "Per cent, further right is better; the grey tick is chance. "
     if _has_moe(models):
         caption += (
             "Look for the metrics in which experts pass the base and whether the MoE keeps the best of each. Bad: "
-            "a MoE left of the control, which had the same kind of extra training without clusters and routers."
+            "a MoE left of a baseline, which had its training in a simpler way."
         )
     else:
         caption += "Bad: a base left of an earlier phase, or models at chance."
@@ -76,8 +78,8 @@ def plot_cost(models: Sequence[Model], column: Column) -> Figure:
     rows = [
         {
             "model": model.key,
-            "samples_seen": model.samples_seen,
-            "minutes": model.minutes,
+            "samples_seen": model.cost.samples_seen,
+            "minutes": model.cost.minutes,
             column.key: column.values[model.key],
         }
         for model in shown
@@ -87,22 +89,22 @@ def plot_cost(models: Sequence[Model], column: Column) -> Figure:
         figure, axes = canvas(3.2, 1, 2, sharey=True)
         for axis, name in zip(axes[0], ("samples_seen", "minutes"), strict=True):
             for model in shown:
-                x, y = getattr(model, name), 100 * column.values[model.key]
-                axis.plot(x, y, _marker(model), color=model.colour, markersize=8)
+                x, y = getattr(model.cost, name), 100 * column.values[model.key]
+                axis.plot(x, y, model.marker, color=model.colour, markersize=8)
             axis.axhline(100 * column.chance, color=MUTED, linewidth=1, linestyle="--")
-            rightmost = max(getattr(model, name) for model in shown)
+            rightmost = max(getattr(model.cost, name) for model in shown)
             axis.set(xlabel=name.replace("_", " "), xlim=(0, 1.06 * rightmost or 1))
         highest = max(column.chance, *(column.values[model.key] for model in shown))
         axes[0, 0].set_ylim(0, 110 * highest)
         axes[0, 0].set_ylabel(f"{column.task}: {column.short}, %")
         counts_on(axes[0, 0].xaxis)
-        _legend(figure, shown)
+        draw_legend(figure, shown)
         return figure
 
     caption = "Cost is all training that a model rests upon. Dashed: chance. "
     if _has_moe(models):
         caption += (
-            "The MoE pays for its base, its experts, their clusters and its routers. Bad: a control to the left of "
+            "The MoE pays for its base, its experts, their clusters and its routers. Bad: a baseline to the left of "
             "and above the MoE, which then bought nothing."
         )
     else:
@@ -154,7 +156,8 @@ def noise_of(result: Mapping[str, Any], share: float = 0.5) -> float:
     return 200 * math.sqrt(share * (1 - share) / num_images_of(result))
 
 
-def _dots(axis: Axes, models: Sequence[Model], columns: Sequence[Column]) -> None:
+def draw_dots(axis: Axes, models: Sequence[Model], columns: Sequence[Column]) -> None:
+    """One line per metric, with a dot for each model that has it."""
     for line, column in enumerate(columns):
         found = [100 * column.values[m.key] for m in models if m.key in column.values]
         axis.plot([min(found), max(found)], [line, line], color="#D1D5DB", linewidth=3, zorder=1)
@@ -163,7 +166,7 @@ def _dots(axis: Axes, models: Sequence[Model], columns: Sequence[Column]) -> Non
         for number, model in enumerate(m for m in models if m.key in column.values):
             shift = 0.62 * ((number + 0.5) / len(found) - 0.5)
             x = 100 * column.values[model.key]
-            axis.plot(x, line + shift, _marker(model), color=model.colour, markersize=6.5)
+            axis.plot(x, line + shift, model.marker, color=model.colour, markersize=6.5)
     axis.set_yticks(range(len(columns)), [column.short for column in columns])
     axis.tick_params(axis="y", length=0, labelcolor=INK)
     axis.set(xlim=(0, 100), ylim=(len(columns) - 0.4, -0.6))
@@ -171,21 +174,15 @@ def _dots(axis: Axes, models: Sequence[Model], columns: Sequence[Column]) -> Non
     axis.grid(axis="y", visible=False)
 
 
-def _marker(model: Model) -> str:
-    if model.key.startswith("expert_"):
-        return "o"
-    return {"base": "s", "upcycled": "^", "moe": "D"}.get(model.key, "v")
-
-
-def _legend(figure: Canvas, models: Sequence[Model]) -> None:
+def draw_legend(figure: Canvas, models: Sequence[Model]) -> None:
+    """What dots look like, above the figure."""
     handles = [
-        Line2D([], [], linestyle="", marker=_marker(m), color=m.colour, label=m.title)
-        for m in models
+        Line2D([], [], linestyle="", marker=m.marker, color=m.colour, label=m.title) for m in models
     ]
     figure.legend(
         handles=handles,
         loc="outside upper left",
-        ncols=len(handles),
+        ncols=min(len(handles), LEGEND_COLUMNS),
         handletextpad=0.2,
         columnspacing=1.4,
     )

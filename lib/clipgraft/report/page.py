@@ -190,12 +190,12 @@ TEMPLATE = """<!DOCTYPE html>
 the limits stand under <code>index</code> in the config.</p>
 {%- endif %}
 {%- for round in section.rounds %}
-<h3>Round {{ round.name }}: pictures nearest to each image centroid</h3>
+<h3>Round {{ round.name }}: pictures nearest to each {{ round.side }} centroid</h3>
 {%- if round.caption %}
 <p class="muted">{{ round.caption }}</p>
 {%- endif %}
 {%- for cluster in round.sheets %}
-<div class="cluster"><div><b>image cluster {{ cluster.number }}</b>
+<div class="cluster"><div><b>{{ round.side }} cluster {{ cluster.number }}</b>
 <div class="words">{{ "{:,}".format(cluster.size) }} samples, {{ "%.0f" % (100 * cluster.share) }} %<br>
 {%- for word, share in cluster.words %}{{ word }} {{ "%.0f" % (100 * share) }} %{{ ", " if not loop.last }}
 {%- endfor %}</div></div>{{ strip(cluster.pictures) }}</div>

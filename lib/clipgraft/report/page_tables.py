@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import pyarrow.parquet as pq
 
 from clipgraft.report.figures_results import noise_of
-from clipgraft.report.read import Model, Run, read_json
-from clipgraft.report.tables import Column, cost_cells, displayed, size_of_task
+from clipgraft.report.read import Model, Run, read_json, sides_of
+from clipgraft.report.tables import (
+    Column,
+    best_expert,
+    cost_columns,
+    displayed,
+    size_of_task,
+)
 
+_COST_CAPTION = (
+    " After the base: samples of its training, and FLOPs of training and of embedding samples for clusters; k-means "
+    "is left out. A frozen weight costs two products instead of three, and nothing where no gradient has to pass; so "
+    "training MLPs costs less than training all, and training routers still costs most of it. FLOP a pair: of "
+    "encoding a picture and a caption. The best expert is chosen on this very table, which flatters it. Bad: a "
+    "baseline above the MoE that costs no more."
+)
 NOT_SHOWN = ("top 5", "recall per class")  # groups that stand in results.csv alone
 
 
@@ -79,20 +93,20 @@ def rounds_table(rounds: Mapping[str, Mapping[str, Any]]) -> Table:
     rows = []
     for name, about in rounds.items():
         agreement = about["agreement"] or {}
-        nmi = [agreement.get(side) for side in ("image", "text")]
-        counts = [about["image"]["num_clusters"], about["text"]["num_clusters"]]
-        counts += [about["num_labels"], min(about["sizes"]), max(about["sizes"])]
-        texts = [name, *(f"{n:,}" for n in counts)]
+        nmi = [agreement.get(side) for side in ("image", "text", "joint")]
+        sides = " x ".join(f"{about[side]['num_clusters']:,} {side}" for side in sides_of(about))
+        counts = [about["num_labels"], min(about["sizes"]), max(about["sizes"])]
+        texts = [name, sides, *(f"{n:,}" for n in counts)]
         texts += ["-" if value is None else f"{value:.2f}" for value in nmi]
         rows.append([Cell(text) for text in texts])
-    groups = [("", 1), ("clusters", 2), ("accumulated labels", 3), ("NMI with round before", 2)]
-    head = ["round", "image", "text", "labels", "smallest", "largest", "image", "text"]
+    groups = [("", 2), ("accumulated labels", 3), ("NMI with round before", 3)]
+    head = ["round", "clusters", "labels", "smallest", "largest", "image", "text", "joint"]
     caption = (
-        "Each round clusters the embeddings of the expert before; the labels are all pairs of "
+        "Each round clusters the embeddings of the expert before; the labels are all combinations of "
         "clusters of all rounds so far. NMI near 1 means that a round found again what the round "
         "before had found."
     )
-    return Table("Rounds of clustering", head, rows, caption, groups)
+    return Table("Rounds of clustering", head, rows, caption, groups, text_columns=(1,))
 
 
 def results_table(task: str, models: Sequence[Model], columns: Sequence[Column]) -> Table:
@@ -105,11 +119,14 @@ def results_table(task: str, models: Sequence[Model], columns: Sequence[Column])
     """
     shown = [column for column in columns if column.group not in NOT_SHOWN]
     measured = [model for model in models if task in model.results]
-    rows = [[Cell("chance"), Cell(""), Cell(""), *(Cell(_percent(c.chance)) for c in shown)]]
+    spent, best = cost_columns(measured), best_expert(models, columns)
+    chances = [Cell(_percent(column.chance)) for column in shown]
+    rows = [[Cell("chance"), *[Cell("")] * len(spent), *chances]]
     for model in measured:
-        name = Cell(model.title, colour=model.colour)
+        title = f"{model.title} (best expert)" if model.key == best else model.title
         scores = (_score(column, model.key) for column in shown)
-        rows.append([name, *map(Cell, cost_cells(model)), *scores])
+        costs = (Cell(each.cells[model.key]) for each in spent)
+        rows.append([Cell(title, colour=model.colour), *costs, *scores])
     result = measured[0].results[task]
     caption = (
         "Per cent; bold is best of its column, the shade shows how far from chance to best. "
@@ -117,10 +134,18 @@ def results_table(task: str, models: Sequence[Model], columns: Sequence[Column])
         "a number near 50 %. Equal captions count as hits, equal scores as a coin would decide. "
         "results.csv has all digits, top 5 and recall per class."
     )
-    head = ["model", "samples seen", "minutes", *(column.title for column in shown)]
-    groups = [("", 3), *Counter(column.group for column in shown).items()]
+    if len(spent) > 2:
+        caption += _COST_CAPTION
+    head = ["model", *(each.title for each in spent), *(column.title for column in shown)]
+    groups = [("", 3), *_groups(each.group for each in spent[2:])]
+    groups += Counter(column.group for column in shown).items()
     title = f"{task}: {size_of_task(result)}"
     return Table(title, head, rows, caption, groups, first_is_chance=True)
+
+
+def _groups(names: Iterable[str]) -> list[tuple[str, int]]:
+    """Neighbours of one name, with how many they are."""
+    return [(name, len(list(those))) for name, those in groupby(names)]
 
 
 def _download_cells(run: Run, data: str) -> list[str]:

@@ -1,28 +1,31 @@
 """Reading a run: from the folders of its jobs to plain data.
 
 Only what is there is read; a run without a short phase, without labels or without a task simply
-lacks those parts. What a model cost is added up along the manifests of what it was made from, so
-that an expert pays for its base and a MoE for all of its experts.
+lacks those parts.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from clipgraft.baseline_settings import KINDS
 from clipgraft.data.samples import Samples
-from clipgraft.provenance import MANIFEST, read_manifest
+from clipgraft.provenance import read_manifest
+from clipgraft.report.costs import Cost, cost_of, input_folder
 
-MODEL_STAGES = ("pretrain", "embed", "cluster", "finetune_expert", "assemble", "finetune_router")
+UNTRAINED = "untrained"  # random weights, evaluated for the probes alone
 
 # Okabe and Ito's colours, which differ for all kinds of colour vision. A model has one everywhere.
-_ROLE_COLOURS = {"base": "#333333", "upcycled": "#CC79A7", "moe": "#D55E00"}
+_ROLE_COLOURS = {UNTRAINED: "#D0D0D0", "base": "#333333", "upcycled": "#CC79A7", "moe": "#D55E00"}
 _PHASE_COLOURS = ("#999999", "#BBBBBB", "#777777")
 _EXPERT_COLOURS = ("#56B4E9", "#0072B2", "#009E73", "#5D4E9E", "#00788A", "#7FA32B", "#3B6EA5")
-_CONTROL_COLOURS = ("#E69F00", "#A6761D", "#F0C24B")
+_BASELINE_COLOURS = ("#E69F00", "#A6761D", "#F0C24B", "#B5423C", "#8C8C00", "#F2A3A3", "#6E4B2A")
+_ROLE_MARKERS = {UNTRAINED: "X", "base": "s", "upcycled": "^", "moe": "D"}
+_BASELINE_MARKERS = "v<>Pph*"
 
 
 @dataclass
@@ -32,18 +35,18 @@ class Model:
     Attributes:
         key: as in job names: `base`, `expert_1`, `moe`.
         colour: the same in all figures.
-        samples_seen: in training, all told, from the first phase on.
-        minutes: of all jobs it was made by, data preparation left out.
+        cost: of all that led to it.
         results: task to the content of `result.json`.
         examples: task to the content of `examples.json`.
+        marker: the same in all figures; baselines would not be told apart by colours alone.
     """
 
     key: str
     colour: str
-    samples_seen: int
-    minutes: float
+    cost: Cost
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     examples: dict[str, dict[str, Any]] = field(default_factory=dict)
+    marker: str = "o"
 
     @property
     def title(self) -> str:
@@ -76,9 +79,9 @@ class Run:
             if name.partition("/")[0] == stage
         }
 
-    def manifest(self, stage: str, key: str = "") -> dict[str, Any]:
+    def manifest(self, stage: str, key: str) -> dict[str, Any]:
         """Manifest of a job."""
-        return self.manifests[f"{stage}/{key}" if key else stage]
+        return self.manifests[f"{stage}/{key}"]
 
     @property
     def seconds(self) -> float:
@@ -92,13 +95,21 @@ class Run:
     def models(self) -> list[Model]:
         """All evaluated models, in pipeline order."""
         models: dict[str, Model] = {}
-        phases = list(self.of_stage("pretrain"))
-        for name, folder in self.of_stage("evaluate").items():
+        evaluated = self.of_stage("evaluate")
+        folders = {name.partition("/")[0]: self._model_folders(name) for name in evaluated}
+        # By its folder: a baseline may have the name of the last phase, which is evaluated as the base.
+        phases = [
+            phase
+            for phase, folder in self.of_stage("pretrain").items()
+            if folders.get(phase) == [folder.resolve()]
+        ]
+        for name, folder in evaluated.items():
             key, _, task = name.partition("/")
             if key not in models:
-                source = self.manifest("evaluate", name)["inputs"]["model"]["manifest"]
-                samples_seen, minutes = cost((folder / source).parent)
-                models[key] = Model(key, "", samples_seen, minutes)
+                spent = cost_of(folders[key], folders["base"])
+                if key == UNTRAINED:  # the base's architecture alone
+                    spent = Cost(0, 0.0, flops_after=0.0, flops_per_pair=spent.flops_per_pair)
+                models[key] = Model(key, "", spent)
             models[key].results[task] = read_json(folder / "result.json")
             if (folder / "examples.json").exists():
                 models[key].examples[task] = read_json(folder / "examples.json")
@@ -106,33 +117,15 @@ class Run:
         _colour(ordered, phases)
         return ordered
 
+    def _model_folders(self, name: str) -> list[Path]:
+        """What an evaluation has measured, several models if they stood side by side."""
+        folder, manifest = self.folders[f"evaluate/{name}"], self.manifest("evaluate", name)
+        slots = [slot for slot in manifest["inputs"] if slot.split("_")[0] == "model"]
+        return [input_folder(folder, manifest, slot) for slot in slots]
+
     def samples(self, data: str) -> Samples:
         """The samples of a data set."""
         return Samples.open(self.folders[f"index/{data}"])
-
-
-def cost(folder: Path) -> tuple[int, float]:
-    """Samples seen and minutes spent on a model and on all it was made from."""
-    manifests = ancestors(folder)
-    of_models = [m for m in manifests.values() if m["stage"] in MODEL_STAGES]
-    samples_seen = sum(m.get("samples_seen") or 0 for m in of_models)
-    return samples_seen, sum(m.get("seconds") or 0.0 for m in of_models) / 60
-
-
-def ancestors(folder: Path) -> dict[Path, dict[str, Any]]:
-    """Manifests of a job and of all it was made from, by folder."""
-    return dict(_ancestors(folder.resolve(), set()))
-
-
-def _ancestors(folder: Path, seen: set[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    if folder in seen:
-        return
-    seen.add(folder)
-    manifest = read_manifest(folder)
-    yield folder, manifest
-    for about in manifest.get("inputs", {}).values():
-        path = folder / about["manifest"]
-        yield from _ancestors(path.resolve().parent if path.name == MANIFEST else path, seen)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -148,24 +141,42 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines() if line]
 
 
-def _place(key: str, phases: list[str]) -> tuple[int, int]:
+def _place(key: str, phases: list[str]) -> tuple[int, int, str]:
+    if key == UNTRAINED:
+        return -1, 0, ""
     if key in phases:
-        return 0, phases.index(key)
+        return 0, phases.index(key), ""
     if key.startswith("expert_"):
-        return 2, int(key.removeprefix("expert_"))
-    return {"base": 1, "upcycled": 4, "moe": 5}.get(key, 3), 0
+        return 2, int(key.removeprefix("expert_")), ""
+    kind = KINDS.index(key) if key in KINDS else len(KINDS)  # baselines
+    place = {"base": 1, "upcycled": 4, "moe": 5}.get(key)
+    return (3, kind, key) if place is None else (place, 0, "")
+
+
+def expert_colours(num_experts: int) -> list[str]:
+    """Of experts as models of a run, the base first."""
+    return [_ROLE_COLOURS["base"], *(_EXPERT_COLOURS * 9)][:num_experts]
 
 
 def _colour(models: list[Model], phases: list[str]) -> None:
     palettes = {
         "phase": iter(_PHASE_COLOURS * 9),
         "expert": iter(_EXPERT_COLOURS * 9),
-        "control": iter(_CONTROL_COLOURS * 9),
+        "baseline": iter(_BASELINE_COLOURS * 9),
     }
+    markers = iter(_BASELINE_MARKERS * 9)
     for model in models:
-        kind = "control"
+        kind = "baseline"
         if model.key in phases:
             kind = "phase"
         elif model.key.startswith("expert_"):
             kind = "expert"
+        elif model.key not in _ROLE_MARKERS:
+            model.marker = next(markers)
         model.colour = _ROLE_COLOURS.get(model.key) or next(palettes[kind])
+        model.marker = _ROLE_MARKERS.get(model.key, model.marker)
+
+
+def sides_of(about: Mapping[str, Any]) -> list[str]:
+    """What a round clustered, by its `clusters.json`, in the order of the columns of `clusters.npy`."""
+    return [side for side in ("image", "text", "joint") if side in about]

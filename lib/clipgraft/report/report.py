@@ -11,24 +11,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from clipgraft.report.attributes import attributes_section
+from clipgraft.report.choices import choices_figures
 from clipgraft.report.facts import job_rows, provenance, subtitle, write_figures
 from clipgraft.report.figures_results import noise_of
 from clipgraft.report.page import render
-from clipgraft.report.read import Model, Run
+from clipgraft.report.read import UNTRAINED, Model, Run
 from clipgraft.report.sections import (
     TRAIN,
     data_section,
     experts_section,
-    lead_column,
     moe_section,
     pretraining_section,
     results_section,
 )
 from clipgraft.report.tables import (
+    GIVEN,
+    PROBE,
     Column,
     columns_of,
     displayed,
     human,
+    lead_column,
     results_csv,
     results_text,
 )
@@ -49,21 +53,26 @@ def report(settings: ReportJob, inputs: Mapping[str, Path], out: Path) -> dict[s
         Facts for the manifest.
     """
     run = Run.open(inputs)
-    models = run.models()
-    columns = columns_of(models)
+    probed = run.models()
+    learnt = columns_of(probed)
+    models = [model for model in probed if model.key != UNTRAINED]
+    columns = [column for column in learnt if column.group not in (PROBE, GIVEN)]
     samples = run.samples(TRAIN)
+    moe = moe_section(run)
+    moe.figures += choices_figures(run, models)
     sections = [
         data_section(run, samples, settings.num_pictures),
         pretraining_section(run),
         experts_section(run, samples, models),
-        moe_section(run),
+        moe,
+        attributes_section(probed, learnt),
         results_section(run, models, columns),
     ]
     sections = [section for section in sections if not section.is_empty]
     write_figures(sections, out / "figures")
     text = results_text(models, columns)
     (out / "results.txt").write_text(text)
-    (out / "results.csv").write_text(results_csv(models, columns))
+    (out / "results.csv").write_text(results_csv(probed, learnt))
     page = render(
         {
             "title": settings.title,
@@ -136,7 +145,7 @@ def _tiles(
         tiles.append({"value": f"{displayed(lead.values[final.key]):.1f} %", "text": text})
     tiles.append({"value": human(num_samples), "text": "training samples"})
     if models:
-        seen = max(model.samples_seen for model in models)
+        seen = max(model.cost.samples_seen for model in models)
         tiles.append(
             {"value": human(seen), "text": "samples seen in all training of the final model"}
         )

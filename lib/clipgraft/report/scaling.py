@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from clipgraft.report import figures_scaling
+from clipgraft.report.costs import ancestors
 from clipgraft.report.facts import job_rows, machines, provenance, subtitle, write_figures
 from clipgraft.report.page import render
 from clipgraft.report.page_tables import Cell, Table
-from clipgraft.report.read import Run, ancestors
+from clipgraft.report.read import Run
 from clipgraft.report.sections import Section
 from clipgraft.report.slopes import LEVEL, Estimate, Law, fit_law
 from clipgraft.report.sweep import SIDES, Line, Rung, Side, Sweep, Trial

@@ -25,9 +25,9 @@ from clipgraft.report.pictures import (
     retrieval_pictures,
     sample_sheet,
 )
-from clipgraft.report.read import Model, Run, read_json, read_metrics
+from clipgraft.report.read import Model, Run, read_json, read_metrics, sides_of
 from clipgraft.report.style import Figure
-from clipgraft.report.tables import Column
+from clipgraft.report.tables import Column, lead_column
 
 TRAIN = "train"
 MAX_REASONS = 8
@@ -129,19 +129,23 @@ def experts_section(run: Run, samples: Samples, models: Sequence[Model]) -> Sect
     for name, folder in run.of_stage("cluster").items():
         before = str(int(name) - 1)
         if before in embeddings:
-            image_ND = np.load(embeddings[before] / "image.npy", mmap_mode="r")
-            centroids = np.load(folder / "image_centroids.npy")
+            side = sides_of(rounds[name])[0]
+            file = "text.npy" if side == "text" else "image.npy"  # of joint vectors the first half
+            features_ND = np.load(embeddings[before] / file, mmap_mode="r")
+            centroids = np.load(folder / f"{side}_centroids.npy")[:, : features_ND.shape[1]]
             clusters = np.load(folder / "clusters.npy")[:, 0]
-            sheets = cluster_sheets(samples, image_ND, centroids, clusters)
+            sheets = cluster_sheets(samples, features_ND, centroids, clusters)
             caption = "" if section.rounds else _ROUND_CAPTION
-            section.rounds.append({"name": name, "sheets": sheets, "caption": caption})
+            section.rounds.append(
+                {"name": name, "side": side, "sheets": sheets, "caption": caption}
+            )
     return section
 
 
 def moe_section(run: Run) -> Section:
     """4 MoE: how the routers learnt, and whom they send what."""
     section = Section("moe", "MoE")
-    folder = run.of_stage("finetune_router").get("")
+    folder = run.of_stage("finetune_router").get("moe")
     rows = read_metrics(folder) if folder else []
     if not rows or folder is None:
         return section
@@ -154,6 +158,8 @@ def moe_section(run: Run) -> Section:
     layers = {tower: _layers(about, tower, len(load)) for tower, load in loads.items()}
     section.figures.append(figures_experts.plot_router(_same_keys(rows), about["num_experts"]))
     if loads:
+        bounds = run.manifest("finetune_router", "moe")["healthy_loads"]
+        section.figures.append(figures_experts.plot_router_layers(rows, layers, bounds))
         section.figures.append(figures_experts.plot_expert_load(loads, layers))
     return section
 
@@ -177,11 +183,6 @@ def results_section(run: Run, models: Sequence[Model], columns: Sequence[Column]
         section.figures.append(first)
     section.examples = _examples(run, final)
     return section
-
-
-def lead_column(columns: Sequence[Column]) -> Column:
-    """The metric that stands for all: mean R@1 of the first task that has it, else its first one."""
-    return next((c for c in columns if c.key == "mean_R@1"), columns[0])
 
 
 # --- numbers --------------------------------------------------------------------------------------
@@ -225,8 +226,12 @@ def _agreement_rows(run: Run, samples: Samples) -> list[dict[str, Any]]:
     }
     rows = []
     for name, folder in run.of_stage("cluster").items() if known else []:
-        clusters_N2, labels_N = np.load(folder / "clusters.npy"), np.load(folder / "labels.npy")
-        columns = {"image": clusters_N2[:, 0], "text": clusters_N2[:, 1], "all labels": labels_N}
+        sides = sides_of(read_json(folder / "clusters.json"))
+        clusters_NS = np.load(folder / "clusters.npy")
+        columns = dict(zip(sides, clusters_NS.T, strict=True))
+        if len(sides) > 1:  # a sample's digit of this round
+            columns["both"] = np.unique(clusters_NS, axis=0, return_inverse=True)[1].reshape(-1)
+        columns["all labels"] = np.load(folder / "labels.npy")
         for side, found_N in columns.items():
             for attribute, label_N in known.items():
                 has = label_N >= 0

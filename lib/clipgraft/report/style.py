@@ -126,9 +126,11 @@ def heat_map(
     *,
     high: float,
     text: str | None,
+    is_signed: bool = False,
 ) -> None:
-    """A table in shades of blue from 0 to `high`, its numbers written into it."""
-    axis.pcolormesh(table, cmap="Blues", vmin=0, vmax=high, edgecolors="white", linewidth=1.2)
+    """A table in shades of blue from 0 to `high`, and of red to `-high`; its numbers written into it."""
+    cmap, low = ("RdBu", -high) if is_signed else ("Blues", 0.0)
+    axis.pcolormesh(table, cmap=cmap, vmin=low, vmax=high, edgecolors="white", linewidth=1.2)
     axis.set_xticks(np.arange(len(columns)) + 0.5, columns)
     axis.set_yticks(np.arange(len(lines)) + 0.5, lines)
     axis.invert_yaxis()
@@ -139,7 +141,7 @@ def heat_map(
     if text is None:
         return
     for (i, j), value in np.ndenumerate(table):
-        colour = "white" if value > 0.6 * high else INK
+        colour = "white" if abs(value) > 0.6 * high else INK
         axis.text(
             j + 0.5, i + 0.5, text.format(value), ha="center", va="center", color=colour, fontsize=8
         )

@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from clipgraft import cost
 from clipgraft.config import ConfigError, validate
+from clipgraft.report.costs import Cost
 from clipgraft.report.read import Model, Run, read_json
 from clipgraft.report.slopes import Cell, Ladder
 from clipgraft.report.tables import Column, columns_of, human
@@ -114,7 +115,9 @@ class Sweep:
         phases = {each.run: _phases(run, each.run) for each in settings.runs}
         jobs = {name: _evaluations(name, phases[name], settings.task) for name in phases}
         models = [
-            Model(job, "", 0, 0.0, {settings.task: read_json(run.folders[job] / "result.json")})
+            Model(
+                job, "", Cost(0, 0.0), {settings.task: read_json(run.folders[job] / "result.json")}
+            )
             for name in jobs
             for job in jobs[name]
         ]

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from types import MappingProxyType
 from typing import Any
 
+from clipgraft.report.costs import Cost
 from clipgraft.report.read import Model
 
 WAYS = {"image_to_text": "image to text", "text_to_image": "text to image"}
+_LARGE = {"E": 1e18, "P": 1e15, "T": 1e12, "G": 1e9}  # of FLOPs
 _SHORT_WAYS = {"image_to_text": "i2t", "text_to_image": "t2i"}
 _ZERO_SHOT = {  # in result.json: what to call it, and how many guesses it allows
     "acc1": ("accuracy", 1),
     "acc5": ("top 5", 5),
     "mean_per_class_recall": ("recall per class", 1),
 }
+
+
+PROBE, GIVEN = "probe", "labels given"  # groups that have a section of their own
 
 
 @dataclass(frozen=True)
@@ -65,47 +71,114 @@ def columns_of(models: Sequence[Model]) -> list[Column]:
     for task in tasks:
         results = {model.key: model.results[task] for model in models if task in model.results}
         columns += _retrieval_columns(task, results) + _zero_shot_columns(task, results)
+        columns += _learnt_columns(task, results)
     return columns
 
 
 def results_csv(models: Sequence[Model], columns: Sequence[Column]) -> str:
     """All metrics with full precision, the first row being chance."""
-    names = [f"{column.task}/{column.key}" for column in columns]
-    rows: list[list[Any]] = [["chance", "", "", *(column.chance for column in columns)]]
+    costs = [field.name for field in fields(Cost)]
+    chances = {f"{column.task}/{column.key}": column.chance for column in columns}
+    rows: list[dict[str, Any]] = [{"model": "chance", **dict.fromkeys(costs, ""), **chances}]
     for model in models:
-        values = [column.values.get(model.key, "") for column in columns]
-        rows.append([model.key, model.samples_seen, round(model.minutes, 3), *values])
-    return to_csv(
-        [dict(zip(["model", "samples_seen", "minutes", *names], r, strict=True)) for r in rows]
-    )
+        spent = asdict(model.cost) | {"minutes": round(model.cost.minutes, 3)}
+        values = {f"{each.task}/{each.key}": each.values.get(model.key, "") for each in columns}
+        rows.append({"model": model.key, **spent, **values})
+    return to_csv(rows)
 
 
 def results_text(models: Sequence[Model], columns: Sequence[Column]) -> str:
-    """The main metrics in per cent, one block per task; `*` marks the best of a column."""
-    blocks = []
+    """The main metrics in per cent, one block per task; `*` marks the best of a column, `+` the best expert."""
+    blocks, spent = [], cost_columns(models)
     for task in dict.fromkeys(column.task for column in columns):
         main = [column for column in columns if column.task == task and column.is_main]
         # Numbers end in a mark or a blank, and so do their heads.
-        head = ["model", "samples", "minutes", *(f"{column.short} " for column in main)]
-        rows = [["chance", "", "", *(f"{displayed(column.chance):.1f} " for column in main)]]
+        best = best_expert(models, main)
+        head = ["model", *(each.short for each in spent), *(f"{column.short} " for column in main)]
+        chances = (f"{displayed(column.chance):.1f} " for column in main)
+        rows = [["chance", *[""] * len(spent), *chances]]
         for model in models:
             if task in model.results:
-                rows.append([model.title, *cost_cells(model), *_text_cells(model, main)])
+                name = f"{model.title} +" if model.key == best else model.title
+                costs = (each.cells[model.key] for each in spent)
+                rows.append([name, *costs, *_text_cells(model, main)])
         about = size_of_task(next(m.results[task] for m in models if task in m.results))
         blocks.append(f"{task}: {about}\n{_aligned([head, *rows])}")
-    note = "per cent; * best of its column; cost: all training that led to the model\n"
+    note = (
+        "per cent; * best of its column; + best expert; "
+        if len(spent) > 2
+        else "per cent; * best of its column; "
+    )
+    note += "cost: all training that led to the model"
+    note += "; after: after the base, embeddings for clusters counted\n" if len(spent) > 2 else "\n"
     return "\n".join([*blocks, note]) if blocks else "nothing was evaluated\n"
 
 
-def cost_cells(model: Model) -> list[str]:
-    """Samples seen and minutes, short enough for a table."""
-    minutes = f"{model.minutes:.1f}" if model.minutes < 100 else f"{model.minutes:,.0f}"
-    return [human(model.samples_seen), minutes]
+@dataclass(frozen=True)
+class CostColumn:
+    """One kind of cost.
+
+    Attributes:
+        group: above the head of the page's table.
+        title: its head.
+        short: for the terminal.
+        cells: model key to text.
+    """
+
+    group: str
+    title: str
+    short: str
+    cells: dict[str, str]
 
 
-def human(count: float) -> str:
-    """1234567 as 1.23M."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+def cost_columns(models: Sequence[Model]) -> list[CostColumn]:
+    """Samples and minutes of all training; where a base was tuned, what came after it, and what the results cost to use."""
+
+    def column(group: str, title: str, short: str, text: Callable[[Cost], str]) -> CostColumn:
+        return CostColumn(group, title, short, {model.key: text(model.cost) for model in models})
+
+    columns = [
+        column("", "samples seen", "samples", lambda cost: human(cost.samples_seen)),
+        column("", "minutes", "minutes", lambda cost: _minutes(cost.minutes)),
+    ]
+    if not any(model.cost.samples_after for model in models):
+        return columns
+    return [
+        *columns,
+        column("after the base", "samples", "after", lambda cost: _or_dash(cost.samples_after)),
+        column("after the base", "FLOP", "FLOP", lambda cost: _or_dash(cost.flops_after)),
+        column("", "FLOP a pair", "FLOP/pair", lambda cost: _or_dash(cost.flops_per_pair)),
+    ]
+
+
+def best_expert(models: Sequence[Model], columns: Sequence[Column]) -> str:
+    """Key of the expert that leads in a task's leading metric, the base left out; empty if there is no choice."""
+    values = lead_column(columns).values if columns else {}
+    experts = [m.key for m in models if m.key.startswith("expert_") and m.key in values]
+    return max(experts, key=lambda key: values[key]) if len(experts) > 1 else ""
+
+
+def lead_column(columns: Sequence[Column]) -> Column:
+    """The metric that stands for all: mean R@1 of the first task that has it, else its first one."""
+    return next((c for c in columns if c.key == "mean_R@1"), columns[0])
+
+
+def _minutes(minutes: float) -> str:
+    return f"{minutes:.1f}" if minutes < 100 else f"{minutes:,.0f}"
+
+
+def _or_dash(count: float | None) -> str:
+    return human(count, large=_LARGE) if count else "-"
+
+
+def human(count: float, large: Mapping[str, float] = MappingProxyType({"B": 1e9})) -> str:
+    """1234567 as 1.23M.
+
+    Args:
+        count: of something.
+        large: units above a million, the largest first.
+    """
+    for unit, size in {**large, "M": 1e6, "k": 1e3}.items():
         if count >= size:
             return f"{count / size:.3g}{unit}"
     return f"{count:.0f}"
@@ -178,6 +251,20 @@ def _zero_shot_columns(task: str, results: Mapping[str, dict[str, Any]]) -> list
                 chance = min(1.0, num_guesses * first["chance"])
                 key, is_main = f"{label}_{name}", name == "acc1"
                 columns.append(Column(task, key, group, label, label, is_main, values, chance))
+    return columns
+
+
+def _learnt_columns(task: str, results: Mapping[str, dict[str, Any]]) -> list[Column]:
+    """Probes, and retrieval where labels are given."""
+    columns = []
+    for group, part, name in ((PROBE, "probe", "acc"), (GIVEN, "given", "mean_R@1")):
+        labels = dict.fromkeys(label for r in results.values() for label in r.get(part) or {})
+        for label in labels:
+            found = {m: r[part][label] for m, r in results.items() if label in (r.get(part) or {})}
+            values = {model: about[name] for model, about in found.items()}
+            chance = next(iter(found.values()))["chance"]
+            key, guess = f"{part}_{label}_{name}", chance if part == "probe" else chance[name]
+            columns.append(Column(task, key, group, label, label, False, values, guess))
     return columns
 
 

@@ -1,0 +1,112 @@
+"""The section on what experts have learnt: do they learn different things?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from clipgraft.report.figures_attributes import plot_gains, plot_given, plot_probes
+from clipgraft.report.page_tables import Cell, Table
+from clipgraft.report.read import UNTRAINED, Model
+from clipgraft.report.sections import Section
+from clipgraft.report.tables import GIVEN, PROBE, Column, displayed
+
+
+def attributes_section(models: Sequence[Model], columns: Sequence[Column]) -> Section:
+    """Probes, what they have gained over the base, and retrieval among candidates that agree.
+
+    Args:
+        models: all, the untrained one included.
+        columns: all metrics.
+    """
+    has_experts = any(model.key.startswith("expert_") for model in models)
+    title = "Do experts learn different things?" if has_experts else "What was learnt"
+    section = Section("attributes", title)
+    probes = [column for column in columns if column.group == PROBE]
+    given = [column for column in columns if column.group == GIVEN]
+    if probes:
+        section.tables += [_probe_table(task, models, of) for task, of in _by_task(probes)]
+        section.figures.append(plot_probes(models, probes))
+        others = [model for model in models if model.key not in (UNTRAINED, "base")]
+        compared = [column for column in probes if "base" in column.values]
+        if compared and others:
+            section.figures.append(plot_gains(others, compared))
+    if given:
+        tasks = {column.task for column in given}
+        plain = [column for column in columns if column.key == "mean_R@1" and column.task in tasks]
+        whole = [replace(column, title="all", short="all") for column in plain]
+        shown = [each for column in whole for each in (column, *_of_task(given, column.task))]
+        section.tables += [_given_table(task, models, of) for task, of in _by_task(shown)]
+        section.figures.append(plot_given(models, shown))
+    return section
+
+
+def _by_task(columns: Sequence[Column]) -> list[tuple[str, list[Column]]]:
+    tasks = dict.fromkeys(column.task for column in columns)
+    return [(task, _of_task(columns, task)) for task in tasks]
+
+
+def _of_task(columns: Sequence[Column], task: str) -> list[Column]:
+    return [column for column in columns if column.task == task]
+
+
+def _probe_table(task: str, models: Sequence[Model], columns: Sequence[Column]) -> Table:
+    shown = [model for model in models if any(model.key in column.values for column in columns)]
+    rows = [[Cell("chance"), *(Cell(f"{displayed(column.chance):.1f}") for column in columns)]]
+    for model in shown:
+        cells = [Cell(model.title, colour=model.colour)]
+        for column in columns:
+            about = model.results[task]["probe"].get(column.title)
+            cells.append(
+                Cell("-") if about is None else _probe_cell(column, model, about["spread"])
+            )
+        rows.append(cells)
+    num = max(model.results[task]["probe"][columns[0].title]["num_samples"] for model in shown)
+    caption = (
+        f"Accuracy of logistic regression on frozen image embeddings, per cent, mean of several halvings of {num:,} "
+        "samples and their standard deviation: one half trains it and chooses its regulariser, the other is judged. Bold "
+        "is best, the shade shows how far from chance to best. Bad: differences between models within the "
+        "spread, which mean nothing, or numbers near those of the untrained network, which were never learnt."
+    )
+    head = ["model", *(column.title for column in columns)]
+    title = f"{task}: attributes that a linear probe reads off image embeddings"
+    return Table(title, head, rows, caption, first_is_chance=True)
+
+
+def _probe_cell(column: Column, model: Model, spread: float) -> Cell:
+    text = f"{displayed(column.values[model.key]):.1f} \N{PLUS-MINUS SIGN} {displayed(spread):.1f}"
+    return Cell(text, column.is_best(model.key), _shade(column, model.key))
+
+
+def _given_table(task: str, models: Sequence[Model], columns: Sequence[Column]) -> Table:
+    shown = [model for model in models if any(model.key in column.values for column in columns)]
+    rows = [[Cell("chance"), *(Cell(f"{displayed(column.chance):.1f}") for column in columns)]]
+    for model in shown:
+        scores = [
+            Cell(
+                f"{displayed(column.values[model.key]):.1f}",
+                column.is_best(model.key),
+                _shade(column, model.key),
+            )
+            if model.key in column.values
+            else Cell("-")
+            for column in columns
+        ]
+        rows.append([Cell(model.title, colour=model.colour), *scores])
+    sizes = ", ".join(
+        f"{names}: {about['median_images']:.0f}"
+        for names, about in shown[0].results[task]["given"].items()
+    )
+    caption = (
+        f"Mean R@1, per cent, among candidates that agree with the query on these labels (median images in a group: {sizes}). "
+        "Bad: models below the base wherever labels are given, or groups so small that chance is near 100 %."
+    )
+    head = ["model", *(column.title for column in columns)]
+    title = f"{task}: retrieval where labels are given"
+    return Table(title, head, rows, caption, first_is_chance=True)
+
+
+def _shade(column: Column, model: str) -> float:
+    span = max(column.values.values()) - column.chance
+    share = (column.values[model] - column.chance) / span if span > 0 else 0.0
+    return round(0.22 * max(0.0, share), 3)

@@ -1,0 +1,155 @@
+"""One table over seeds: what counts as one model, and the numbers by another way."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clipgraft.compare import compare
+from clipgraft.config import ConfigError
+
+HEAD = "model,samples_seen,minutes,samples_after,flops_after,flops_per_pair"
+METRICS = ("renders/mean_R@1", "renders/image_to_text_R@5", "renders/shape_acc1", "new/mean_R@1")
+
+
+def job(store: Path, stage: str, version: str, settings: dict, **inputs: Path) -> Path:
+    """The manifest of a job, as others find it."""
+    folder = store / stage / version
+    folder.mkdir(parents=True, exist_ok=True)
+    links = {
+        slot: {"manifest": os.path.relpath(of / "manifest.json", folder)}
+        for slot, of in inputs.items()
+    }
+    about = {"stage": stage, "settings": settings, "inputs": links}
+    (folder / "manifest.json").write_text(json.dumps({"format": 1, "outputs": {}, **about}))
+    return folder
+
+
+def run(store: Path, name: str, seed: int, train: str, scores: dict[str, list[float]]) -> None:
+    """A run with a base and a MoE, of which the base does not depend on how the MoE is trained."""
+    base = job(store, "pretrain", f"p{seed}", {"lr": 1, "seed": seed})
+    moe = job(store, "finetune_router", f"{train}{seed}", {"train": train, "seed": 9}, init=base)
+    lock, lines = {}, [",".join([HEAD, *METRICS])]
+    lines.append(",".join(["chance", "", "", "", "", "", "0.01", "0.05", "0.25", "0.01"]))
+    for model, of in (("base", base), ("moe", moe)):
+        folder = job(store, "evaluate", f"{model}-{of.name}", {"task": "renders"}, model=of)
+        lock[f"evaluate/{model}/renders"] = str(folder.relative_to(store))
+        after = ["", "", "860"] if model == "base" else ["12000", "3.4e15", "1400"]
+        lines.append(",".join([model, "50000", "2.5", *after, *map(str, scores[model])]))
+    page = store / "runs" / name / "report"
+    page.mkdir(parents=True)
+    (page / "results.csv").write_text("\n".join(lines) + "\n")
+    (store / "runs" / name / "versions.json").write_text(json.dumps(lock))
+
+
+BASES = [[0.30, 0.5, 0.8, 0.2], [0.40, 0.5, 0.7, 0.1], [0.35, 0.5, 0.9, 0.3]]
+ROUTERS = [[0.33, 0.5, 0.8, 0.2], [0.41, 0.5, 0.8, 0.2], [0.36, 0.5, 0.7, 0.2]]
+UNLOCKED = [[0.40, 0.5, 0.6, 0.3], [0.50, 0.5, 0.6, 0.3]]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    for seed in range(3):
+        scores = {"base": BASES[seed], "moe": ROUTERS[seed]}
+        run(tmp_path, f"routers_{seed}", seed, "routers", scores)
+    for seed in range(2):
+        scores = {"base": BASES[seed], "moe": UNLOCKED[seed]}
+        run(tmp_path, f"unlocked_{seed}", seed, "experts", scores)
+    return tmp_path
+
+
+def lines_of(text: str) -> dict[str, list[str]]:
+    """Model to its cells; cells are two blanks apart."""
+    rows = [[cell.strip() for cell in line.split("  ") if cell] for line in text.splitlines()]
+    return {row[0]: row[1:] for row in rows if row}
+
+
+def said(values: list[float], sign: str = "") -> str:
+    points = 100 * np.array(values)
+    spread = f" +- {points.std(ddof=1):.1f}" if len(points) > 1 else ""
+    return f"{points.mean():{sign}.1f}{spread}"
+
+
+ALL = ["routers_0", "routers_1", "routers_2", "unlocked_0", "unlocked_1"]
+
+
+def test_seeds_of_one_recipe_are_one_row_and_what_runs_share_counts_once(store):
+    rows = lines_of(compare(ALL, store))
+    assert set(rows) >= {"model", "chance", "base", "moe (routers)", "moe (unlocked)"}
+    assert [rows[name][0] for name in ("base", "moe (routers)", "moe (unlocked)")] == [
+        "3",
+        "3",
+        "2",
+    ]
+    assert rows["base"][4].rstrip("*") == said([each[0] for each in BASES])
+    assert rows["moe (routers)"][4].rstrip("*") == said([each[0] for each in ROUTERS])
+    assert rows["moe (unlocked)"][4] == said([each[0] for each in UNLOCKED]) + "*"
+    assert rows["base"][5] == said([each[2] for each in BASES]) + "*"
+
+
+def test_gains_are_over_the_base_of_the_same_run(store):
+    rows = lines_of(compare(ALL, store))
+    for name, scores in (("moe (routers)", ROUTERS), ("moe (unlocked)", UNLOCKED)):
+        pairs = zip(scores, BASES, strict=False)
+        assert rows[name][-1] == said([own[0] - base[0] for own, base in pairs], "+")
+    assert rows["base"][-1] == "-"
+
+
+def test_main_metrics_and_costs_are_shown(store):
+    rows = lines_of(compare(ALL, store))
+    assert rows["model"][:4] == ["seeds", "after", "FLOP", "FLOP/pair"]
+    assert rows["model"][4:7] == ["renders/R@1", "renders/shape", "new/R@1"]
+    assert rows["moe (routers)"][1:4] == ["12k", "3.4P", "1.4k"]
+    assert rows["base"][1:4] == ["-", "-", "860"]
+    assert rows["chance"] == ["1.0", "25.0", "1.0"]
+
+
+def test_one_run_has_no_spread_and_names_no_runs(store):
+    rows = lines_of(compare(["unlocked_1"], store))
+    assert rows["moe"][4] == "50.0*" and rows["moe"][-1] == "+10.0"
+    assert compare(["unlocked_1"] * 2, store) == compare(["unlocked_1"], store)
+
+
+def test_a_setting_far_upstream_makes_another_row_and_a_seed_does_not(store):
+    for seed, recipe in ((0, {"lr": 1}), (1, {"lr": 2})):
+        path = store / f"pretrain/p{seed}/manifest.json"
+        about = json.loads(path.read_text())
+        path.write_text(json.dumps(about | {"settings": recipe | {"seed": 40 + seed}}))
+    rows = lines_of(compare(["routers_0", "routers_1", "routers_2"], store))
+    counts = {name: cells[0] for name, cells in rows.items() if name.startswith("moe")}
+    assert counts == {"moe (routers)": "2", "moe (routers_1)": "1"}
+
+
+def test_a_run_without_a_report_is_named(store):
+    with pytest.raises(ConfigError, match=r"run 'nil' has no .*results.csv. Hint: snakemake"):
+        compare(["routers_0", "nil"], store)
+    command = [sys.executable, "-m", "clipgraft.runs", "compare", "nil"]
+    done = subprocess.run(command, cwd=store, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("compare: run 'nil' has no results/runs")
+
+
+def test_the_best_expert_of_each_run_is_a_row(store):
+    scores = [[0.1, 0.6, 0.2], [0.5, 0.2, 0.4], [0.2, 0.1, 0.3]]
+    for seed, of in enumerate(scores):
+        folder = store / f"runs/routers_{seed}"
+        lock = json.loads((folder / "versions.json").read_text())
+        for k, score in enumerate(of, start=1):
+            base = store / f"pretrain/p{seed}"
+            expert = job(store, "finetune_expert", f"e{k}{seed}", {"round": k}, init=base)
+            done = job(store, "evaluate", f"e{k}-{seed}", {"task": "renders"}, model=expert)
+            lock[f"evaluate/expert_{k}/renders"] = str(done.relative_to(store))
+            with (folder / "report/results.csv").open("a") as file:
+                file.write(f"expert_{k},1,1,1,1,1,{score},0.5,0.5,0.5\n")
+        (folder / "versions.json").write_text(json.dumps(lock))
+    rows = lines_of(compare(ALL[:3], store))
+    assert rows["best expert"][0] == "3"
+    assert rows["best expert"][4].rstrip("*") == said([max(of) for of in scores])
+    gains = [max(of) - base[0] for of, base in zip(scores, BASES, strict=True)]
+    assert rows["best expert"][-1] == said(gains, "+")
+    assert rows["expert 1"][4] == said([of[0] for of in scores])
