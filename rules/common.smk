@@ -10,9 +10,10 @@ from shlex import quote
 from snakemake.exceptions import WorkflowError
 
 from clipgraft.config import ConfigError, load_config, sweep_points
+from clipgraft.planning import SWEEP, plan_runs
 from clipgraft.runs import show
 from clipgraft.settings import STAGES
-from clipgraft.versions import SWEEP, fingerprint, plan_runs
+from clipgraft.versions import fingerprint
 
 try:
     SETTINGS = load_config(config)

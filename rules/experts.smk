@@ -66,7 +66,7 @@ rule cluster:
 
 
 rule finetune_expert:
-    """Fine-tune the MLPs on batches of one pseudo label; controls on ordinary batches."""
+    """Fine-tune the MLPs on batches of one pseudo label; baselines on ordinary batches."""
     input:
         unpack(manifests("finetune_expert")),
     output:

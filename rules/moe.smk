@@ -1,11 +1,11 @@
-# MoE: graft the experts into one model, then train its routers.
+# MoE: graft the experts into one model, then train its routers; or average them.
 #
-# REQUIRED INPUTS: results/{pretrain,finetune_expert,index,shard}/{version}/
-# OUTPUTS: results/{assemble,finetune_router}/{version}/
+# REQUIRED INPUTS: results/{pretrain,finetune_expert,index,shard}/{version}/; `assemble` reads samples for centroids only
+# OUTPUTS: results/{assemble,finetune_router,soup}/{version}/
 
 
 rule assemble:
-    """Put the MLPs of all experts side by side, behind fresh routers."""
+    """Put the MLPs of all experts side by side, behind fresh routers (a device helps with `router_init: centroids`)."""
     input:
         unpack(manifests("assemble")),
     output:
@@ -16,6 +16,7 @@ rule assemble:
         "logs/assemble/{version}.tsv"
     threads: wish("assemble", "threads")
     resources:
+        gpu=wish("assemble", "gpu"),
         job=name("assemble"),
         mem_mb=wish("assemble", "mem_mb"),
         runtime=wish("assemble", "runtime"),
@@ -26,12 +27,13 @@ rule assemble:
     message:
         "{resources.job}"
     shell:
-        "{PYTHON} {SCRIPTS}/assemble.py --name {resources.job} --settings {params.settings:q} "
+        "{LAUNCH} --gpu {resources.gpu} --threads {threads} -- "
+        "{SCRIPTS}/assemble.py --name {resources.job} --settings {params.settings:q} "
         "{params.inputs} --out results/assemble/{wildcards.version} --threads {threads} --log {log}"
 
 
 rule finetune_router:
-    """Train the routers alone: contrastive plus balance loss."""
+    """Train the routers, or more: contrastive plus balance loss."""
     input:
         unpack(manifests("finetune_router")),
     output:
@@ -61,3 +63,29 @@ rule finetune_router:
         "{LAUNCH} --gpu {resources.gpu} --nodes {resources.nodes} --threads {threads} --batch-size {params.batch_size} -- "
         "{SCRIPTS}/finetune_router.py --name {resources.job} --settings {params.settings:q} "
         "{params.inputs} --out results/finetune_router/{wildcards.version} --threads {threads} --log {log}"
+
+
+rule soup:
+    """Average the weights of all experts."""
+    input:
+        unpack(manifests("soup")),
+    output:
+        "results/soup/{version}/manifest.json",
+    log:
+        "logs/soup/{version}.log",
+    benchmark:
+        "logs/soup/{version}.tsv"
+    threads: wish("soup", "threads")
+    resources:
+        job=name("soup"),
+        mem_mb=wish("soup", "mem_mb"),
+        runtime=wish("soup", "runtime"),
+    params:
+        settings=settings("soup"),
+        code=CODE["soup"],
+        inputs=arguments("soup"),
+    message:
+        "{resources.job}"
+    shell:
+        "{PYTHON} {SCRIPTS}/soup.py --name {resources.job} --settings {params.settings:q} "
+        "{params.inputs} --out results/soup/{wildcards.version} --threads {threads} --log {log}"

@@ -9,8 +9,15 @@ def main(job: Job) -> None:
     from clipgraft.graft import assemble
 
     with job.outputs() as out:
-        experts = list(job.folders("expert_").values())
-        job.record(**assemble(job.settings(AssembleJob), experts, out))
+        facts = assemble(
+            job.settings(AssembleJob),
+            list(job.folders("expert_").values()),
+            out,
+            index=job.optional("index"),
+            shard=job.optional("shard"),
+            threads=job.threads,
+        )
+        job.record(**facts)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measure one model on one task: retrieval, zero-shot classification, or both."""
+"""Measure one model on one task, or several side by side: retrieval, zero-shot classification, probes."""
 
 from clipgraft.job import Job
 from clipgraft.settings import EvaluateJob
@@ -10,12 +10,15 @@ def main(job: Job) -> None:
 
     with job.outputs() as out:
         settings = job.settings(EvaluateJob)
+        model, *beside = job.folders("model").values() or [job.folder("model")]
         facts = evaluate(
             settings,
-            job.folder("model"),
+            model,
             job.folder("index"),
             out,
             task_name=settings.task,
+            beside=beside,
+            untrained=settings.untrained,
             threads=job.threads,
         )
         job.record(**facts)

@@ -1,4 +1,4 @@
-"""Fine-tune the MLPs of the base on homogeneous batches; or, as a control, on ordinary ones."""
+"""Fine-tune the MLPs of the base on homogeneous batches; or, as a baseline, on ordinary ones."""
 
 from clipgraft.job import Job
 from clipgraft.settings import ExpertJob

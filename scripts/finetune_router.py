@@ -1,4 +1,4 @@
-"""Train the routers of the assembled CLIP-MoE, everything else frozen."""
+"""Train the routers of the assembled CLIP-MoE; its experts or all of it, where that is asked for."""
 
 from clipgraft.job import Job
 from clipgraft.settings import RouterJob

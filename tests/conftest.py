@@ -30,6 +30,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name != "test_workflow.py")
 
 
+# All jobs but the last ones, as their rules would start them, in one process: torch is imported once.
+JOBS = """
+import json, runpy, sys
+import yaml
+from clipgraft.config import load_config, sweep_points
+from clipgraft.planning import plan_runs
+
+if __name__ == "__main__":
+    raw = yaml.safe_load(open("small.yaml"))
+    done = set()
+    for jobs in plan_runs(load_config(raw), sweep_points(raw)).values():
+        for job in jobs:
+            if job.stage in ("report", "scaling") or job.folder in done:
+                continue
+            done.add(job.folder)
+            words = ["--name", job.name, "--settings", json.dumps(job.settings), "--threads", "1"]
+            for name, of in job.inputs.items():
+                words += ["--input", f"{name}=results/{of.folder}/manifest.json"]
+            sys.argv = [f"scripts/{job.stage}.py", *words, "--out", f"results/{job.folder}"]
+            runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @dataclass(frozen=True)
 class Workflow:
     """A copy of the workflow, to edit and run, with a small config."""
@@ -58,6 +81,13 @@ class Workflow:
         counts = {row[0]: int(row[1]) for row in rows if len(row) == 2 and row[1].isdigit()}
         stages = {name: n for name, n in counts.items() if name not in ("link", "all", "total")}
         return [name for name, n in stages.items() for _ in range(n)]
+
+    def run_jobs(self) -> None:
+        """Run all jobs of all runs but their pages."""
+        (self.root / "jobs.py").write_text(JOBS)
+        path = os.pathsep.join([str(self.root / "lib"), os.environ["PYTHONPATH"]])
+        environment = {**os.environ, "PYTHONPATH": path}
+        subprocess.run([sys.executable, "jobs.py"], cwd=self.root, env=environment, check=True)
 
     def edit(self, file: str, old: str, new: str) -> None:
         """Replace one place in a file."""

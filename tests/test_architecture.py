@@ -14,16 +14,21 @@ SCRIPTS = LIBRARY.parent.parent / "scripts"
 FLOORS = [
     {
         "settings",
+        "loss_settings",
+        "moe_settings",
+        "baseline_settings",
         "recipes",
         "reductions",
         "schedule",
         "sources",
         "config",
         "versions",
+        "planning",
         "job",
         "provenance",
         "log",
         "runs",
+        "compare",
         "architectures",
         "cost",
         "plan",
@@ -32,7 +37,20 @@ FLOORS = [
     {"data", "models", "losses"},
     {"checkpoint", "optim", "meter", "objectives", "gradcache"},
     {"train", "evaluation"},
-    {"pretrain", "references", "embed", "cluster", "experts", "graft", "router", "report"},
+    {
+        "pretrain",
+        "references",
+        "embed",
+        "cluster",
+        "kmeans",
+        "experts",
+        "centroids",
+        "graft",
+        "soup",
+        "router",
+        "report",
+        "clipmoe",
+    },
 ]
 MODULES = sorted(path for path in LIBRARY.rglob("*.py") if path != LIBRARY / "__init__.py")
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from clipgraft.config import ConfigError, load_config, merge, read_config, schema
-from clipgraft.recipes import LossSettings
+from clipgraft.loss_settings import LossSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = yaml.safe_load((ROOT / "tests/config/small.yaml").read_text())
@@ -51,6 +51,36 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("moe.top_k", "two", ["moe.top_k", '"two"', "integer"]),
         ("moe.top_k", 4, ["top_k = 4", "num_experts = 3", "Hint"]),
         ("moe.num_experts", 1, ["moe.num_experts", "1", "2"]),
+        ("moe.router_init", "centroid", ["moe.router_init", '"centroid"', "'centroids'"]),
+        ("moe.router_scale", 2.0, ["router_scale = 2.0", "no effect on router_init: random"]),
+        ("moe.router_samples", 64, ["router_samples = 64", "Hint", "router_init: centroids"]),
+        ("moe", {"image_layers": [], "text_layers": []}, ["no block has experts", "moe: null"]),
+        ("finetune_router.train", "expert", ["finetune_router.train", "'experts'"]),
+        ("finetune_router.lr_experts", 1e-4, ["lr_experts = 0.0001", "train: routers", "Hint"]),
+        (
+            "finetune_router",
+            {**SMALL["finetune_router"], "balance": "pooled", "balance_weight": 0},
+            ["balance = pooled has no effect with balance_weight = 0"],
+        ),
+        ("cluster.image_clusters", 1, ["image_clusters = 1: one cluster", "Hint: at least 2"]),
+        ("cluster.by", "images", ["cluster.by", '"images"', "image_x_text"]),
+        ("cluster.by", "image", ["text_clusters = 2 has no effect on by: image", "Hint"]),
+        ("cluster.joint_clusters", 4, ["joint_clusters = 4 has no effect on by: image_x_text"]),
+        ("cluster.max_points", 1, ["max_points = 1 is less than image_clusters = 2", "Hint"]),
+        (
+            "cluster.text_clusters",
+            [2, 3, 4],
+            [
+                "cluster.text_clusters = [2, 3, 4] is for 3 rounds",
+                "num_experts = 3 makes 2",
+                "Hint",
+            ],
+        ),
+        (
+            "finetune_expert",
+            SMALL["finetune_expert"] | {"batch_order": "round_robin", "shuffle_block": 8},
+            ["shuffle_block = 8 does not go with batch_order: round_robin", "Hint"],
+        ),
         (
             "pretrain.0.image_size",
             20,
@@ -107,6 +137,20 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ),
         ("evaluate.tasks.renders.data", "render", ["'render'", "did you mean `renders`"]),
         ("evaluate.tasks.renders", {"data": "renders"}, ["nothing to measure"]),
+        ("evaluate.tasks.renders.probe", ["color"], ["renders.probe", "'color'", "`colour`"]),
+        ("evaluate.tasks.renders.probe", ["size", "size"], ["probe names size twice"]),
+        ("evaluate.tasks.renders.given", [["color"]], ["renders.given", "'color'", "`colour`"]),
+        ("evaluate.tasks.renders.given", [["size", "size"]], ["names size twice"]),
+        (
+            "evaluate.tasks.renders.given",
+            [["size", "shape"], ["shape", "size"]],
+            ["given names shape+size twice"],
+        ),
+        (
+            "evaluate.tasks.renders",
+            {"data": "renders", "given": [["size"]], "zero_shot": [{"label": "size"}]},
+            ["is a kind of retrieval", "retrieval: true"],
+        ),
         ("download.train.kind", "tar", ["download.train", '"tar"', "tars"]),
         ("download.train", None, ["no `train`"]),
         ("model.name", "ViT-B-16", ["either `name` or `config`"]),
@@ -148,11 +192,66 @@ def changed(path: str, value: Any) -> dict[str, Any]:
             [{"label": "colour", "templates": ["a thing"]}],
             ["'a thing' has no {c}"],
         ),
-        ("finetune_expert.controls", {"moe": 1}, ["moe: a phase or control", "another model"]),
+        (
+            "finetune_expert.text_layers",
+            [1, 2],
+            ["finetune_expert.text_layers = [1, 2]", "text tower has 2 layers", "0 to 1"],
+        ),
+        (
+            "finetune_expert.image_layers",
+            [1],
+            ["moe.image_layers = all, but finetune_expert.image_layers = [1]", "copies", "[1]}"],
+        ),
+        (
+            "finetune_expert.lock",
+            ["text"],
+            ["moe.text_layers = all, but finetune_expert.lock = [text]", "moe: {text_layers: []}"],
+        ),
+        (
+            "finetune_expert.image_layers",
+            [],
+            ["finetune_expert: image_layers = []", "lock: [image]"],
+        ),
+        ("finetune_expert.lock", ["text", "image"], ["nothing is left to train", "lock one"]),
+        ("finetune_expert.short_captions", {"kinds": "x"}, ["`kinds`", "`kind`"]),
+        ("pretrain.0.text_pos_resize", "stretch", ["pretrain.short.text_pos_resize = stretch"]),
+        ("pretrain.1.text_pos_keep", 4, ["text_pos_keep = 4 has no effect", "linear", "stretch"]),
+        (
+            "pretrain.1.text_pos_resize",
+            "stretch",
+            ["pretrain.full.text_pos_keep = 20", "12 positions", "less than 12"],
+        ),
+        ("baselines", {"moe": {"kind": "mlp"}}, ["moe: a phase or baseline", "another model"]),
+        ("baselines", {"control": {}}, ["baselines.control: its name is no kind", "two_experts"]),
+        (
+            "baselines",
+            {"sop": {}},
+            ["baselines.sop: its name is no kind", "did you mean `soup`?"],
+        ),
+        (
+            "baselines",
+            {"mlp": {"sample": 3}},
+            ["unknown key `sample` in baselines.mlp", "samples_seen"],
+        ),
+        ("baselines", {"x": {"kind": "sup"}}, ['baselines.x.kind = "sup"', "'soup'"]),
+        (
+            "baselines",
+            {"soup": {"samples_seen": 9}},
+            ["baselines.soup: samples_seen has no effect"],
+        ),
+        (
+            "baselines",
+            {"ensemble": {"optim": {"lr": 1}}},
+            ["optim has no effect on kind: ensemble"],
+        ),
+        ("baselines", {"mlp": {"noise": 0.1}}, ["noise has no effect on kind: mlp", "copies"]),
+        ("baselines", {"full": {"lr_experts": 0.1}}, ["lr_experts has no effect on kind: full"]),
+        ("baselines", {"mlp": {"samples_seen": 0}}, ["baselines.mlp.samples_seen = 0"]),
         ("finetune_expert.optim.beta2", 1.0, ["finetune_expert.optim.beta2 = 1.0", "less than 1"]),
         ("finetune_expert.crop_scale", [1.0, 0.5], ["crop_scale = [1.0, 0.5]", "rising"]),
         ("finetune_expert.optim.lr", float("inf"), ["finetune_expert.optim.lr", "finite"]),
         ("resources.evaluate", {"gpu": 2}, ["resources.evaluate.gpu", "one device"]),
+        ("resources.assemble", {"gpu": 2}, ["resources.assemble.gpu", "one device"]),
         ("finetune_expert.samples_seen", None, ["missing key `finetune_expert.samples_seen`"]),
     ],
 )
@@ -162,6 +261,38 @@ def test_a_mistake_is_named_with_its_place_value_and_a_hint(path, value, words):
     for word in words:
         assert word in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("expert", "moe"),
+    [
+        ({"image_layers": [0, 1]}, {}),
+        ({"image_layers": [1], "text_layers": [0]}, {"image_layers": [1], "text_layers": []}),
+        ({"lock": ["text"]}, {"text_layers": []}),
+        ({"text_layers": [0, 1]}, {"text_layers": [0]}),
+    ],
+    ids=str,
+)
+def test_experts_may_be_grafted_wherever_they_were_trained(expert, moe):
+    raw = copy.deepcopy(SMALL)
+    raw["finetune_expert"] |= expert
+    raw["moe"] |= moe
+    assert load_config(raw)["small"].finetune_expert.lock == expert.get("lock", [])
+
+
+def test_the_example_of_long_texts_is_valid():
+    page = (ROOT / "workflow/docs/long_texts.md").read_text()
+    example = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])
+    raw = changed("download.train.num_samples", 1000) | example
+    run = load_config(raw)["small"]
+    assert (run.pretrain[0].text_pos_keep, run.finetune_expert.short_captions.weight) == (20, 1.0)
+
+
+def test_a_locked_tower_has_no_layers_to_choose():
+    raw = changed("finetune_expert.lock", ["text"])
+    raw["finetune_expert"]["text_layers"] = [0]
+    with pytest.raises(ConfigError, match=r"text_layers = \[0\] has no effect with lock: \[text"):
+        load_config(raw)
 
 
 B32 = {"model": "ViT-B-32", "pretrained": "openai"}

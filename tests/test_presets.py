@@ -14,9 +14,9 @@ import yaml
 from clipgraft import architectures, cost, plan
 from clipgraft.architectures import architecture
 from clipgraft.config import load_config, merge
+from clipgraft.planning import plan_run
 from clipgraft.recipes import PhaseSettings
 from clipgraft.schedule import num_steps, num_warmup_steps, peak_lr
-from clipgraft.versions import plan_run
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = sorted((ROOT / "presets").glob("clipa_*.yaml"))

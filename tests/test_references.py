@@ -23,9 +23,9 @@ from clipgraft.data.loader import Loader
 from clipgraft.data.samples import Samples
 from clipgraft.data.tokens import Tokens
 from clipgraft.data.vocabulary import Encoder, clip_merges, is_same_vocabulary
+from clipgraft.loss_settings import ReferenceSettings
 from clipgraft.models.build import build, describe
 from clipgraft.pretrain import pretrain
-from clipgraft.recipes import ReferenceSettings
 from clipgraft.references import OnlineReference
 from clipgraft.train import Data, ordinary_batches
 

@@ -5,38 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-# All jobs but the last ones, as their rules would start them, in one process: torch is imported once.
-JOBS = """
-import json, runpy, sys
-import yaml
-from clipgraft.config import load_config, sweep_points
-from clipgraft.versions import plan_runs
-
-if __name__ == "__main__":
-    raw = yaml.safe_load(open("small.yaml"))
-    done = set()
-    for jobs in plan_runs(load_config(raw), sweep_points(raw)).values():
-        for job in jobs:
-            if job.stage in ("report", "scaling") or job.folder in done:
-                continue
-            done.add(job.folder)
-            words = ["--name", job.name, "--settings", json.dumps(job.settings)]
-            for name, of in job.inputs.items():
-                words += ["--input", f"{name}=results/{of.folder}/manifest.json"]
-            sys.argv = [f"scripts/{job.stage}.py", *words, "--out", f"results/{job.folder}"]
-            runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -49,10 +23,7 @@ def test_a_grid_runs_to_its_page_and_the_page_says_what_was_measured(workflow):
     planned = workflow.planned()
     assert [planned.count(stage) for stage in ("shard", "pretrain", "evaluate")] == [2, 4, 4]
     assert planned.count("report") == 4 and planned.count("scaling") == 1
-    (workflow.root / "jobs.py").write_text(JOBS)
-    path = os.pathsep.join([str(workflow.root / "lib"), os.environ["PYTHONPATH"]])
-    environment = {**os.environ, "PYTHONPATH": path}
-    subprocess.run([sys.executable, "jobs.py"], cwd=workflow.root, env=environment, check=True)
+    workflow.run_jobs()
     assert workflow.planned("--", "results/runs/sweep/versions.json") == ["scaling"]
     printed = workflow.snakemake("--cores", "2", "--", "results/runs/sweep/versions.json")
     page = workflow.root / "results/runs/sweep/scaling"

@@ -15,8 +15,9 @@ import pytest
 import yaml
 
 from clipgraft.config import ConfigError, load_config, merge, sweep_points
+from clipgraft.planning import plan_run, plan_runs
 from clipgraft.settings import IndexJob
-from clipgraft.versions import _sources, local_files, plan_run, plan_runs
+from clipgraft.versions import local_files, sources_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = yaml.safe_load((ROOT / "tests/config/small.yaml").read_text())
@@ -39,6 +40,10 @@ def differing(overlay: dict) -> set[str]:
         ({"finetune_router": {"samples_seen": 32}}, {"finetune_router", "evaluate", "report"}),
         ({"moe": {"top_k": 1}}, {"assemble", "finetune_router", "evaluate", "report"}),
         (
+            {"moe": {"router_init": "centroids"}},
+            {"assemble", "finetune_router", "evaluate", "report"},
+        ),
+        (
             {"cluster": {"num_tries": 1}},
             {
                 "cluster",
@@ -57,18 +62,53 @@ def test_a_setting_changes_its_stage_and_what_follows(overlay, stages):
     assert differing(overlay) == stages
 
 
+def test_each_round_is_handed_its_own_numbers_of_clusters():
+    def jobs(**overlay) -> dict:
+        run = load_config(merge(copy.deepcopy(SMALL), overlay))["small"]
+        return {job.name: job for job in plan_run("small", run)}
+
+    before, after = jobs(), jobs(cluster={"image_clusters": [2, 5], "text_clusters": [2, 2]})
+    second = after["cluster/2"].settings
+    assert (second["image_clusters"], second["text_clusters"], second["joint_clusters"]) == (
+        5,
+        2,
+        None,
+    )
+    assert before["cluster/1"].version == after["cluster/1"].version
+    own = jobs(cluster={"by": "joint", "image_clusters": None, "text_clusters": None})
+    assert own["cluster/2"].settings["joint_clusters"] == 9
+    assert own["cluster/2"].settings["image_clusters"] is None
+
+
+def test_the_order_of_batches_leaves_controls_alone():
+    before, after = versions({}), versions({"finetune_expert": {"batch_order": "round_robin"}})
+    changed = {name for name in before if before[name] != after[name]}
+    assert "finetune_expert/1" in changed and "finetune_expert/control" not in changed
+
+
 def test_a_router_setting_leaves_the_evaluation_of_other_models_alone():
     before, after = versions({}), versions({"finetune_router": {"samples_seen": 32}})
     assert {name for name in before if before[name] != after[name]} == {
-        "finetune_router",
+        "finetune_router/moe",
         "evaluate/moe/renders",
         "report",
     }
 
 
+def test_assembling_reads_samples_for_routers_of_centroids_only():
+    for router_init in ("random", "zero", "centroids"):
+        raw = merge(copy.deepcopy(SMALL), {"moe": {"router_init": router_init}})
+        jobs = {job.name: job for job in plan_run("small", load_config(raw)["small"])}
+        experts = {"expert_0", "expert_1", "expert_2"}
+        samples = {"index": jobs["index/train"], "shard": jobs["shard/full"]}
+        inputs = jobs["assemble/moe"].inputs
+        assert inputs.keys() - experts == (samples.keys() if router_init == "centroids" else set())
+        assert all(inputs[name] == samples[name] for name in inputs.keys() - experts)
+
+
 def test_the_same_settings_give_the_same_versions_in_another_process():
     code = (
-        "import json, yaml; from clipgraft.config import load_config; from clipgraft.versions import plan_run;"
+        "import json, yaml; from clipgraft.config import load_config; from clipgraft.planning import plan_run;"
         f"raw = yaml.safe_load(open({str(ROOT / 'tests/config/small.yaml')!r}));"
         "print(json.dumps({j.name: j.version for j in plan_run('small', load_config(raw)['small'])}))"
     )
@@ -87,11 +127,26 @@ def test_names_of_data_sets_and_runs_are_no_part_of_versions():
 def test_every_model_meets_every_task_and_inputs_come_before_users():
     jobs = plan_run("small", load_config(SMALL)["small"])
     evaluated = {job.name.split("/")[1] for job in jobs if job.stage == "evaluate"}
-    assert evaluated == {"short", "base", "expert_1", "expert_2", "control", "upcycled", "moe"}
+    assert evaluated == {"short", "base", "expert_1", "expert_2", "mlp", "upcycled", "moe"}
     seen: set[str] = set()
     for job in jobs:
         assert {of.name for of in job.inputs.values()} <= seen
         seen.add(job.name)
+
+
+def test_a_task_that_probes_also_measures_the_untrained_architecture():
+    probing = {"evaluate": {"tasks": {"renders": {"probe": ["colour"], "given": [["size"]]}}}}
+    jobs = {job.name: job for job in plan_run("small", load_config(merge(SMALL, probing))["small"])}
+    untrained = jobs["evaluate/untrained/renders"]
+    assert untrained.inputs["model"] == jobs["evaluate/base/renders"].inputs["model"]
+    assert untrained.settings["untrained"] is not None
+    assert untrained.settings["probe"] == ["colour"]
+    assert not any(untrained.settings[key] for key in ("retrieval", "zero_shot", "given"))
+    assert untrained in jobs["report"].inputs.values()
+    others = [job for job in jobs.values() if job.stage == "evaluate" and job is not untrained]
+    assert others and all(job.settings["untrained"] is None for job in others)
+    changed = {name for name, version in versions({}).items() if jobs[name].version != version}
+    assert {name.split("/")[0] for name in changed} == {"evaluate", "report"}
 
 
 def test_a_run_without_experts_stops_at_the_base_and_shares_it():
@@ -253,11 +308,11 @@ def test_a_changed_vocabulary_is_another_source_of_the_index(tmp_path):
     for text in ("[PAD]\na\n", "[PAD]\nb\n"):
         vocabulary.write_text(text)
         settings = IndexJob(tokenize=True, vocabulary="wordpiece", wordpiece=str(vocabulary))
-        told.append(list(_sources(settings)))
+        told.append(list(sources_of(settings)))
     assert len(told[0]) == 1 and told[0] != told[1]
     vocabulary.unlink()
     with pytest.raises(ConfigError, match=r"no file matches.*vocab\.txt"):
-        list(_sources(settings))
+        list(sources_of(settings))
 
 
 @pytest.mark.parametrize(

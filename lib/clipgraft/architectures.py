@@ -12,12 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from clipgraft.config import ConfigError
-from clipgraft.recipes import (
-    ModelSettings,
-    PhaseSettings,
-    ReferenceSettings,
-    interactive_misfit,
-)
+from clipgraft.loss_settings import ReferenceSettings
+from clipgraft.recipes import ModelSettings, PhaseSettings, interactive_misfit
 
 OURS = Path(__file__).resolve().parent.parent.parent / "presets" / "models"
 

@@ -17,9 +17,19 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
+from clipgraft.baseline_settings import BaselineSettings, with_kinds
+from clipgraft.moe_settings import (
+    BatchOrder,
+    ClusterSettings,
+    ExpertSettings,
+    MlpSettings,
+    MoeSettings,
+    RouterSettings,
+)
 from clipgraft.recipes import (
     AugmentationSettings,
     ModelSettings,
@@ -29,12 +39,12 @@ from clipgraft.recipes import (
     position_kind,
     position_misfit,
     start_misfit,
+    stretch_misfit,
     vocabulary_misfit,
 )
 from clipgraft.reductions import TEXT_MASKS, num_kept, text_mask_of
 from clipgraft.sources import (
     Attribute,
-    Fraction,
     MixedSource,
     Name,
     OneSource,
@@ -115,59 +125,6 @@ class EmbedSettings(Settings):
     )
 
 
-class ClusterSettings(Settings):
-    """Spherical k-means of image and text embeddings; the pairs of clusters are the labels of a round."""
-
-    image_clusters: PositiveInt = 3
-    text_clusters: PositiveInt = 3
-    num_iterations: PositiveInt = 50
-    num_tries: PositiveInt = Field(3, description="Runs of k-means; the best inertia is kept.")
-
-
-class ExpertSettings(TrainSettings):
-    """Fine-tuning of the MLPs alone, temperature fixed, on homogeneous batches (MCL)."""
-
-    label_smoothing: Fraction = 0.1
-    init: Literal["base", "previous"] = Field(
-        "base", description="Each expert starts from expert 0, or from the expert before it."
-    )
-    controls: dict[Name, PositiveInt] = Field(
-        {"control": 1},
-        description="Baselines: the same fine-tuning on ordinary batches; name: how many times the samples.",
-    )
-
-
-class MoeSettings(Settings):
-    """How experts are grafted into one model (Diversified Multiplet Upcycling)."""
-
-    num_experts: Annotated[int, Field(ge=2)] = 4
-    top_k: PositiveInt = Field(
-        2, description="Experts per token. With 1 the gate is constant: routers learn balance only."
-    )
-    image_layers: Literal["all"] | list[NonNegativeInt] = Field(
-        "all", description="Blocks with experts."
-    )
-    text_layers: Literal["all"] | list[NonNegativeInt] = "all"
-
-    @model_validator(mode="after")
-    def _top_k(self) -> MoeSettings:
-        if self.top_k > self.num_experts:
-            raise ValueError(
-                f"top_k = {self.top_k} is more than num_experts = {self.num_experts}. "
-                f"Hint: top_k must lie between 1 and {self.num_experts}"
-            )
-        return self
-
-
-class RouterSettings(TrainSettings):
-    """Training of the routers alone: contrastive plus balance loss."""
-
-    balance_weight: NonNegativeFloat = Field(
-        0.01, description="Weight of the balance loss per layer."
-    )
-    z_weight: NonNegativeFloat = Field(0.001, description="Weight of the router z-loss.")
-
-
 # --- evaluation and report --------------------------------------------------------------------------------
 
 
@@ -188,11 +145,30 @@ class TaskSettings(Settings):
         False, description="Image to text and text to image, recall at 1, 5, 10."
     )
     zero_shot: list[ZeroShotSettings] = Field(default_factory=list)
+    probe: list[str] = Field(
+        default_factory=list,
+        description="Labels that a linear classifier shall read off the image embeddings, of every model and of one with "
+        "random weights; and which experts have to do with them.",
+    )
+    given: list[Annotated[list[str], Field(min_length=1)]] = Field(
+        default_factory=list,
+        description="Retrieval among candidates that agree on labels, e.g. [[colour], [colour, shape]].",
+    )
 
     @model_validator(mode="after")
     def _measures(self) -> TaskSettings:
-        if not self.retrieval and not self.zero_shot:
-            raise ValueError("nothing to measure: set `retrieval: true` or list `zero_shot` labels")
+        if not self.retrieval and not self.zero_shot and not self.probe:
+            raise ValueError(
+                "nothing to measure: set `retrieval: true`, or list labels under `zero_shot` or `probe`"
+            )
+        if self.given and not self.retrieval:
+            raise ValueError(f"given = {self.given} is a kind of retrieval. Hint: retrieval: true")
+        once = {"probe": self.probe, "given": ["+".join(sorted(labels)) for labels in self.given]}
+        once |= {f"given.{number}": labels for number, labels in enumerate(self.given)}
+        for key, names in once.items():
+            twice = [name for name in names if names.count(name) > 1]
+            if twice:
+                raise ValueError(f"{key} names {twice[0]} twice. Hint: once is enough")
         return self
 
 
@@ -246,6 +222,7 @@ Stage = Literal[
     "finetune_expert",
     "assemble",
     "finetune_router",
+    "soup",
     "evaluate",
     "report",
     "scaling",
@@ -270,10 +247,19 @@ class RunSettings(Settings):
         description="null: the run stops at the base; what is set for experts and routers is then not used.",
     )
     finetune_router: RouterSettings | None = None
+    baselines: dict[Name, BaselineSettings] = Field(
+        default_factory=dict,
+        description="What the mixture of experts is held against, by name; null removes one that an overlay inherits.",
+    )
     evaluate: EvaluateSettings
     report: ReportSettings = ReportSettings()
     scaling: ScalingSettings = ScalingSettings()
     resources: dict[Stage, ResourceSettings] = Field(default_factory=dict)
+
+    @field_validator("baselines", mode="before")
+    @classmethod
+    def _kinds(cls, raw: Any) -> Any:
+        return with_kinds(raw)
 
     @model_validator(mode="before")
     @classmethod
@@ -314,8 +300,9 @@ class RunSettings(Settings):
                     f"evaluate.tasks.{name}.data = {task.data!r} is not under download "
                     f"({', '.join(self.download)}){hint(task.data, self.download)}"
                 )
-        if self.resources_of("evaluate").gpu > 1:
-            raise ValueError("resources.evaluate.gpu: a job uses one device. Hint: 0 or 1")
+        for stage in ("assemble", "evaluate"):
+            if self.resources_of(stage).gpu > 1:
+                raise ValueError(f"resources.{stage}.gpu: a job uses one device. Hint: 0 or 1")
         self._check_sections()
         self._check_names()
         self._check_tasks()
@@ -326,6 +313,7 @@ class RunSettings(Settings):
         self._check_positions()
         self._check_starts()
         self._check_layers()
+        self._check_rounds()
         self._check_batches()
         self._check_source_weights()
         return self
@@ -347,20 +335,26 @@ class RunSettings(Settings):
                 )
 
     def _check_names(self) -> None:
-        """Phases, controls and the models of every run are evaluated side by side, by name."""
+        """Phases, baselines and the models of every run are evaluated side by side, by name."""
         experts = [f"expert_{k}" for k in range(self.moe.num_experts if self.moe else 0)]
-        controls = self.finetune_expert.controls if self.finetune_expert and self.moe else {}
         phases = [phase.name for phase in self.pretrain[:-1]]
-        names = ["base", *experts, "upcycled", "moe", *phases, *controls]
+        names = ["base", "untrained", *experts, "upcycled", "moe", *phases, *self.baselines]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(
-                f"{', '.join(twice)}: a phase or control (finetune_expert.controls) has the name of another model"
+                f"{', '.join(twice)}: a phase or baseline has the name of another model"
             )
 
     def _check_tasks(self) -> None:
         for name, task in self.evaluate.tasks.items():
             source = self.download[task.data]
+            wanted = [("probe", task.probe), *(("given", labels) for labels in task.given)]
+            for key, label in ((key, label) for key, labels in wanted for label in labels):
+                if isinstance(source, ShapesSource) and label not in get_args(Attribute):
+                    raise ValueError(
+                        f"evaluate.tasks.{name}.{key}: label {label!r} is none of shapes"
+                        f"{hint(label, get_args(Attribute))}"
+                    )
             for measure in task.zero_shot:
                 where = f"evaluate.tasks.{name}.zero_shot: label {measure.label!r}"
                 if isinstance(source, ShapesSource) and measure.label not in get_args(Attribute):
@@ -382,8 +376,11 @@ class RunSettings(Settings):
     @property
     def scaling_task(self) -> str:
         """The task that the scaling page is about."""
-        with_retrieval = (name for name, task in self.evaluate.tasks.items() if task.retrieval)
-        return self.scaling.task or next(with_retrieval, None) or next(iter(self.evaluate.tasks))
+        tasks = self.evaluate.tasks
+        with_retrieval = (name for name, task in tasks.items() if task.retrieval)
+        measured = (name for name, task in tasks.items() if task.retrieval or task.zero_shot)
+        first = next(with_retrieval, None) or next(measured, None) or next(iter(tasks))
+        return self.scaling.task or first
 
     def _check_scaling(self) -> None:
         if not self.evaluate.tasks:
@@ -401,15 +398,45 @@ class RunSettings(Settings):
             )
 
     def _check_layers(self) -> None:
-        if self.moe is None:
+        if self.moe is None or self.finetune_expert is None:
             return
         config = self.model.config or {}
-        for tower, layers in (("vision", self.moe.image_layers), ("text", self.moe.text_layers)):
+        for tower, key in (("vision", "image_layers"), ("text", "text_layers")):
             depth = (config.get(f"{tower}_cfg") or {}).get("layers")
-            if layers != "all" and isinstance(depth, int) and max(layers, default=0) >= depth:
-                key = "image_layers" if tower == "vision" else "text_layers"
+            for section in ("moe", "finetune_expert"):
+                layers = getattr(getattr(self, section), key)
+                if layers != "all" and isinstance(depth, int) and max(layers, default=0) >= depth:
+                    raise ValueError(
+                        f"{section}.{key} = {layers}: the {tower} tower has {depth} layers. "
+                        f"Hint: 0 to {depth - 1}, or all"
+                    )
+            self._check_grafted(key, depth)
+
+    def _check_grafted(self, key: str, depth: object) -> None:
+        """Blocks that no expert has trained would hold copies."""
+        assert self.moe is not None and self.finetune_expert is not None
+        tower, grafted = key.removesuffix("_layers"), getattr(self.moe, key)
+        is_locked = tower in self.finetune_expert.lock
+        trained = [] if is_locked else getattr(self.finetune_expert, key)
+        if isinstance(depth, int) and grafted == "all":
+            grafted = list(range(depth))
+        if trained == "all" or (grafted != "all" and set(grafted) <= set(trained)):
+            return
+        where = f"lock = [{tower}]" if is_locked else f"{key} = {trained}"
+        raise ValueError(
+            f"moe.{key} = {getattr(self.moe, key)}, but finetune_expert.{where}: in other blocks the experts would be "
+            f"copies of one MLP. Hint: moe: {{{key}: {trained}}}"
+        )
+
+    def _check_rounds(self) -> None:
+        if self.moe is None:
+            return
+        num_rounds = self.moe.num_experts - 1
+        for side, given in self.cluster.given.items():
+            if isinstance(given, list) and len(given) != num_rounds:
                 raise ValueError(
-                    f"moe.{key} = {layers}: the {tower} tower has {depth} layers. Hint: 0 to {depth - 1}, or all"
+                    f"cluster.{side}_clusters = {given} is for {len(given)} rounds, but moe.num_experts = "
+                    f"{self.moe.num_experts} makes {num_rounds}. Hint: one number for each round, or one for all"
                 )
 
     def _check_patches(self) -> None:
@@ -461,6 +488,11 @@ class RunSettings(Settings):
             misfit = start_misfit(phase, is_carried, has_pretrained)
             if misfit:
                 raise ValueError(misfit)
+            if is_carried and phase.text_pos_resize == "stretch":
+                before = self.pretrain[number - 1].text_length
+                misfit = stretch_misfit(phase.text_pos_keep, before)
+                if misfit:
+                    raise ValueError(f"pretrain.{phase.name}.{misfit}")
 
     def _check_batches(self) -> None:
         train = self.download["train"]
@@ -540,23 +572,46 @@ class PretrainJob(PhaseSettings):
 
 
 class ClusterJob(ClusterSettings):
-    """Settings of one `cluster` job."""
+    """Settings of one `cluster` job: those of its round."""
 
+    image_clusters: PositiveInt | None = None
+    text_clusters: PositiveInt | None = None
+    joint_clusters: PositiveInt | None = None
     seed: NonNegativeInt
 
 
-class ExpertJob(TrainSettings):
-    """Settings of one `finetune_expert` job, experts and controls alike."""
+class ExpertJob(MlpSettings):
+    """Settings of one `finetune_expert` job, experts and baselines alike."""
 
-    label_smoothing: Fraction
     batches: Literal["homogeneous", "ordinary"]
+    weights: Literal["mlps", "all"] = Field(
+        "mlps", description="all: but the temperature, and positions that are sines and cosines."
+    )
+    batch_order: BatchOrder = "shuffled"
     seed: NonNegativeInt
 
 
 class AssembleJob(MoeSettings):
     """Settings of one `assemble` job."""
 
+    copies: bool = Field(
+        False,
+        description="Of one model `num_experts` copies (sparse upcycling), not of several one each.",
+    )
+    noise: NonNegativeFloat = Field(
+        0.0,
+        description="Of copies: normal noise on the MLPs of all experts but the first, in standard deviations of each "
+        "tensor.",
+    )
     seed: NonNegativeInt
+
+    @model_validator(mode="after")
+    def _noise(self) -> AssembleJob:
+        if self.noise and not self.copies:
+            raise ValueError(
+                f"noise = {self.noise} has no effect without copies. Hint: remove it, or copies: true"
+            )
+        return self
 
 
 class RouterJob(RouterSettings):
@@ -565,10 +620,17 @@ class RouterJob(RouterSettings):
     seed: NonNegativeInt
 
 
+class SoupJob(Settings):
+    """Settings of one `soup` job: none, the experts say it all."""
+
+
 class EvaluateJob(TaskSettings):
     """Settings of one `evaluate` job."""
 
     task: str
+    untrained: NonNegativeInt | None = Field(
+        None, description="Seed of random weights, which take the place of those of the model."
+    )
 
 
 class ReportJob(ReportSettings):

@@ -1,4 +1,4 @@
-"""Versions: which jobs a run consists of, what each is called on disk, and what code it uses.
+"""Versions: what a job is called on disk, which local files it reads, and what code it uses.
 
 A job's version is a hash of its stage, its settings and the versions of its inputs, so a changed setting makes a
 new folder beside the old one, and runs that share a prefix share its files. Code is not part of the version: each
@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -20,18 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from clipgraft import settings as cfg
-from clipgraft.architectures import check_references, image_size_of, our_file
+from clipgraft.architectures import our_file
 from clipgraft.config import ConfigError
-from clipgraft.recipes import (
-    AugmentationSettings,
-    PhaseSettings,
-    ReferenceSettings,
-    TrainSettings,
-)
-from clipgraft.sources import MixedSource, Settings
+from clipgraft.loss_settings import ReferenceSettings
+from clipgraft.sources import Settings
 
 LIBRARY = Path(__file__).resolve().parent
-SWEEP = "sweep"  # stands among the runs, and is the key of the config
 _MEMO = LIBRARY / "__pycache__" / "fingerprints.json"
 
 # Floor 0 and the launcher move settings and bytes, never values: editing them re-runs nothing.
@@ -42,13 +36,18 @@ PLUMBING = {
         for name in (
             "settings",
             "sources",
+            "loss_settings",
+            "moe_settings",
+            "baseline_settings",
             "recipes",
             "config",
             "versions",
+            "planning",
             "job",
             "provenance",
             "log",
             "runs",
+            "compare",
             "launch",
             "architectures",
             "cost",
@@ -97,187 +96,10 @@ def seed_for(seed: int, *words: object) -> int:
     return int(_short_hash(json.dumps([seed, *map(str, words)])), 16) % 2**31
 
 
-def plan_runs(
-    runs: Mapping[str, cfg.RunSettings], points: Mapping[str, Mapping[str, str]]
-) -> dict[str, list[PlannedJob]]:
-    """All jobs of all runs, by run; under `sweep` the page of the sweep, if there is one.
-
-    Args:
-        runs: validated settings by name.
-        points: the runs of the sweep, each with its point on every axis (`config.sweep_points`).
-    """
-    _listing.cache_clear()  # once for all runs, anew for every plan
-    planned = {name: plan_run(name, run) for name, run in runs.items()}
-    if points:
-        sweep = {name: (runs[name], planned[name]) for name in points}
-        planned[SWEEP] = [_plan_scaling(sweep, points)]
-    return planned
+# --- local files that a job reads ---------------------------------------------------------------------------
 
 
-def _plan_scaling(
-    sweep: Mapping[str, tuple[cfg.RunSettings, list[PlannedJob]]],
-    points: Mapping[str, Mapping[str, str]],
-) -> PlannedJob:
-    """The page of a sweep reads the phases of every run, and how they and the base did on one task."""
-    first, _ = next(iter(sweep.values()))
-    task = first.scaling_task
-    inputs: dict[str, PlannedJob] = {}
-    for name, (run, jobs) in sweep.items():
-        names = [phase.name for phase in run.pretrain]
-        wanted = {f"pretrain/{phase}" for phase in names}
-        wanted |= {f"evaluate/{model}/{task}" for model in (*names[:-1], "base")}
-        inputs |= {f"{name}/{job.name}": job for job in jobs if job.name in wanted}
-    runs = [cfg.SweepRun(run=name, point=dict(point)) for name, point in points.items()]
-    seed = seed_for(first.seed, "scaling")
-    settings = _extend(cfg.ScalingJob, first.scaling, task=task, runs=runs, seed=seed)
-    return PlannedJob("scaling", "scaling", settings.model_dump(mode="json"), inputs)
-
-
-def plan_run(name: str, run: cfg.RunSettings) -> list[PlannedJob]:
-    """All jobs of a run, inputs before users.
-
-    Args:
-        name: the run's name; only the report depends on it.
-        run: validated settings.
-    """
-    jobs: dict[str, PlannedJob] = {}
-    settings: Settings
-
-    def add(job_name: str, settings: Settings, **inputs: PlannedJob | None) -> PlannedJob:
-        given = {slot: job for slot, job in inputs.items() if job is not None}
-        dumped, files = settings.model_dump(mode="json"), tuple(_sources(settings))
-        job = PlannedJob(job_name.split("/")[0], job_name, dumped, given, files)
-        known = jobs.setdefault(job_name, job)
-        assert known == job, f"two jobs are called {job_name}"
-        return known
-
-    indexes: dict[str, PlannedJob] = {}
-    # The training set last: it may have to be held against the others.
-    for data in sorted(run.download, key=lambda data: data == "train"):
-        source, is_train = run.download[data], data == "train"
-        limits = {"min_side", "max_aspect_ratio", "max_megapixels"}  # the others are about training
-        section = (
-            run.index if is_train else cfg.IndexSettings(**run.index.model_dump(include=limits))
-        )
-        settings = _extend(cfg.IndexJob, section, tokenize=is_train)
-        others = {f"not_in_{name}": indexes[name] for name in run.index.not_in if is_train}
-        if isinstance(source, MixedSource):
-            downloads = {
-                f"download_{part}": add(f"download/{data}/{part}", cfg.DownloadJob(source=one))
-                for part, one in source.sources.items()
-            }
-        else:
-            downloads = {"download": add(f"download/{data}", cfg.DownloadJob(source=source))}
-        indexes[data] = add(f"index/{data}", settings, **downloads, **others)
-    index = indexes["train"]
-
-    phases: list[PlannedJob] = []
-    for phase in run.pretrain:
-        check_references(phase, run.model)
-        settings = _extend(
-            cfg.ShardJob, run.shard, image_size=phase.image_size, oversize=_oversize(run, phase)
-        )
-        shard = add(f"shard/{phase.name}", settings, index=index)
-        seed = seed_for(run.seed, "pretrain", phase.name)
-        settings = _extend(cfg.PretrainJob, phase, model=run.model, seed=seed)
-        init = phases[-1] if phases else None
-        cached = _plan_references(run, add, phase, index)
-        phases.append(
-            add(f"pretrain/{phase.name}", settings, init=init, index=index, shard=shard, **cached)
-        )
-    base = phases[-1]
-
-    models = {phase.name.split("/")[1]: phase for phase in phases[:-1]}
-    models |= {"base": base, **_plan_moe(run, add, base, index=index, shard=shard)}
-    for model_name, model in models.items():
-        for task, measures in run.evaluate.tasks.items():
-            settings = _extend(cfg.EvaluateJob, measures, task=task)
-            add(
-                f"evaluate/{model_name}/{task}", settings, model=model, index=indexes[measures.data]
-            )
-    add("report", _extend(cfg.ReportJob, run.report, run=name), **jobs)
-    return list(jobs.values())
-
-
-def _plan_references(
-    run: cfg.RunSettings, add: Callable[..., PlannedJob], phase: PhaseSettings, index: PlannedJob
-) -> dict[str, PlannedJob]:
-    """The jobs that embed the cached references of a phase, by the name of the input.
-
-    They depend on the reference and the data, and on the phase only in what several crops are drawn with; so phases and
-    runs share them. The reference has shards of its own size, which are those of the phase where the sizes are equal.
-    """
-    jobs = {}
-    for number, reference in enumerate(phase.references):
-        if not reference.cached or not phase.compares_with_references:
-            continue
-        drawn = _extend(AugmentationSettings, phase) if reference.crops > 1 else None
-        size, (smallest, _) = image_size_of(reference), (drawn or AugmentationSettings()).crop_scale
-        room = run.shard.oversize or _room(smallest)
-        name = f"{phase.name}.reference_{number}"  # a phase cannot be called so
-        settings: Settings = _extend(cfg.ShardJob, run.shard, image_size=size, oversize=room)
-        shard = add(f"shard/{name}", settings, index=index)
-        settings = _extend(cfg.ReferenceJob, reference, image_size=size, augmentation=drawn)
-        jobs[f"reference_{number}"] = add(f"embed/{name}", settings, index=index, shard=shard)
-    return jobs
-
-
-def _plan_moe(
-    run: cfg.RunSettings, add: Callable[..., PlannedJob], base: PlannedJob, **data: PlannedJob
-) -> dict[str, PlannedJob]:
-    """The jobs that make experts of the base and a MoE of them; the models, by name."""
-    if run.moe is None:
-        return {}
-    tune, router = run.finetune_expert, run.finetune_router
-    assert tune is not None and router is not None
-    settings: Settings
-    experts, labels = [base], None
-    tune_seed = seed_for(run.seed, "finetune_expert")  # the same for experts and controls
-    for k in range(1, run.moe.num_experts):
-        last = experts[-1]
-        embed = add(f"embed/{k - 1}", run.embed, model=last, **data)
-        settings = _extend(cfg.ClusterJob, run.cluster, seed=seed_for(run.seed, "cluster", k))
-        labels = add(f"cluster/{k}", settings, embed=embed, previous=labels)
-        settings = _extend(cfg.ExpertJob, tune, batches="homogeneous", seed=tune_seed)
-        init = last if tune.init == "previous" else base
-        experts.append(add(f"finetune_expert/{k}", settings, init=init, labels=labels, **data))
-    models = {f"expert_{k}": job for k, job in enumerate(experts) if k}
-    for control, times in tune.controls.items():
-        seen = {"samples_seen": tune.samples_seen * times}
-        settings = _extend(cfg.ExpertJob, tune, batches="ordinary", seed=tune_seed, **seen)
-        models[control] = add(f"finetune_expert/{control}", settings, init=base, **data)
-
-    settings = _extend(cfg.AssembleJob, run.moe, seed=seed_for(run.seed, "assemble"))
-    upcycled = add("assemble", settings, **{f"expert_{k}": job for k, job in enumerate(experts)})
-    settings = _extend(cfg.RouterJob, router, seed=seed_for(run.seed, "finetune_router"))
-    return {
-        **models,
-        "upcycled": upcycled,
-        "moe": add("finetune_router", settings, init=upcycled, **data),
-    }
-
-
-def _oversize(run: cfg.RunSettings, phase: PhaseSettings) -> float:
-    """As given, or so that the smallest crop of those that read the shards of a phase is as large as training wants."""
-    users: list[TrainSettings | None] = [phase]
-    if run.moe is not None and phase is run.pretrain[-1]:
-        users += [run.finetune_expert, run.finetune_router]
-    smallest = min(user.crop_scale[0] for user in users if user is not None)
-    return run.shard.oversize or _room(smallest)
-
-
-def _room(smallest: float) -> float:
-    """Oversize of the stored image with which a crop that keeps this share of the area is not enlarged."""
-    return float(round(smallest**-0.5, 2))
-
-
-def _extend(job: type[cfg.S], section: Settings, /, **more: Any) -> cfg.S:
-    """The settings of a job: those fields of its section that it has, and what it takes from elsewhere."""
-    fields = {key: value for key, value in section if key in job.model_fields}
-    return job(**{**fields, **more})
-
-
-def _sources(settings: Settings) -> Iterator[str]:
+def sources_of(settings: Settings) -> Iterator[str]:
     """What tells that the local files of a job have changed: their names and sizes.
 
     A changed file re-runs the job that reads it, a touched one does not; small files are hashed.
@@ -295,7 +117,7 @@ def _sources(settings: Settings) -> Iterator[str]:
         return
     for key in ("folder", "images"):
         if (name := getattr(settings.source, key, None)) is not None:
-            yield _listing(name)
+            yield listing(name)
     for key in ("tars", "table", "files", "classes", "annotations"):
         given = getattr(settings.source, key, None)
         for pattern in [given] if isinstance(given, str) else given or []:
@@ -304,7 +126,12 @@ def _sources(settings: Settings) -> Iterator[str]:
 
 
 @cache
-def _listing(name: str) -> str:
+def listing(name: str) -> str:
+    """Names and sizes of all files of a folder, hashed; remembered, since runs share folders.
+
+    Raises:
+        ConfigError: if there is no such folder.
+    """
     folder = Path(os.path.expanduser(os.path.expandvars(name)))
     if not folder.is_dir():
         raise ConfigError(
