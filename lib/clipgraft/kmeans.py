@@ -26,6 +26,7 @@ _PARTS = 64
 _SAMPLE = 2**15  # points to start from, at least, and
 _PER_CLUSTER = 256  # for each cluster
 _START_ITERATIONS = 50
+_SCATTERED = 1024  # rows of a sample that are read at once
 _TOLERANCE = 1e-5  # of the inertia: a try that gains less in a pass has converged
 
 
@@ -67,8 +68,7 @@ class Points:
             ConfigError: if one has no direction.
         """
         rows = slice(first, stop) if self.rows is None else self.rows[first:stop]
-        # Mapped anew each time: the pages of a mapping count as resident until it is dropped.
-        parts = [np.load(file, mmap_mode="r")[rows].astype(np.float32) for file in self.files]
+        parts = [_read_rows(file, rows).astype(np.float32) for file in self.files]
         points_BD = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
         length_B = np.sqrt(np.einsum("bd,bd->b", points_BD, points_BD))
         bad = np.flatnonzero(~(np.isfinite(length_B) & (length_B > 0)))
@@ -79,6 +79,18 @@ class Points:
                 "it has diverged. Hint: look at its loss; a lower learning rate, or optim.max_grad_norm"
             )
         return points_BD, 1 / length_B
+
+
+def _read_rows(file: Path, rows: slice | np.ndarray) -> np.ndarray:
+    """Rows of an array on disk.
+
+    It is mapped anew each time, and for every few of scattered rows: what a mapping has touched, and what the system reads
+    around it, counts as resident until it is dropped.
+    """
+    if isinstance(rows, slice):
+        return np.load(file, mmap_mode="r")[rows]
+    some = [rows[first : first + _SCATTERED] for first in range(0, len(rows), _SCATTERED)]
+    return np.concatenate([np.load(file, mmap_mode="r")[each] for each in some])
 
 
 class Clusters(NamedTuple):
