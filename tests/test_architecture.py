@@ -16,6 +16,7 @@ FLOORS = [
         "settings",
         "loss_settings",
         "moe_settings",
+        "evaluation_settings",
         "baseline_settings",
         "recipes",
         "reductions",

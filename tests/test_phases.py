@@ -24,6 +24,7 @@ from clipgraft.data.shapes import draw_sample
 from clipgraft.data.shards import write_shards
 from clipgraft.embed import embed
 from clipgraft.evaluation.evaluate import evaluate
+from clipgraft.evaluation_settings import TaskSettings
 from clipgraft.graft import assemble
 from clipgraft.models.positions import sincos_table
 from clipgraft.pretrain import pretrain
@@ -35,7 +36,6 @@ from clipgraft.settings import (
     PretrainJob,
     RouterJob,
     ShardJob,
-    TaskSettings,
 )
 from clipgraft.sources import TarSource
 

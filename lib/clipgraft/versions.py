@@ -38,6 +38,7 @@ PLUMBING = {
             "sources",
             "loss_settings",
             "moe_settings",
+            "evaluation_settings",
             "baseline_settings",
             "recipes",
             "config",

@@ -37,7 +37,7 @@ from clipgraft.evaluation.retrieval import Captions, best_candidates, evaluate_r
 from clipgraft.evaluation.zero_shot import check_templates, evaluate_zero_shot, zero_shot_weights
 from clipgraft.lean import open_clip
 from clipgraft.models.build import build, normalize, trimmed
-from clipgraft.settings import TaskSettings, ZeroShotSettings
+from clipgraft.evaluation_settings import TaskSettings, ZeroShotSettings
 
 log = logging.getLogger(__name__)
 
