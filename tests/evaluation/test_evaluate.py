@@ -18,9 +18,9 @@ from clipgraft.config import ConfigError
 from clipgraft.data.index import build_index
 from clipgraft.data.shapes import ATTRIBUTES, draw_sample, zero_shot_templates
 from clipgraft.evaluation.evaluate import evaluate, with_random_weights
+from clipgraft.evaluation_settings import TaskSettings
 from clipgraft.models.build import build, describe
 from clipgraft.models.moe import upcycle
-from clipgraft.evaluation_settings import TaskSettings
 from clipgraft.settings import IndexJob
 
 SIZE, LENGTH, NUM = 16, 12, 24

@@ -35,9 +35,9 @@ from clipgraft.evaluation.given import evaluate_given, groups_of
 from clipgraft.evaluation.probe import linear_probe
 from clipgraft.evaluation.retrieval import Captions, best_candidates, evaluate_retrieval
 from clipgraft.evaluation.zero_shot import check_templates, evaluate_zero_shot, zero_shot_weights
+from clipgraft.evaluation_settings import TaskSettings, ZeroShotSettings
 from clipgraft.lean import open_clip
 from clipgraft.models.build import build, normalize, trimmed
-from clipgraft.evaluation_settings import TaskSettings, ZeroShotSettings
 
 log = logging.getLogger(__name__)
 
