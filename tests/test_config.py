@@ -280,6 +280,15 @@ def test_experts_may_be_grafted_wherever_they_were_trained(expert, moe):
     assert load_config(raw)["small"].finetune_expert.lock == expert.get("lock", [])
 
 
+def test_experts_may_be_grafted_anywhere_if_they_go_on_learning_there():
+    raw = copy.deepcopy(SMALL)
+    raw["finetune_expert"] |= {"lock": ["text"]}
+    with pytest.raises(ConfigError, match="copies of one MLP"):
+        load_config(raw)
+    raw["finetune_router"] |= {"train": "experts"}
+    assert load_config(raw)["small"].moe.text_layers == "all"
+
+
 def test_the_example_of_long_texts_is_valid():
     page = (ROOT / "workflow/docs/long_texts.md").read_text()
     example = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])

@@ -342,8 +342,10 @@ class RunSettings(Settings):
             self._check_grafted(key, depth)
 
     def _check_grafted(self, key: str, depth: object) -> None:
-        """Blocks that no expert has trained would hold copies."""
+        """Blocks that no expert has trained would hold copies, for good if routers alone are trained."""
         assert self.moe is not None and self.finetune_expert is not None
+        if self.finetune_router and self.finetune_router.train != "routers":
+            return
         tower, grafted = key.removesuffix("_layers"), getattr(self.moe, key)
         is_locked = tower in self.finetune_expert.lock
         trained = [] if is_locked else getattr(self.finetune_expert, key)
