@@ -13,7 +13,7 @@ from clipgraft.config import ConfigError, load_config, sweep_points
 from clipgraft.planning import SWEEP, plan_runs
 from clipgraft.runs import show
 from clipgraft.settings import STAGES
-from clipgraft.versions import fingerprint
+from clipgraft.versions import WATCHED, deciding, fingerprint, num_failures
 
 try:
     SETTINGS = load_config(config)
@@ -49,12 +49,46 @@ def planned(stage, wildcards):
         ) from None
 
 
+def decides(stage, wildcards):
+    """Settings and inputs of a job that results depend on."""
+    job = planned(stage, wildcards)
+    return deciding(job.settings, job.inputs)
+
+
 def manifests(stage):
     """The manifests of the jobs whose outputs this one reads, by input name."""
     return lambda wildcards: {
         name: f"results/{job.folder}/manifest.json"
-        for name, job in planned(stage, wildcards).inputs.items()
+        for name, job in decides(stage, wildcards)[1].items()
     }
+
+
+def watched(stage):
+    """The samples that a training is watched on: they must be there before it, and are no reason to train again."""
+
+    def beside(wildcards):
+        job = planned(stage, wildcards)
+        aside = job.inputs.keys() - decides(stage, wildcards)[1].keys()
+        paths = {
+            name: f"results/{job.inputs[name].folder}/manifest.json" for name in aside
+        }
+        if Path(f"results/{job.folder}/manifest.json").exists():
+            paths = {name: path for name, path in paths.items() if Path(path).exists()}
+        return {name: ancient(path) for name, path in paths.items()}
+
+    return beside
+
+
+def watch(stage):
+    """The words that have a training watched. They depend on the input, so a change of them re-runs nothing."""
+
+    def words(wildcards, input):
+        if WATCHED not in input.keys() or WATCHED in decides(stage, wildcards)[1]:
+            return ""
+        how = json.dumps(planned(stage, wildcards).settings["watch"], sort_keys=True)
+        return f"--set {quote(f'watch={how}')} --input {WATCHED}={input[WATCHED]}"
+
+    return words
 
 
 def manifest_list(stage):
@@ -69,14 +103,17 @@ def arguments(stage):
 
 
 def settings(stage):
-    return lambda wildcards: json.dumps(
-        planned(stage, wildcards).settings, sort_keys=True
-    )
+    return lambda wildcards: json.dumps(decides(stage, wildcards)[0], sort_keys=True)
 
 
 def name(stage):
     """What log lines begin with. A resource of the rules, since a changed name must re-run nothing."""
     return lambda wildcards: planned(stage, wildcards).name
+
+
+def run_of(stage, wildcards):
+    """Name of the run that a page is of."""
+    return planned(stage, wildcards).settings["run"]
 
 
 def batch_size(stage):
@@ -87,6 +124,11 @@ def batch_size(stage):
 def sources(stage):
     """Names and sizes of the files that a job reads, of ours or of the user."""
     return lambda wildcards: list(planned(stage, wildcards).sources)
+
+
+def failures(stage):
+    """How often a job's task has failed. Each failure changes this, so that the next call tries again."""
+    return lambda wildcards: num_failures(Path(f"results/{stage}/{wildcards.version}"))
 
 
 def url_downloads():

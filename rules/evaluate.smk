@@ -1,7 +1,7 @@
 # Evaluation: every model on the way, on every task.
 #
-# REQUIRED INPUTS: a model folder, results/index/{version}/ of the task's data
-# OUTPUTS: results/evaluate/{version}/result.json
+# REQUIRED INPUTS: a model folder, results/index/{version}/ of the task's data, or an evaluation folder
+# OUTPUTS: results/evaluate/{version}/result.json; of a task that failed it says why, and the next call tries again
 
 
 rule evaluate:
@@ -24,6 +24,8 @@ rule evaluate:
         settings=settings("evaluate"),
         code=CODE["evaluate"],
         inputs=arguments("evaluate"),
+        failures=failures("evaluate"),
+        sources=sources("evaluate"),
     message:
         "{resources.job}"
     shell:

@@ -69,6 +69,7 @@ rule finetune_expert:
     """Fine-tune the MLPs on batches of one pseudo label; baselines on ordinary batches."""
     input:
         unpack(manifests("finetune_expert")),
+        unpack(watched("finetune_expert")),
     output:
         "results/finetune_expert/{version}/manifest.json",
     log:
@@ -89,10 +90,11 @@ rule finetune_expert:
         settings=settings("finetune_expert"),
         code=CODE["finetune_expert"],
         inputs=arguments("finetune_expert"),
+        watch=watch("finetune_expert"),
         batch_size=batch_size("finetune_expert"),
     message:
         "{resources.job}"
     shell:
         "{LAUNCH} --gpu {resources.gpu} --nodes {resources.nodes} --threads {threads} --batch-size {params.batch_size} -- "
         "{SCRIPTS}/finetune_expert.py --name {resources.job} --settings {params.settings:q} "
-        "{params.inputs} --out results/finetune_expert/{wildcards.version} --threads {threads} --log {log}"
+        "{params.inputs} {params.watch} --out results/finetune_expert/{wildcards.version} --threads {threads} --log {log}"

@@ -36,6 +36,7 @@ rule finetune_router:
     """Train the routers, or more: contrastive plus balance loss."""
     input:
         unpack(manifests("finetune_router")),
+        unpack(watched("finetune_router")),
     output:
         "results/finetune_router/{version}/manifest.json",
     log:
@@ -56,13 +57,14 @@ rule finetune_router:
         settings=settings("finetune_router"),
         code=CODE["finetune_router"],
         inputs=arguments("finetune_router"),
+        watch=watch("finetune_router"),
         batch_size=batch_size("finetune_router"),
     message:
         "{resources.job}"
     shell:
         "{LAUNCH} --gpu {resources.gpu} --nodes {resources.nodes} --threads {threads} --batch-size {params.batch_size} -- "
         "{SCRIPTS}/finetune_router.py --name {resources.job} --settings {params.settings:q} "
-        "{params.inputs} --out results/finetune_router/{wildcards.version} --threads {threads} --log {log}"
+        "{params.inputs} {params.watch} --out results/finetune_router/{wildcards.version} --threads {threads} --log {log}"
 
 
 rule soup:

@@ -8,6 +8,7 @@ rule pretrain:
     """Train one phase; position tables are interpolated from the phase before."""
     input:
         unpack(manifests("pretrain")),
+        unpack(watched("pretrain")),
     output:
         "results/pretrain/{version}/manifest.json",
     log:
@@ -29,10 +30,11 @@ rule pretrain:
         sources=sources("pretrain"),
         code=CODE["pretrain"],
         inputs=arguments("pretrain"),
+        watch=watch("pretrain"),
         batch_size=batch_size("pretrain"),
     message:
         "{resources.job}"
     shell:
         "{LAUNCH} --gpu {resources.gpu} --nodes {resources.nodes} --threads {threads} --batch-size {params.batch_size} -- "
         "{SCRIPTS}/pretrain.py --name {resources.job} --settings {params.settings:q} "
-        "{params.inputs} --out results/pretrain/{wildcards.version} --threads {threads} --log {log}"
+        "{params.inputs} {params.watch} --out results/pretrain/{wildcards.version} --threads {threads} --log {log}"

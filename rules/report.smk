@@ -2,6 +2,7 @@
 #
 # REQUIRED INPUTS: all manifests of a run; phases and their results of all runs of a sweep
 # OUTPUTS: results/report/{version}/report.html, results/scaling/{version}/scaling.html, results/runs/{run}/
+# `RUN=demo snakemake --cores 1 explore` opens a page to try the models of a finished run
 
 
 rule report:
@@ -10,6 +11,28 @@ rule report:
         manifest_list("report"),
     output:
         "results/report/{version}/manifest.json",
+        page=report(
+            "results/report/{version}/report.html",
+            caption="../workflow/report/page.rst",
+            category="Pages",
+            labels=lambda wildcards: {"run": run_of("report", wildcards)},
+        ),
+        table=report(
+            "results/report/{version}/results.csv",
+            caption="../workflow/report/results.rst",
+            category="Tables",
+            labels=lambda wildcards: {"run": run_of("report", wildcards)},
+        ),
+        figures=report(
+            directory("results/report/{version}/figures"),
+            patterns=["{section,[a-z]+}_{figure}.svg"],
+            caption="../workflow/report/figures.rst",
+            category="{section}",
+            labels=lambda wildcards: {
+                "run": run_of("report", wildcards),
+                "figure": wildcards.figure.replace("_", " "),
+            },
+        ),
     log:
         "logs/report/{version}.log",
     benchmark:
@@ -23,6 +46,7 @@ rule report:
         settings=settings("report"),
         code=CODE["report"],
         inputs=arguments("report"),
+        run=lambda wildcards: run_of("report", wildcards),
     message:
         "{resources.job}"
     shell:
@@ -36,6 +60,12 @@ rule scaling:
         manifest_list("scaling"),
     output:
         "results/scaling/{version}/manifest.json",
+        page=report(
+            "results/scaling/{version}/scaling.html",
+            caption="../workflow/report/scaling.rst",
+            category="Pages",
+            labels={"run": "sweep"},
+        ),
     log:
         "logs/scaling/{version}.log",
     benchmark:
@@ -58,6 +88,7 @@ rule scaling:
 
 localrules:
     link,
+    explore,
 
 
 rule link:
@@ -72,3 +103,11 @@ rule link:
         "link results/runs/{wildcards.run}"
     shell:
         "{PYTHON} -m clipgraft.runs link {wildcards.run} {params.versions:q}"
+
+
+rule explore:
+    """Try the models of a finished run in the browser: `RUN=demo snakemake explore`; trains nothing, Ctrl-C ends it."""
+    message:
+        "explore"
+    shell:
+        "exec {PYTHON} -m clipgraft.explore ${{RUN:-}}"

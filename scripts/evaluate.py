@@ -1,26 +1,42 @@
 """Measure one model on one task, or several side by side: retrieval, zero-shot classification, probes."""
 
 from clipgraft.job import Job
-from clipgraft.settings import EvaluateJob
+from clipgraft.settings import EvalsetJob, EvaluateJob
 
 
 def main(job: Job) -> None:
-    """One library call."""
+    """One library call; what it cannot do becomes the result."""
+    from clipgraft.evaluation.evalset.evaluate import evaluate_evalset
     from clipgraft.evaluation.evaluate import evaluate
+    from clipgraft.evaluation.failure import or_failure
 
+    models = [*job.folders("model").values()] or [job.folder("model")]
     with job.outputs() as out:
-        settings = job.settings(EvaluateJob)
-        model, *beside = job.folders("model").values() or [job.folder("model")]
-        facts = evaluate(
-            settings,
-            model,
-            job.folder("index"),
-            out,
-            task_name=settings.task,
-            beside=beside,
-            untrained=settings.untrained,
-            threads=job.threads,
-        )
+        if "evalset" in job.raw_settings:
+            wanted, cache = job.settings(EvalsetJob), job.out.parent / ".classifiers"
+            facts = or_failure(
+                f"evalset/{wanted.evalset}",
+                job.out,
+                out,
+                lambda: evaluate_evalset(wanted, models, out, cache, threads=job.threads),
+            )
+        else:
+            settings, index = job.settings(EvaluateJob), job.folder("index")
+            facts = or_failure(
+                settings.task,
+                job.out,
+                out,
+                lambda: evaluate(
+                    settings,
+                    models[0],
+                    index,
+                    out,
+                    task_name=settings.task,
+                    beside=models[1:],
+                    untrained=settings.untrained,
+                    threads=job.threads,
+                ),
+            )
         job.record(**facts)
 
 

@@ -18,6 +18,7 @@ def main(job: Job) -> None:
             out,
             threads=job.threads,
             state=TrainingState(job.resume, job.tag),
+            watched=job.optional("watched"),
             cached=job.folders("reference_"),
         )
         job.record(**facts)

@@ -300,9 +300,9 @@ def _tokenizer(folder: Path) -> Path:
 
 
 def _home(folder: Path) -> Path:
-    """Where the files of a folder will be: a job collects its outputs one level below."""
-    folder = folder.resolve()
-    return folder.parent if folder.name == WRITING else folder
+    """Where the files of a folder will be: a job collects its outputs one level below, folders among them."""
+    parts = folder.resolve().parts
+    return Path(*(part for part in parts if part != WRITING))
 
 
 def _read_spec(folder: Path) -> dict[str, Any]:

@@ -23,11 +23,12 @@ import torch
 from torch import nn
 
 from clipgraft import dist
-from clipgraft.checkpoint import TrainingState, load_model, save_model
+from clipgraft.checkpoint import TrainingState, load_model
 from clipgraft.config import ConfigError
 from clipgraft.data.labels import read_labels
 from clipgraft.data.loader import Batch
 from clipgraft.data.sampler import HomogeneousBatches, RoundRobinBatches, share_homogeneous
+from clipgraft.evaluation.watch import open_watch
 from clipgraft.models.build import mlp_parameters
 from clipgraft.moe_settings import MlpSettings
 from clipgraft.objectives import Features, Loss, Objective, expert_loss
@@ -49,6 +50,7 @@ def finetune_expert(
     *,
     threads: int = 1,
     state: TrainingState | None = None,
+    watched: Path | None = None,
 ) -> dict[str, Any]:
     """Fine-tune MLPs, or all weights, and store only them.
 
@@ -61,6 +63,7 @@ def finetune_expert(
         out: folder for the changed weights and `metrics.jsonl`.
         threads: CPU threads.
         state: where to save and find training state.
+        watched: index of the samples that the training is watched on.
     Returns:
         Facts for the manifest.
     Raises:
@@ -90,13 +93,12 @@ def finetune_expert(
             threads,
             state,
             short_captions=settings.short_captions and settings.short_captions.kind,
+            watch=open_watch(settings, watched, spec, loaded.tokenizer, world, threads),
         )
         facts = fit.run(out)
         if labels is not None:
             check_learnable(settings, fit.rows, fit.num_steps, labels)
-        if world.is_first:
-            spec = spec | {"samples_seen": spec["samples_seen"] + facts["samples_seen"]}
-            save_model(out, model, spec, loaded.tokenizer, only=list(trained), base=init)
+        fit.save(out, spec, loaded.tokenizer, only=list(trained), base=init)
         return facts
 
 

@@ -30,7 +30,7 @@ from pydantic import BaseModel
 from clipgraft import log as logging_setup
 from clipgraft import provenance
 from clipgraft.config import ConfigError, validate
-from clipgraft.versions import fingerprint
+from clipgraft.versions import deciding, fingerprint
 
 log = logging.getLogger(__name__)
 S = TypeVar("S", bound=BaseModel)
@@ -116,10 +116,9 @@ class Job:
     @property
     def tag(self) -> str:
         """What saved state must agree with to be continued: settings, inputs and code."""
-        inputs = {
-            name: provenance.read_manifest(folder)["id"] for name, folder in self.inputs.items()
-        }
-        return json.dumps([self.stage, self.raw_settings, inputs, self.code], sort_keys=True)
+        settings, folders = deciding(self.raw_settings, self.inputs)
+        inputs = {name: provenance.read_manifest(folder)["id"] for name, folder in folders.items()}
+        return json.dumps([self.stage, settings, inputs, self.code], sort_keys=True)
 
     def record(self, **facts: Any) -> None:
         """Put facts into the manifest: `samples_seen=`, `metrics=` and so on (JSON-able)."""

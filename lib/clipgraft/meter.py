@@ -66,6 +66,15 @@ class Meter:
         if step % self.every == 0:
             self.flush(step)
 
+    @property
+    def seconds(self) -> float:
+        """Of training so far."""
+        return self.seconds_before + time.monotonic() - self.start
+
+    def pause(self, seconds: float) -> None:
+        """Leave out so much time, in which something else was done."""
+        self.start, self.row_time = self.start + seconds, self.row_time + seconds
+
     def flush(self, step: int) -> None:
         """Close the current row, if it has steps."""
         if not self.count:

@@ -13,11 +13,12 @@ from clipgraft import settings as cfg
 from clipgraft.architectures import check_references, image_size_of
 from clipgraft.baseline_settings import BaselineSettings
 from clipgraft.config import ConfigError, validate
+from clipgraft.evalset_tasks import chosen, expand
 from clipgraft.moe_settings import MoeSettings, RouterSettings
 from clipgraft.recipes import AugmentationSettings, PhaseSettings, TrainSettings
 from clipgraft.schedule import peak_lr
 from clipgraft.sources import MixedSource, Settings
-from clipgraft.versions import PlannedJob, listing, seed_for, sources_of
+from clipgraft.versions import WATCHED, PlannedJob, listing, seed_for, sources_of
 
 SWEEP = "sweep"  # stands among the runs, and is the key of the config
 
@@ -45,6 +46,8 @@ def _plan_scaling(
 ) -> PlannedJob:
     """The page of a sweep reads the phases of every run, and how they and the base did on one task."""
     first, _ = next(iter(sweep.values()))
+    if not first.evaluate.tasks:
+        raise ConfigError("a sweep needs a task under evaluate.tasks: its law is about one of them")
     task = first.scaling_task
     inputs: dict[str, PlannedJob] = {}
     for name, (run, jobs) in sweep.items():
@@ -70,6 +73,9 @@ def plan_run(name: str, run: cfg.RunSettings) -> list[PlannedJob]:
 
     def add(job_name: str, settings: Settings, **inputs: PlannedJob | None) -> PlannedJob:
         given = {slot: job for slot, job in inputs.items() if job is not None}
+        watch = getattr(settings, "watch", None)
+        if watch is not None:
+            given[WATCHED] = indexes[run.evaluate.tasks[watch.task].data]
         dumped, files = settings.model_dump(mode="json"), tuple(sources_of(settings))
         job = PlannedJob(job_name.split("/")[0], job_name, dumped, given, files)
         known = jobs.setdefault(job_name, job)
@@ -104,7 +110,8 @@ def plan_run(name: str, run: cfg.RunSettings) -> list[PlannedJob]:
         )
         shard = add(f"shard/{phase.name}", settings, index=index)
         seed = seed_for(run.seed, "pretrain", phase.name)
-        settings = _extend(cfg.PretrainJob, phase, model=run.model, seed=seed)
+        watch = run.watched(phase.watch)
+        settings = _extend(cfg.PretrainJob, phase, model=run.model, seed=seed, watch=watch)
         init = phases[-1] if phases else None
         cached = _plan_references(run, add, phase, index)
         phases.append(
@@ -118,11 +125,18 @@ def plan_run(name: str, run: cfg.RunSettings) -> list[PlannedJob]:
         for task, measures in run.evaluate.tasks.items():
             settings = _extend(cfg.EvaluateJob, measures, task=task)
             add(f"evaluate/{model_name}/{task}", settings, **model, index=indexes[measures.data])
+    if run.evaluate.evalset is not None:
+        folder = run.evaluate.evalset.folder
+        for each in chosen(expand(folder), run.evaluate.evalset.tasks):
+            settings = cfg.EvalsetJob(folder=folder, evalset=each.key)
+            for model_name, model in models.items():
+                add(f"evaluate/{model_name}/evalset/{each.key}", settings, **model)
     for task, measures in run.evaluate.tasks.items():
-        if measures.probe:  # what random weights of this architecture already tell
+        if measures.probe or measures.knn:  # what random weights of this architecture already tell
             settings = cfg.EvaluateJob(
                 data=measures.data,
                 probe=measures.probe,
+                knn=measures.knn,
                 task=task,
                 untrained=seed_for(run.seed, "untrained"),
             )
@@ -175,6 +189,7 @@ def _plan_experts(
     """The rounds; all experts, the base first."""
     assert run.moe is not None and run.finetune_expert is not None
     tune, seed = run.finetune_expert, seed_for(run.seed, "finetune_expert")
+    watch = run.watched(tune.watch)
     experts, labels = [base], None
     for k in range(1, run.moe.num_experts):
         last = experts[-1]
@@ -184,7 +199,7 @@ def _plan_experts(
             cfg.ClusterJob, run.cluster, **numbers, seed=seed_for(run.seed, "cluster", k)
         )
         labels = add(f"cluster/{k}", clusters, embed=embed, previous=labels)
-        settings = _extend(cfg.ExpertJob, tune, batches="homogeneous", seed=seed)
+        settings = _extend(cfg.ExpertJob, tune, batches="homogeneous", seed=seed, watch=watch)
         init = last if tune.init == "previous" else base
         experts.append(add(f"finetune_expert/{k}", settings, init=init, labels=labels, **data))
     return experts
@@ -206,7 +221,8 @@ def _plan_graft(
     settings = _extend(cfg.AssembleJob, moe, seed=seed, **copies)
     samples = data if moe.router_init == "centroids" else {}
     assembled = add(f"assemble/{name}", settings, **_numbered("expert", experts), **samples)
-    training = _extend(cfg.RouterJob, router, seed=seed_for(run.seed, "finetune_router"))
+    seed, watch = seed_for(run.seed, "finetune_router"), run.watched(router.watch)
+    training = _extend(cfg.RouterJob, router, seed=seed, watch=watch)
     return assembled, add(f"finetune_router/{name}", training, init=assembled, **data)
 
 
@@ -257,6 +273,7 @@ def _plan_baseline(
         ),
         batches="ordinary",
         weights="all" if about.kind == "full" else "mlps",
+        watch=run.watched(tune.watch),
         seed=seed_for(run.seed, "finetune_expert"),  # as of experts
     )
     tuned = add(f"finetune_expert/{name}", settings, init=base, **data)

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from clipgraft import dist
-from clipgraft.checkpoint import TrainingState, load_model, load_reference, save_model
+from clipgraft.checkpoint import TrainingState, load_model, load_reference
 from clipgraft.config import ConfigError
 from clipgraft.data.tokens import Tokens
 from clipgraft.data.vocabulary import is_same_vocabulary
+from clipgraft.evaluation.watch import open_watch
 from clipgraft.models.build import build, describe, model_config, pretrained_state, token_rows
 from clipgraft.models.inherit import inherit
 from clipgraft.models.patches import drop_patches
@@ -42,6 +43,7 @@ def pretrain(
     threads: int = 1,
     state: TrainingState | None = None,
     cached: Mapping[str, Path] | None = None,
+    watched: Path | None = None,
 ) -> dict[str, Any]:
     """Train with a loss over pairs (minibatch contrastive, sigmoid or global contrastive), and maybe from references.
 
@@ -54,6 +56,7 @@ def pretrain(
         threads: CPU threads.
         state: where to save and find training state.
         cached: folders of the embeddings of cached references, `reference_0` that of the first.
+        watched: index of the samples that the phase is watched on.
     Returns:
         Facts for the manifest.
     """
@@ -102,11 +105,10 @@ def pretrain(
             references=references,
             caches=[each.cache for each in references if isinstance(each, CachedReference)],
             projections=nn.ModuleList(each for each in projections if each is not None),
+            watch=open_watch(settings, watched, spec, data.tokens.tokenizer, world, threads),
         )
         facts = fit.run(out)
-        if world.is_first:
-            spec = spec | {"samples_seen": spec["samples_seen"] + facts["samples_seen"]}
-            save_model(out, model, spec, data.tokens.tokenizer)
+        fit.save(out, spec, data.tokens.tokenizer)
         return facts | {"positions": positions}
 
 

@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from clipgraft.evaluation_settings import WatchSettings
 from clipgraft.loss_settings import (
     DistillationSettings,
     LossSettings,
@@ -230,6 +231,10 @@ class TrainSettings(AugmentationSettings):
         description="Shuffle blocks of so many neighbours, and within a few blocks, instead of all samples: "
         "reads a slow disk in order.",
     )
+    watch: WatchSettings | None = Field(
+        None,
+        description="Look how the model does while it trains. Changes no weights, and but for `best` no version.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -247,6 +252,17 @@ class TrainSettings(AugmentationSettings):
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size = {self.batch_size} does not divide into accumulate = {self.accumulate} parts"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _watch(self) -> TrainSettings:
+        if self.watch is not None and not self.samples_seen:
+            raise ValueError("watch has no effect: samples_seen = 0. Hint: watch: null")
+        if self.watch is not None and self.watch.every < self.batch_size:
+            raise ValueError(
+                f"watch.every = {self.watch.every:,} is less than a batch: batch_size = {self.batch_size:,}, and nothing "
+                "changes within one. Hint: hundreds of batches"
             )
         return self
 

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from clipgraft import dist
-from clipgraft.checkpoint import TrainingState, load_model, save_model
+from clipgraft.checkpoint import TrainingState, load_model
 from clipgraft.config import ConfigError
+from clipgraft.evaluation.watch import open_watch
 from clipgraft.losses.balance import (
     RoutingMeans,
     balance_loss,
@@ -50,6 +51,7 @@ def finetune_router(
     *,
     threads: int = 1,
     state: TrainingState | None = None,
+    watched: Path | None = None,
 ) -> dict[str, Any]:
     """Train the routers on ordinary batches, everything else frozen but what `train` unlocks.
 
@@ -61,6 +63,7 @@ def finetune_router(
         out: folder for the model and `metrics.jsonl`.
         threads: CPU threads.
         state: where to save and find training state.
+        watched: index of the samples that the training is watched on.
     Returns:
         Facts for the manifest.
     Raises:
@@ -97,11 +100,10 @@ def finetune_router(
             state,
             extra_loss=RoutingLoss(settings, spec["moe"], is_first=world.is_first),
             lr_of=lr_of_experts(settings, trained.keys() - router_parameters(model).keys()),
+            watch=open_watch(settings, watched, spec, loaded.tokenizer, world, threads),
         )
         facts = fit.run(out)
-        if world.is_first:
-            spec = spec | {"samples_seen": spec["samples_seen"] + facts["samples_seen"]}
-            save_model(out, model, spec, loaded.tokenizer)
+        fit.save(out, spec, loaded.tokenizer)
         bounds = healthy_loads(spec["moe"]["num_experts"], spec["moe"]["top_k"])
         return facts | {"healthy_loads": list(bounds)}
 

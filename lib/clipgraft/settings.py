@@ -25,8 +25,11 @@ from clipgraft.baseline_settings import BaselineSettings, with_kinds
 from clipgraft.evaluation_settings import (
     EvaluateSettings,
     ReportSettings,
+    RobustnessSettings,
     ScalingSettings,
     TaskSettings,
+    WatchJob,
+    WatchSettings,
 )
 from clipgraft.moe_settings import (
     BatchOrder,
@@ -245,6 +248,7 @@ class RunSettings(Settings):
         self._check_rounds()
         self._check_batches()
         self._check_source_weights()
+        self._check_watches()
         return self
 
     @property
@@ -277,8 +281,7 @@ class RunSettings(Settings):
     def _check_tasks(self) -> None:
         for name, task in self.evaluate.tasks.items():
             source = self.download[task.data]
-            wanted = [("probe", task.probe), *(("given", labels) for labels in task.given)]
-            for key, label in ((key, label) for key, labels in wanted for label in labels):
+            for key, label in task.labels_of:
                 if isinstance(source, ShapesSource) and label not in get_args(Attribute):
                     raise ValueError(
                         f"evaluate.tasks.{name}.{key}: label {label!r} is none of shapes"
@@ -301,6 +304,25 @@ class RunSettings(Settings):
                 for template in measure.templates:
                     if "{c}" not in template:
                         raise ValueError(f"{where}: template {template!r} has no {{c}}")
+            if task.robustness is not None:
+                self._check_robustness(f"evaluate.tasks.{name}.robustness", task.robustness)
+
+    def _check_robustness(self, where: str, robustness: RobustnessSettings) -> None:
+        length = self.pretrain[-1].text_length
+        if max(robustness.text, default=0) >= length:
+            raise ValueError(
+                f"{where}.text = {robustness.text}: texts of the base have {length} tokens "
+                f"(pretrain.{self.pretrain[-1].name}.text_length). Hint: fewer"
+            )
+        patch = ((self.model.config or {}).get("vision_cfg") or {}).get("patch_size")
+        for phase in self.pretrain:
+            if not isinstance(patch, int):
+                return
+            for reduction in robustness.image:
+                try:
+                    num_kept(reduction, phase.image_size // patch, phase.image_size // patch)
+                except ValueError as error:
+                    raise ValueError(f"{where}, of pretrain.{phase.name}: {error}") from None
 
     @property
     def scaling_task(self) -> str:
@@ -453,6 +475,32 @@ class RunSettings(Settings):
                         + (hint(name, names) if names else ", which is not of the kind `mixed`")
                     )
 
+    def _check_watches(self) -> None:
+        sections: dict[str, TrainSettings] = {
+            f"pretrain.{phase.name}": phase for phase in self.pretrain
+        }
+        for where, watch in ((w, section.watch) for w, section in (sections | self.tuned).items()):
+            if watch is None:
+                continue
+            task = self.evaluate.tasks.get(watch.task)
+            if task is None:
+                raise ValueError(
+                    f"{where}.watch.task = {watch.task!r} is no task of evaluate.tasks"
+                    f"{hint(watch.task, self.evaluate.tasks)}"
+                )
+            if not task.retrieval and not task.zero_shot:
+                raise ValueError(
+                    f"{where}.watch.task = {watch.task!r} has neither retrieval nor zero_shot, the quick measures. "
+                    f"Hint: evaluate.tasks.{watch.task}.retrieval: true, or another task"
+                )
+
+    def watched(self, watch: WatchSettings | None) -> WatchJob | None:
+        """What a training is handed of its watch."""
+        if watch is None:
+            return None
+        task = self.evaluate.tasks[watch.task]
+        return WatchJob(**dict(watch), retrieval=task.retrieval, zero_shot=task.zero_shot)
+
     def resources_of(self, stage: str) -> ResourceSettings:
         """The wish of a stage, or the default."""
         wishes = {str(name): wish for name, wish in self.resources.items()}
@@ -500,6 +548,7 @@ class PretrainJob(PhaseSettings):
 
     model: ModelSettings
     seed: NonNegativeInt
+    watch: WatchJob | None = None
 
 
 class ClusterJob(ClusterSettings):
@@ -520,6 +569,7 @@ class ExpertJob(MlpSettings):
     )
     batch_order: BatchOrder = "shuffled"
     seed: NonNegativeInt
+    watch: WatchJob | None = None
 
 
 class AssembleJob(MoeSettings):
@@ -549,6 +599,7 @@ class RouterJob(RouterSettings):
     """Settings of one `finetune_router` job."""
 
     seed: NonNegativeInt
+    watch: WatchJob | None = None
 
 
 class SoupJob(Settings):
@@ -562,6 +613,13 @@ class EvaluateJob(TaskSettings):
     untrained: NonNegativeInt | None = Field(
         None, description="Seed of random weights, which take the place of those of the model."
     )
+
+
+class EvalsetJob(Settings):
+    """Settings of one `evaluate` job on a data set of an evaluation folder."""
+
+    folder: str
+    evalset: str = Field(description="Key of the task, e.g. vtab/dtd.")
 
 
 class ReportJob(ReportSettings):

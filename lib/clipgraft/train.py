@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipgraft import dist
-from clipgraft.checkpoint import TrainingState
+from clipgraft.checkpoint import TrainingState, save_model
 from clipgraft.config import ConfigError
 from clipgraft.data.augment import augment, augments
 from clipgraft.data.cached import ReferenceCache
@@ -70,6 +70,25 @@ class ExtraLoss(Protocol):
 
     def watch(self, row: Mapping[str, Any]) -> None:
         """Look at a new row of the metrics, and warn."""
+
+
+class Watcher(Protocol):
+    """What looks at the model every so often, and changes nothing (`evaluation.watch`)."""
+
+    rows: list[dict[str, Any]]
+    best: dict[str, Any] | None
+
+    def is_due(self, step: int) -> bool:
+        """Whether to look after so many steps."""
+
+    def look(self, model: nn.Module, step: int, seconds: float) -> None:
+        """Measure the model; by all processes together."""
+
+    def state(self) -> dict[str, Any]:
+        """What a resume needs."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +156,7 @@ class Fit:
         projections: of the objective; trained, and saved with the state, but no part of the model.
         short_captions: kind of a second caption (as of the loader); texts are then in turn a sample's drawn caption and
             its short one.
+        watch: looks at the model now and then.
     """
 
     model: nn.Module
@@ -159,6 +179,7 @@ class Fit:
     caches: Sequence[ReferenceCache] = ()
     projections: nn.ModuleList = field(default_factory=nn.ModuleList)
     short_captions: str | None = None
+    watch: Watcher | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -203,7 +224,9 @@ class Fit:
             if first_step < self.num_steps:
                 self._loop(optimizer, list(trained.values()), first_step, stop)
         if self.world.is_first:
-            lines = "".join(json.dumps(row) + "\n" for row in self.rows)
+            looks = self.watch.rows if self.watch is not None else []
+            rows = sorted([*self.rows, *looks], key=lambda row: row["step"])
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
             (out / "metrics.jsonl").write_text(lines)
         seen = self.num_steps * self.settings.batch_size
         final = self.rows[-1]["loss"] if self.rows else None
@@ -218,7 +241,39 @@ class Fit:
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "trained_parameters": sum(p.numel() for p in trained.values()),
             "metrics": {"loss": final},
+            "best": _about(self.watch.best) if self.watch is not None else None,
         }
+
+    def save(
+        self,
+        out: Path,
+        spec: dict[str, Any],
+        tokenizer: Path,
+        only: Collection[str] | None = None,
+        base: Path | None = None,
+    ) -> None:
+        """Write the trained model, and beside it in `best/` the one that did best, if that is kept.
+
+        The model has the weights that were written last.
+
+        Args:
+            out: folder to write.
+            spec: of the model before; the samples seen are added.
+            tokenizer: its file.
+            only: as for `save_model`.
+            base: likewise.
+        """
+        if not self.world.is_first:
+            return
+        seen = spec["samples_seen"]
+        last = spec | {"samples_seen": seen + self.num_steps * self.settings.batch_size}
+        save_model(out, self.model, last, tokenizer, only, base)
+        best = self.watch.best if self.watch is not None else None
+        if best is not None:
+            self.model.load_state_dict(best["weights"], strict=False)
+            (out / "best").mkdir()
+            then = spec | {"samples_seen": seen + best["samples_seen"]}
+            save_model(out / "best", self.model, then, tokenizer, only, base)
 
     def _trained(self) -> dict[str, nn.Parameter]:
         projections = self.projections.named_parameters(prefix=PROJECTIONS)
@@ -261,10 +316,13 @@ class Fit:
         model.train()
         saved = time.monotonic()
         with attention(self.world.device):
+            if first_step == 0:
+                self._look(meter, 0)
             for step, batch in enumerate(loader, start=first_step):
                 loss, lr, extras = self._step(model, optimizer, trained, batch, step)
                 meter.add(step + 1, loss, lr, loader.wait_seconds, extras)
                 done = step + 1
+                self._look(meter, done)
                 if done == self.num_steps:
                     break
                 must_stop = dist.any_true(stop.requested, self.world.device)
@@ -279,6 +337,14 @@ class Fit:
                     log.info("told to stop: saved at step %d/%d, leaving", done, self.num_steps)
                     sys.exit(REQUEUE)
         meter.flush(self.num_steps)
+
+    def _look(self, meter: Meter, step: int) -> None:
+        if self.watch is None or not self.watch.is_due(step):
+            return
+        self.model.logit_scale.item()  # type: ignore[operator,union-attr]  # the step ends before the clock stops
+        start = time.monotonic()
+        self.watch.look(self.model, step, meter.seconds)
+        meter.pause(time.monotonic() - start)
 
     def _step(
         self,
@@ -381,6 +447,8 @@ class Fit:
             saved = {"trained": trained, "optimizer": optimizer.state_dict()}
             if self.memory is not None:
                 saved["memory"] = self.memory.state()
+            if self.watch is not None:
+                saved["watch"] = self.watch.state()
             self.state.save({"step": step, **saved, "rows": json.dumps(self.rows)})
 
     def _resume(self, optimizer: torch.optim.Optimizer) -> int:
@@ -394,6 +462,8 @@ class Fit:
         optimizer.load_state_dict(saved["optimizer"])
         if self.memory is not None:
             self.memory.restore(saved["memory"])
+        if self.watch is not None and "watch" in saved:
+            self.watch.restore(saved["watch"])
         self.rows = json.loads(saved["rows"])
         log.info("resumed at step %d/%d", saved["step"], self.num_steps)
         return int(saved["step"])
@@ -421,6 +491,11 @@ class Fit:
             str(self.dtype).removeprefix("torch."),
             device_name(self.world.device),
         )
+
+
+def _about(best: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Of the model that did best, for the manifest."""
+    return best and {key: best[key] for key in ("step", "samples_seen", "score")}
 
 
 def split(batch: Batch, num_parts: int) -> list[Batch]:

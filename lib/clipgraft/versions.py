@@ -12,20 +12,25 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from clipgraft import settings as cfg
 from clipgraft.architectures import our_file
 from clipgraft.config import ConfigError
+from clipgraft.evalset_tasks import data_folder, expand
 from clipgraft.loss_settings import ReferenceSettings
 from clipgraft.sources import Settings
 
+FAILURES = ".failures"  # of a job's folder: one line for each time that its task has failed
+T = TypeVar("T")
+
 LIBRARY = Path(__file__).resolve().parent
+WATCHED = "watched"  # the input that has the samples of `watch`
 _MEMO = LIBRARY / "__pycache__" / "fingerprints.json"
 
 # Floor 0 and the launcher move settings and bytes, never values: editing them re-runs nothing.
@@ -55,6 +60,7 @@ PLUMBING = {
             "plan",
         )
     ),
+    "clipgraft.evaluation.watch",  # changes no weights: an edit of the evaluation trains nothing again
 }
 
 
@@ -65,7 +71,7 @@ class PlannedJob:
     Attributes:
         stage: the rule and script.
         name: for people, unique in a run: `pretrain/short`, `finetune_expert/2`, `evaluate/base/renders`.
-        settings: what the script is handed, JSON-able, complete; hashed.
+        settings: what the script is handed, JSON-able, complete; hashed, but for a `watch` that changes nothing.
         inputs: input name to the jobs it comes from.
         sources: local files outside `results/` that a download or an index reads.
     """
@@ -79,13 +85,31 @@ class PlannedJob:
     @cached_property
     def version(self) -> str:
         """8 hex digits."""
-        inputs = {name: of.version for name, of in self.inputs.items()}
-        return _short_hash(json.dumps([self.stage, self.settings, inputs], sort_keys=True))
+        settings, inputs = deciding(self.settings, self.inputs)
+        versions = {name: of.version for name, of in inputs.items()}
+        return _short_hash(json.dumps([self.stage, settings, versions], sort_keys=True))
 
     @property
     def folder(self) -> str:
         """Where its outputs are, relative to the results folder."""
         return f"{self.stage}/{self.version}"
+
+
+def num_failures(folder: Path) -> int:
+    """How often the task of a job has failed so far (`evaluation/failure.py`)."""
+    file = folder / FAILURES
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def deciding(
+    settings: Mapping[str, Any], inputs: Mapping[str, T]
+) -> tuple[dict[str, Any], dict[str, T]]:
+    """The settings and inputs that results depend on: all but what watches a training, unless its best model is kept."""
+    watch = settings.get("watch")
+    if watch is None or watch.get("best"):
+        return dict(settings), dict(inputs)
+    others = {name: of for name, of in inputs.items() if name != WATCHED}
+    return {**settings, "watch": None}, others
 
 
 def _short_hash(text: str) -> str:
@@ -111,6 +135,8 @@ def sources_of(settings: Settings) -> Iterator[str]:
         yield _identity(path)
     if isinstance(settings, cfg.ReferenceJob):
         yield from map(_sampled, _weights(settings))
+    if isinstance(settings, cfg.EvalsetJob):
+        yield listing(str(data_folder(expand(settings.folder), settings.evalset)))
     if isinstance(settings, cfg.PretrainJob):
         for reference in settings.references:
             yield from map(_sampled, _weights(reference))
