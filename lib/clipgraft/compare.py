@@ -23,7 +23,7 @@ from clipgraft.provenance import MANIFEST, read_manifest
 
 LOCK = "versions.json"
 BEST = "best_expert"
-_SHOWN = ("/mean_R@1", "_acc1")  # how the metrics of the table end
+_SHOWN = ("/mean_R@1", "_acc1", "evalset/Average")  # how the metrics of the table end
 _LAST = "best_expert upcycled moe"
 _UNITS = {"E": 1e18, "P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
 _NOTE = (
@@ -41,12 +41,14 @@ class Row:
         runs: in which it is.
         results: its line of `results.csv`, by version; a version that runs share is there once.
         bases: the line of the base of the same run, likewise.
+        title: for people; has what its runs have in common, where several rows are of one model.
     """
 
     model: str
     runs: list[str] = field(default_factory=list)
     results: dict[str, dict[str, str]] = field(default_factory=dict)
     bases: dict[str, dict[str, str]] = field(default_factory=dict)
+    title: str = ""
 
     def values(self, metric: str) -> list[float]:
         """Per cent, of each seed that has it."""
@@ -69,7 +71,22 @@ def compare(runs: Sequence[str], results: Path) -> str:
         results: the store.
 
     Raises:
-        ConfigError: if a run has no report, or two have no metric in common.
+        ConfigError: if a run has no report.
+    """
+    rows, chance = collect(runs, results)
+    return _text(rows, chance)
+
+
+def collect(runs: Sequence[str], results: Path) -> tuple[list[Row], dict[str, str]]:
+    """Models of some runs, those of one recipe together, and what guessing gives.
+
+    Args:
+        runs: names; each has its report.
+        results: the store.
+    Returns:
+        Rows in the order of the first run that has them, and chance by metric.
+    Raises:
+        ConfigError: if a run has no report.
     """
     rows: dict[tuple[str, str], Row] = {}
     chance: dict[str, str] = {}
@@ -79,7 +96,7 @@ def compare(runs: Sequence[str], results: Path) -> str:
         evaluations = _evaluations_of(run, results)
         recipes = {model: _recipe(folder) for model, folder in evaluations.items()}
         experts = [model for model in lines if model.startswith("expert_")]
-        if len(experts) > 1 and (lead := _lead(chance)):
+        if len(experts) > 1 and (lead := lead_metric(chance)):
             best = max(experts, key=lambda model: float(lines[model][lead] or 0))
             lines[BEST], evaluations[BEST] = lines[best], evaluations[best]
             recipes[BEST] = _digest([recipes[model] for model in experts])
@@ -88,7 +105,12 @@ def compare(runs: Sequence[str], results: Path) -> str:
             row.runs.append(run)
             row.results[str(evaluations[model])] = line
             row.bases[str(evaluations[model])] = lines.get("base", {})
-    return _text(_in_order(rows), chance)
+    ordered = _in_order(rows)
+    names = [row.model for row in ordered]
+    for row in ordered:
+        several = names.count(row.model) > 1
+        row.title = row.model.replace("_", " ") + (f" ({_common(row.runs)})" if several else "")
+    return ordered, chance
 
 
 def _results_of(run: str, results: Path) -> dict[str, dict[str, str]]:
@@ -111,10 +133,20 @@ def _evaluations_of(run: str, results: Path) -> dict[str, Path]:
     return found
 
 
-def _lead(chance: Mapping[str, str]) -> str:
+def lead_metric(chance: Mapping[str, str]) -> str:
     """The metric that stands for all: the first mean R@1, or else the first accuracy; empty without any."""
     found = [name for end in _SHOWN for name in chance if name.endswith(end)]
     return next(iter(found), "")
+
+
+def main_metrics(chance: Mapping[str, str]) -> list[str]:
+    """Those of the table: mean R@1 of tasks, accuracy of labels."""
+    return [name for name in chance if name.endswith(_SHOWN)]
+
+
+def short_name(metric: str) -> str:
+    """For the head of a table."""
+    return metric.replace("mean_R@1", "R@1").replace("_acc1", "")
 
 
 def _recipe(folder: Path, known: dict[Path, str] | None = None) -> str:
@@ -142,32 +174,32 @@ def _in_order(rows: Mapping[tuple[str, str], Row]) -> list[Row]:
 
 
 def _text(rows: Sequence[Row], chance: Mapping[str, str]) -> str:
-    metrics = [name for name in chance if name.endswith(_SHOWN)]
-    lead = _lead(chance)
+    metrics = main_metrics(chance)
+    lead = lead_metric(chance)
     best = {name: max(mean(v) for row in rows if (v := row.values(name))) for name in metrics}
     head = ["model", "seeds", "after", "FLOP", "FLOP/pair"]
-    head += [name.replace("mean_R@1", "R@1").replace("_acc1", "") for name in metrics]
+    head += [short_name(name) for name in metrics]
     lines = [[*head, "over base"]]
     lines.append(
-        ["chance", "", "", "", "", *(_percent([100 * float(chance[n])]) for n in metrics), ""]
+        ["chance", "", "", "", "", *(percent([100 * float(chance[n])]) for n in metrics), ""]
     )
-    names = [row.model for row in rows]
     for row in rows:
-        title = row.model.replace("_", " ")
-        if names.count(row.model) > 1:
-            title += f" ({_common(row.runs)})"
         costs = next(iter(row.results.values()))
-        cells = [title, str(len(row.results))]
-        cells += [_short(costs[key]) for key in ("samples_after", "flops_after", "flops_per_pair")]
+        cells = [row.title, str(len(row.results))]
+        cells += [
+            short_count(costs.get(key, ""))
+            for key in ("samples_after", "flops_after", "flops_per_pair")
+        ]
         for name in metrics:
             values = row.values(name)
             is_best = values and f"{mean(values):.1f}" == f"{best[name]:.1f}"
-            cells.append(_percent(values) + ("*" if is_best else " "))
-        lines.append([*cells, _percent(row.gains(lead), sign="+") if row.model != "base" else "-"])
+            cells.append(percent(values) + ("*" if is_best else " "))
+        lines.append([*cells, percent(row.gains(lead), sign="+") if row.model != "base" else "-"])
     return _aligned(lines) + "\n" + _NOTE
 
 
-def _percent(values: Sequence[float], sign: str = "") -> str:
+def percent(values: Sequence[float], sign: str = "") -> str:
+    """Mean and spread between seeds."""
     if not values:
         return "-"
     spread = f" +- {stdev(values):.1f}" if len(values) > 1 else ""
@@ -180,7 +212,7 @@ def _common(runs: Sequence[str]) -> str:
     return "".join(letters[0] for letters in alike).rstrip("_-") or ", ".join(runs)
 
 
-def _short(count: str) -> str:
+def short_count(count: str) -> str:
     """12345 as 12.3k; nothing, and what is not known, as a dash."""
     number = float(count or 0)
     for unit, size in _UNITS.items():

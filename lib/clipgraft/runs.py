@@ -66,7 +66,8 @@ def main() -> None:
     )
     verbs.add_parser("show", help="print the results of a run").add_argument("run")
     several = verbs.add_parser(
-        "compare", help="one table of several runs, mean and spread over seeds"
+        "compare",
+        help="one table of several runs, mean and spread over seeds; as a page: python -m clipgraft.report RUN ...",
     )
     several.add_argument("runs", nargs="+")
     given = parser.parse_args()

@@ -7,6 +7,8 @@ import numpy as np
 from clipgraft.report.figures import MAX_SIZES, plot_caption_lengths, plot_rejects, size_counts
 from clipgraft.report.figures_experts import plot_router_layers
 from clipgraft.report.figures_results import noise_of
+from clipgraft.report.figures_rounds import _blocks, effective_number, flow_rows, plot_label_flow
+from clipgraft.report.style import INK, themed
 
 REASONS = [{"data": "train", "reason": "too small & <odd>", "samples": 3}]
 
@@ -77,3 +79,39 @@ def test_noise_is_two_standard_errors_of_a_share():
     hits = np.random.default_rng(0).binomial(400, 0.5, 100_000) / 400
     assert abs(noise_of(result) - 200 * hits.std()) < 0.05
     assert noise_of(result, 0.1) < noise_of(result)
+
+
+def test_every_sample_flows_through_one_block_of_each_round_however_small_its_label():
+    """Labels of very different size, most of them too small to be drawn by themselves."""
+    rng = np.random.default_rng(0)
+    first_N = rng.choice(4, 5000, p=[0.6, 0.35, 0.048, 0.002])
+    second_N = np.unique(first_N * 40 + rng.geometric(0.3, 5000).clip(max=39), return_inverse=True)[
+        1
+    ]
+    third_N = np.unique(second_N * 9 + rng.integers(0, 9, 5000), return_inverse=True)[1]
+    rows = flow_rows({"1": first_N, "2": second_N, "3": third_N})
+    home: dict = {}
+    before = {""}
+    for name in ("1", "2", "3"):
+        blocks, home = _blocks([row for row in rows if row["round"] == name], home)
+        assert sum(block.samples for block in blocks) == 5000
+        assert {block.parent for block in blocks} <= before
+        assert any(block.label is None for block in blocks) and set(home.values()) == {
+            block.name for block in blocks
+        }
+        before = {block.name for block in blocks}
+    figure = plot_label_flow(rows, {0: "0 x 1"})
+    assert "0 x 1" in figure.svg and "Bad:" in figure.caption
+
+
+def test_the_effective_number_of_labels_of_one_size_is_their_number():
+    assert abs(effective_number([7] * 5) - 5) < 1e-9
+    assert 1 < effective_number([1000, 1]) < 1.02
+
+
+def test_colours_that_follow_the_page_are_variables_there_and_plain_in_files():
+    svg = plot_rejects(REASONS).svg
+    assert "var(" not in svg and INK in svg
+    page = themed(svg)
+    assert INK not in page and page.count("var(--ink)") == svg.count(INK)
+    assert themed("#0072B2") == "#0072B2" and themed("#333333") == themed("#333333".upper())

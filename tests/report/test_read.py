@@ -28,7 +28,7 @@ def test_every_model_has_a_colour_of_its_own(tree):
 def test_a_model_pays_once_for_all_it_was_made_from(tree):
     models = {model.key: model for model in Run.open(tree).models()}
     seen = {key: model.cost.samples_seen for key, model in models.items()}
-    # Phases of 40k and 12k, experts and the short baseline of 6k each, routers 4k: see conftest.settings.
+    # Phases of 40k and 12k, experts and the short baseline of 6k each, routers 4k: see trees.settings.
     assert seen["short"] == 40_000
     assert seen["base"] == 52_000
     assert seen["short_mlp"] == seen["expert_1"] == 58_000

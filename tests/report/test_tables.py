@@ -6,7 +6,7 @@ import io
 import pytest
 
 from clipgraft.report.costs import Cost
-from clipgraft.report.page_tables import results_table
+from clipgraft.report.page_tables import failures_table, results_table
 from clipgraft.report.read import Model
 from clipgraft.report.tables import columns_of, human, results_csv, results_text, to_csv
 
@@ -100,3 +100,31 @@ def test_a_run_without_evaluation_says_so():
 )
 def test_large_numbers_are_short(count, said):
     assert human(count) == said
+
+
+def test_a_task_that_failed_is_said_in_every_table(models):
+    models[1].results, models[1].failed = {}, {"renders": "no label. Hint: x"}
+    text = results_text(models, columns_of(models))
+    assert "failed: moe on renders: no label. Hint: x" in text
+    table = results_table("renders", models, columns_of(models))
+    row = next(cells for cells in table.rows if cells[0].text == "moe")
+    assert {cell.text for cell in row[3:]} == {"failed"}
+    models[0].results, models[0].failed = {}, {"renders": "y"}
+    text = results_text(models, columns_of(models))
+    assert "nothing was evaluated" in text and "failed: base on renders: y" in text
+    table = failures_table(models)
+    assert table is not None
+    rows = table.rows
+    assert [[cell.text for cell in row] for row in rows] == [
+        ["base", "renders", "y"],
+        ["moe", "renders", "no label. Hint: x"],
+    ]
+
+
+def test_the_protocol_is_named_beside_the_size(models):
+    assert "100 images, 100 captions\n" in results_text(models, columns_of(models)).replace(
+        ";", "\n"
+    )
+    for model in models:
+        model.results["renders"]["retrieval"]["protocol"] = "five_captions"
+    assert "100 captions (five of each image)" in results_text(models, columns_of(models))

@@ -7,9 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clipgraft.report.read import Run
+import numpy as np
+
+from clipgraft.report.page_tables import Cell, Table
+from clipgraft.report.read import Run, read_metrics, tokens_of
 from clipgraft.report.sections import Section
-from clipgraft.report.tables import to_csv
+from clipgraft.report.tables import human, to_csv
+
+_MAX_FILES = 4  # of a job, whose hashes are shown
 
 
 def write_figures(sections: Sequence[Section], folder: Path) -> None:
@@ -44,7 +49,7 @@ def _machine(hardware: Mapping[str, Any]) -> str:
 
 
 def provenance(run: Run) -> str:
-    """Packages of all jobs, with their versions."""
+    """Packages of all jobs, with their versions; two where jobs differ."""
     packages: dict[str, dict[str, None]] = {}
     for manifest in run.manifests.values():
         for name, version in (manifest.get("packages") or {}).items():
@@ -52,22 +57,121 @@ def provenance(run: Run) -> str:
     return ", ".join(f"{name} {' / '.join(versions)}" for name, versions in packages.items())
 
 
-def job_rows(run: Run) -> list[dict[str, str]]:
-    """What each job was, cost and was told."""
+def run_section(run: Run) -> Section:
+    """What was run and on what: costs, speed, versions, settings and hashes."""
+    section = Section("run", "What was run")
+    section.text = f"Packages: {provenance(run)}."
+    section.tables = [_cost_table(run), *_speed_table(run), _jobs_table(run), _hashes_table(run)]
+    return section
+
+
+def _cost_table(run: Run) -> Table:
+    """Time, devices, samples and disk of each stage."""
+    by_stage: dict[str, dict[Path, dict[str, Any]]] = {}
+    for name, manifest in run.manifests.items():  # a job that has two names counts once
+        by_stage.setdefault(manifest["stage"], {})[run.folders[name].resolve()] = manifest
+    rows = []
+    for stage, jobs in by_stage.items():
+        rows.append([Cell(stage), *_cost_cells(list(jobs.values()))])
+    every = [manifest for jobs in by_stage.values() for manifest in jobs.values()]
+    rows.append([Cell("all", is_best=True), *_cost_cells(every)])
+    head = ["stage", "jobs", "minutes", "device hours", "samples seen", "memory, MB", "written, MB"]
+    caption = (
+        "Minutes are the sum over jobs, device hours those times the GPUs that each had (a machine without any counts as one "
+        "device); memory is the most that one job took. Bad: evaluation or data preparation that costs more than training."
+    )
+    return Table("What it cost", head, rows, caption)
+
+
+def _cost_cells(manifests: Sequence[Mapping[str, Any]]) -> list[Cell]:
+    seconds = sum(m.get("seconds") or 0.0 for m in manifests)
+    devices = sum((m.get("seconds") or 0.0) * _num_devices(m) for m in manifests) / 3600
+    seen = sum(m.get("samples_seen") or 0 for m in manifests)
+    memory = max((m.get("peak_memory_mb") or 0 for m in manifests), default=0)
+    written = sum(each["bytes"] for m in manifests for each in m.get("outputs", {}).values())
+    texts = [
+        f"{len(manifests)}",
+        f"{seconds / 60:,.1f}",
+        f"{devices:,.3f}" if devices < 1 else f"{devices:,.1f}",
+        human(seen) if seen else "-",
+        f"{memory:,.0f}" if memory else "-",
+        f"{written / 2**20:,.1f}",
+    ]
+    return [Cell(text) for text in texts]
+
+
+def _num_devices(manifest: Mapping[str, Any]) -> int:
+    return max(1, len((manifest.get("hardware") or {}).get("devices") or []))
+
+
+def _speed_table(run: Run) -> list[Table]:
+    """Tokens and speed of every training; nothing if none trained."""
+    rows = []
+    for name, manifest in run.manifests.items():
+        metrics = read_metrics(run.folders[name])
+        if metrics and "image_tokens" in manifest:
+            rate = float(np.median([row["samples_per_second"] for row in metrics]))
+            wait = float(np.mean([row.get("data_wait", 0.0) for row in metrics]))
+            texts = [
+                f"{manifest['image_tokens']} + {manifest['text_tokens']}",
+                f"{manifest['settings']['batch_size']:,}",
+                f"{rate:,.0f}",
+                f"{rate * tokens_of(manifest):,.0f}",
+                f"{100 * wait:.1f} %",
+                f"{metrics[-1]['seconds'] / 60:,.1f}",
+                manifest.get("precision") or "-",
+            ]
+            rows.append([Cell(name), *map(Cell, texts)])
+    if not rows:
+        return []
+    head = ["job", "image + text tokens", "batch", "samples a second", "tokens a second"]
+    head += ["waited for data", "minutes", "precision"]
+    caption = (
+        "Medians over the training. Shorter sequences should give more samples a second and about as many tokens. Bad: fewer "
+        "tokens a second with shorter sequences, or more than a few per cent of waiting."
+    )
+    return [Table("How fast it trained", head, rows, caption)]
+
+
+def _jobs_table(run: Run) -> Table:
+    """What each job was, took and was told."""
     rows = []
     for name, manifest in run.manifests.items():
         seen, memory = manifest.get("samples_seen"), manifest.get("peak_memory_mb")
-        rows.append(
-            {
-                "name": name,
-                "version": run.folders[name].resolve().name,
-                "seconds": f"{manifest.get('seconds') or 0:,.1f}",
-                "memory": f"{memory:,}" if memory else "-",
-                "samples_seen": f"{seen:,}" if seen else "-",
-                "settings": _settings_text(manifest["settings"]),
-            }
-        )
-    return rows
+        texts = [
+            run.folders[name].resolve().name,
+            f"{manifest.get('seconds') or 0:,.1f}",
+            f"{memory:,}" if memory else "-",
+            f"{seen:,}" if seen else "-",
+        ]
+        told = Cell(_settings_text(manifest["settings"]), is_code=True)
+        rows.append([Cell(name), *map(Cell, texts), told])
+    head = ["job", "version", "seconds", "memory, MB", "samples seen", "settings"]
+    title = f"{len(rows)} jobs: versions, costs and settings"
+    return Table(title, head, rows, "", text_columns=(1, 5), long_columns=(5,), is_folded=True)
+
+
+def _hashes_table(run: Run) -> Table:
+    """What came in and out, by content: for whoever wants to know whether two runs are the same."""
+    rows = []
+    for name, manifest in run.manifests.items():
+        files = manifest.get("outputs", {})
+        largest = sorted(files, key=lambda file: -files[file]["bytes"])[:_MAX_FILES]
+        said = [f"{file} {files[file]['sha256'][:16]}" for file in largest]
+        said += [f"and {len(files) - len(largest)} more"] if len(files) > len(largest) else []
+        inputs = [f"{slot} {about['id']}" for slot, about in manifest["inputs"].items()]
+        texts = [manifest["id"], manifest.get("code") or "-", manifest.get("git") or "-"]
+        cells = [Cell(", ".join(each), is_code=True) for each in (inputs, said)]
+        rows.append([Cell(name), *(Cell(text, is_code=True) for text in texts), *cells])
+    head = ["job", "content", "code", "commit", "inputs", "largest files, sha256"]
+    caption = (
+        "Content is the hash of all files of a job, code that of the modules that it used; manifest.json in the folder of "
+        "each job has all in full."
+    )
+    places, several = (1, 2, 3, 4, 5), (4, 5)
+    return Table(
+        "Hashes", head, rows, caption, text_columns=places, long_columns=several, is_folded=True
+    )
 
 
 def _settings_text(settings: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Figures of the data and of pretraining: from numbers to picture, nothing else.
+"""Figures of the data: from numbers to picture, nothing else.
 
 The rows given to a function are the rows of the figure's CSV. Captions say what to look for and
 what bad looks like.
@@ -6,7 +6,6 @@ what bad looks like.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,7 +27,6 @@ from clipgraft.report.style import (
 
 Rows = Sequence[Mapping[str, Any]]
 MAX_SIZES = 500  # dots of a scatter plot
-_PHASE_TINTS = ("#F3F4F6", "#FFFFFF")
 
 
 def plot_caption_lengths(length_C: np.ndarray, unit: str, limits: Mapping[str, int]) -> Figure:
@@ -145,62 +143,3 @@ def plot_rejects(rows: Rows) -> Figure:
         "Bad: one reason that dominates, which is mostly a limit of the config or a broken source."
     )
     return draw("data_rejects", "Samples left out, by reason", caption, rows, plot)
-
-
-def plot_pretraining(rows: Rows, phases: Mapping[str, tuple[int, int]], batch: int) -> Figure:
-    """Loss, tau, learning rate and speed over all phases.
-
-    Args:
-        rows: of metrics, with `phase` and `samples_seen` counted from the first phase on.
-        phases: name to the samples seen at its start and end.
-        batch: global batch size, for the loss of guessing.
-    """
-    panels = {
-        "loss": "loss",
-        "tau": "tau = 1/exp(logit_scale)",
-        "lr": "learning rate",
-        "samples_per_second": "samples per second",
-    }
-
-    def plot() -> Canvas:
-        figure, axes = canvas(4.8, 2, 2, sharex=True)
-        for axis, (name, title) in zip(axes.flat, panels.items(), strict=True):
-            for number, (phase, (start, end)) in enumerate(phases.items()):
-                axis.axvspan(start, end, color=_PHASE_TINTS[number % 2], zorder=0, linewidth=0)
-                mine = [row for row in rows if row["phase"] == phase and name in row]
-                x, y = [row["samples_seen"] for row in mine], [row[name] for row in mine]
-                axis.plot(x, y, color=BLUE, marker="o" if len(mine) < 3 else None, markersize=3)
-                if len(phases) > 1 and name == "loss":
-                    place = {"xytext": (4, -4), "textcoords": "offset points"}
-                    corner = (start, 1)
-                    transform = axis.get_xaxis_transform()
-                    axis.annotate(
-                        phase,
-                        corner,
-                        xycoords=transform,
-                        va="top",
-                        color=MUTED,
-                        fontsize=8.5,
-                        **place,
-                    )
-            axis.set_title(title)
-            axis.set_xlim(0, max(end for _, end in phases.values()))
-            counts_on(axis.xaxis)
-        axes[0, 0].axhline(math.log(batch), color=ORANGE, linewidth=1, linestyle="--")
-        for axis, name in ((axes[0, 0], "loss"), (axes[1, 1], "samples_per_second")):
-            top = max((row[name] for row in rows), default=1)
-            axis.set_ylim(0, 1.12 * max(top, math.log(batch) if name == "loss" else 0))
-        for axis in axes[1]:
-            axis.set_xlabel("samples seen")
-        return figure
-
-    wait = float(np.mean([row.get("data_wait", 0.0) for row in rows]))
-    caption = (
-        f"The dashed line is the loss of guessing, ln {batch:,} = {math.log(batch):.2f}; a jump where "
-        "a phase begins is normal and should be gone soon. tau should fall and settle. Bad: a loss "
-        "that stays at the line or jumps up within a phase; tau at 0.01, where it is held; "
-        f"waiting for data more than a few per cent of the time ({100 * wait:.0f} % here)."
-    )
-    return draw(
-        "pretraining_curves", "Loss, temperature, learning rate, speed", caption, rows, plot
-    )

@@ -14,7 +14,7 @@ from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import Patch
 
-from clipgraft.report.style import INK, Figure, canvas, draw, heat_map, hide_unused
+from clipgraft.report.style import INK, PAPER, Figure, canvas, draw, heat_map, hide_unused
 
 MAX_LAYERS = 6  # drawn of a map; the numbers are of all
 MAX_SAMPLES = 6
@@ -102,7 +102,7 @@ def plot_word_choices(
                 cmap=palette,
                 vmin=-0.5,
                 vmax=len(colours) - 0.5,
-                edgecolors="white",
+                edgecolors=PAPER,
                 linewidth=1.2,
             )
             places = np.arange(len(each["words"])) + 0.5

@@ -8,13 +8,14 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure as Canvas
 
 from clipgraft.report.style import (
     BLUE,
     MUTED,
     ORANGE,
+    PAPER,
     Figure,
     canvas,
     counts_on,
@@ -24,47 +25,9 @@ from clipgraft.report.style import (
 )
 
 Rows = Sequence[Mapping[str, Any]]
+# From the first layer to the last; all can be seen on white and on black.
+_LAYERS = LinearSegmentedColormap.from_list("layers", ["#56B4E9", "#7B6FD0", "#CC4C9A"])
 MAX_BARS = 60  # more labels than this are drawn as an outline
-
-
-def plot_expert_losses(
-    series: Mapping[str, Rows], titles: Mapping[str, str], colours: Mapping[str, str]
-) -> Figure:
-    """Loss of each expert and baseline against samples seen in its own fine-tuning.
-
-    Args:
-        series: model key to its metrics.
-        titles: model key to its name for people.
-        colours: model key to its colour.
-    """
-    rows = [
-        {"model": key, "samples_seen": row["samples_seen"], "loss": row["loss"]}
-        for key, metrics in series.items()
-        for row in metrics
-    ]
-
-    def plot() -> Canvas:
-        figure, axes = canvas(2.9)
-        axis = axes[0, 0]
-        for key, metrics in series.items():
-            x, y = [row["samples_seen"] for row in metrics], [row["loss"] for row in metrics]
-            style = "-" if key.startswith("expert_") else "--"
-            marker = "o" if len(metrics) < 3 else None
-            axis.plot(
-                x, y, style, color=colours[key], label=titles[key], marker=marker, markersize=3
-            )
-        axis.set(xlabel="samples seen in this stage", ylabel="loss", xlim=(0, None))
-        counts_on(axis.xaxis)
-        axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
-        return figure
-
-    caption = (
-        "Experts (solid) see batches of one pseudo label each, baselines (dashed) ordinary batches. An "
-        "expert's loss starts higher, because all its negatives look alike, and must fall: that fall is "
-        "what it learns beyond the base. Bad: a flat line (nothing left to tell apart), or an expert "
-        "whose loss equals a baseline's (its clusters separate nothing)."
-    )
-    return draw("experts_loss", "Loss of the experts", caption, rows, plot)
 
 
 def plot_cluster_sizes(rounds: Mapping[str, Mapping[str, Any]], batch: int) -> Figure:
@@ -134,7 +97,7 @@ def plot_agreement(rows: Rows) -> Figure:
         heat_map(axis, table, attributes, names, high=1.0, text="{:.2f}")
         for number, (one, other) in enumerate(pairwise(lines), start=1):
             if one[0] != other[0]:
-                axis.axhline(number, color="white", linewidth=4)
+                axis.axhline(number, color=PAPER, linewidth=4)
         return figure
 
     caption = (
@@ -219,7 +182,7 @@ def plot_router_layers(
         figure, axes = canvas(2.1 * len(layers) + 0.2, len(layers), 3, sharex=True)
         x = [row["samples_seen"] for row in rows]
         for line, (tower, numbers) in zip(axes, layers.items(), strict=True):
-            shades = colormaps["viridis_r"](np.linspace(0.1, 1, len(numbers)))
+            shades = _LAYERS(np.linspace(0, 1, len(numbers)))
             for axis, (key, (title, even, bound)) in zip(line, panels.items(), strict=True):
                 for number, shade in zip(numbers, shades, strict=True):
                     own = [row for row in table if row["tower"] == tower and row["layer"] == number]
@@ -240,7 +203,7 @@ def plot_router_layers(
         return figure
 
     caption = (
-        f"One line per layer, from the first (light) to the last (dark). Dashed: even use, "
+        f"One line per layer, from the first (blue) to the last (pink). Dashed: even use, "
         f"{100 / num_experts:.0f} % each, and a router without an opinion. Fresh routers are uneven; lines should leave "
         "the orange bounds early and stay away from them. Bad: a line on or beyond a bound at the end (an expert that "
         "no token takes, or one that every token takes), or a line that crosses it late (the layer is collapsing: a "

@@ -13,8 +13,11 @@ from matplotlib.lines import Line2D
 
 from clipgraft.report.read import Model
 from clipgraft.report.style import (
+    BLUE,
     INK,
     MUTED,
+    ORANGE,
+    RAIL,
     Figure,
     canvas,
     counts_on,
@@ -28,6 +31,8 @@ LEGEND_COLUMNS = 8  # as many as are as wide as the page
 MAX_CONFUSIONS = 6
 MAX_CLASSES = 30  # of a confusion that can be read
 _ANNOTATED_CLASSES = 10
+MAX_WORST = 18  # classes with the lowest recall
+_FEWEST = 5  # pictures of a class that a recall is said of
 
 
 def plot_metrics(models: Sequence[Model], columns: Sequence[Column]) -> Figure:
@@ -147,6 +152,68 @@ def plot_confusions(task: str, model: Model) -> Figure | None:
     return draw("results_confusion", f"Confusion of {model.title} on {task}", caption, rows, plot)
 
 
+def worst_classes(zero_shot: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The classes that are recognised least, the worst first, with what they are taken for most.
+
+    Args:
+        zero_shot: label to its result.
+    """
+    rows = []
+    for label, about in zero_shot.items():
+        for i, name in enumerate(about["classes"]):
+            counts = np.array(about["confusion"][i])
+            wrong = np.where(np.arange(len(counts)) == i, 0, counts)
+            if counts.sum() < _FEWEST or not wrong.any():
+                continue
+            share = counts / counts.sum()
+            row = {"label": label, "class": name, "samples": int(counts.sum())}
+            row |= {"recall": float(share[i]), "chance": 1 / len(counts)}
+            row |= {"taken_for": about["classes"][int(wrong.argmax())]}
+            rows.append({**row, "taken": float(wrong.max() / counts.sum())})
+    return sorted(rows, key=lambda row: row["recall"])[:MAX_WORST]
+
+
+def plot_worst_classes(task: str, model: Model) -> Figure | None:
+    """What one model recognises least, and what it says instead; None if it was asked for none or errs nowhere.
+
+    Args:
+        task: name of the task.
+        model: the model.
+    """
+    rows = worst_classes(model.results[task].get("zero_shot") or {})
+    if not rows:
+        return None
+
+    def plot() -> Canvas:
+        figure, axes = canvas(0.9 + 0.21 * len(rows))
+        axis, place = axes[0, 0], np.arange(len(rows))
+        recall = np.array([100 * row["recall"] for row in rows])
+        taken = np.array([100 * row["taken"] for row in rows])
+        axis.barh(place, recall, color=BLUE, height=0.72, label="right")
+        axis.barh(place, taken, left=recall, color=ORANGE, height=0.72, label="taken for")
+        for number, row in enumerate(rows):
+            end = min(recall[number] + taken[number] + 1, 101)
+            axis.text(end, number, row["taken_for"], va="center", color=MUTED, fontsize=8)
+        chance = [100 * row["chance"] for row in rows]
+        axis.plot(chance, place, "|", color=INK, markersize=9, label="chance")
+        names = [f"{row['label']}: {row['class']}" for row in rows]
+        axis.set_yticks(place, names)
+        axis.tick_params(axis="y", length=0, labelcolor=INK)
+        axis.set(xlim=(0, 118), ylim=(len(rows) - 0.4, -0.6), xticks=range(0, 101, 20))
+        axis.xaxis.set_major_formatter("{x:.0f} %")
+        axis.grid(axis="y", visible=False)
+        figure.legend(loc="outside upper left", ncols=3)
+        return figure
+
+    caption = (
+        "The classes of all labels with the lowest recall, the worst first, and what each is taken for most; the rest of "
+        f"a bar to 100 % is other classes. Classes with fewer than {_FEWEST} pictures, or without an error, are left out. Bad: a blue bar short "
+        "of chance, or one wrong answer for many classes, which mostly means that prompts or class names do not fit."
+    )
+    title = f"Classes that {model.title} recognises least on {task}"
+    return draw("results_worst_classes", title, caption, rows, plot)
+
+
 def _has_moe(models: Sequence[Model]) -> bool:
     return any(model.key == "moe" for model in models)
 
@@ -160,7 +227,7 @@ def draw_dots(axis: Axes, models: Sequence[Model], columns: Sequence[Column]) ->
     """One line per metric, with a dot for each model that has it."""
     for line, column in enumerate(columns):
         found = [100 * column.values[m.key] for m in models if m.key in column.values]
-        axis.plot([min(found), max(found)], [line, line], color="#D1D5DB", linewidth=3, zorder=1)
+        axis.plot([min(found), max(found)], [line, line], color=RAIL, linewidth=3, zorder=1)
         axis.plot(100 * column.chance, line, "|", color=MUTED, markersize=11, markeredgewidth=1.6)
         # Equal models would hide one another: they are moved apart a little.
         for number, model in enumerate(m for m in models if m.key in column.values):

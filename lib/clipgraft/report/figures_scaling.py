@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, NullLocator
 
 from clipgraft.report.slopes import LEVEL
-from clipgraft.report.style import INK, MUTED, Figure, canvas, draw
+from clipgraft.report.style import INK, MUTED, PAPER, Figure, canvas, draw
 
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
@@ -152,7 +152,7 @@ def plot_cost(rows: Rows, metric: str, chance: float, machine: str) -> Figure:
             for look, (_, mine) in _looks(rows, "size"):
                 _joined(axis, mine, unit, look["color"])
                 for row in mine:
-                    face = look["color"] if row["part"] == "after" else "white"
+                    face = look["color"] if row["part"] == "after" else PAPER
                     axis.plot(row[unit], row["score"], **look, markersize=5, markerfacecolor=face)
             for part, style in (("before", ":"), ("after", "-")):
                 front = [row for row in rows if row["part"] == part and row[f"{unit}_front"]]
@@ -264,7 +264,7 @@ def _few_ticks(axis: Axes, places: Sequence[float], form: Any) -> None:
 
 def _part_handles(rows: Rows) -> list[Line2D]:
     parts = dict.fromkeys(row["part"] for row in rows)
-    faces = {"before": "white", "after": MUTED}
+    faces = {"before": PAPER, "after": MUTED}
     return [
         Line2D(
             [],

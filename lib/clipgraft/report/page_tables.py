@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from clipgraft.report.evalset import EACH_TASK, EVALSET, rows_of, size_of_evalset
 from clipgraft.report.figures_results import noise_of
 from clipgraft.report.read import Model, Run, read_json, sides_of
 from clipgraft.report.tables import (
@@ -27,7 +28,7 @@ _COST_CAPTION = (
     "encoding a picture and a caption. The best expert is chosen on this very table, which flatters it. Bad: a "
     "baseline above the MoE that costs no more."
 )
-NOT_SHOWN = ("top 5", "recall per class")  # groups that stand in results.csv alone
+NOT_SHOWN = ("top 5", "recall per class", EACH_TASK)  # groups that stand elsewhere
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Cell:
     is_best: bool = False
     shade: float = 0.0
     colour: str = ""
+    is_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Table:
         groups: names above the head, with the number of columns of each.
         first_is_chance: whether the first row is what guessing gives.
         text_columns: columns that are set to the left, beside the first.
+        long_columns: those of them whose text may take several lines.
+        is_folded: whether it is shown at a click.
     """
 
     title: str
@@ -61,6 +65,8 @@ class Table:
     groups: list[tuple[str, int]] = field(default_factory=list)
     first_is_chance: bool = False
     text_columns: tuple[int, ...] = ()
+    long_columns: tuple[int, ...] = ()
+    is_folded: bool = False
 
     @property
     def group_starts(self) -> list[int]:
@@ -119,12 +125,14 @@ def results_table(task: str, models: Sequence[Model], columns: Sequence[Column])
     """
     shown = [column for column in columns if column.group not in NOT_SHOWN]
     measured = [model for model in models if task in model.results]
-    spent, best = cost_columns(measured), best_expert(models, columns)
+    tried = [model for model in models if task in model.results or task in model.failed]
+    spent, best = cost_columns(tried), best_expert(models, columns)
     chances = [Cell(_percent(column.chance)) for column in shown]
     rows = [[Cell("chance"), *[Cell("")] * len(spent), *chances]]
-    for model in measured:
+    for model in tried:
         title = f"{model.title} (best expert)" if model.key == best else model.title
-        scores = (_score(column, model.key) for column in shown)
+        blank = "failed" if task in model.failed else "-"
+        scores = (_score(column, model.key, blank) for column in shown)
         costs = (Cell(each.cells[model.key]) for each in spent)
         rows.append([Cell(title, colour=model.colour), *costs, *scores])
     result = measured[0].results[task]
@@ -143,6 +151,58 @@ def results_table(task: str, models: Sequence[Model], columns: Sequence[Column])
     return Table(title, head, rows, caption, groups, first_is_chance=True)
 
 
+def evalset_table(models: Sequence[Model]) -> Table | None:
+    """All models on each task of an evaluation folder; None without one."""
+    measured = [model for model in models if EVALSET in model.results]
+    if not measured:
+        return None
+    rows = []
+    for row in rows_of({model.key: model.results[EVALSET]["tasks"] for model in measured}):
+        best = max(map(displayed, row.values.values()), default=None)
+        scores = [
+            Cell(row.failed[model.key])
+            if model.key in row.failed
+            else Cell(_percent(value), displayed(value) == best)
+            if (value := row.values.get(model.key)) is not None
+            else Cell("-")
+            for model in measured
+        ]
+        chance = "-" if row.chance is None else _percent(row.chance)
+        rows.append(
+            [
+                Cell(row.name),
+                Cell(row.metric),
+                Cell(row.size),
+                Cell(chance),
+                *scores,
+                Cell(row.notes),
+            ]
+        )
+    head = ["task", "metric", "images", "chance", *(model.title for model in measured), "notes"]
+    caption = (
+        "Main metrics in per cent, as DataComp defines them; bold is best of its line. FairFace and UTKFace have several "
+        "metrics and no main one. Bad: notes of partial data, whose numbers compare with nobody's, and a line at chance. "
+        f"{size_of_evalset(measured[0].results[EVALSET], with_names=True)}."
+    )
+    return Table(
+        "Evaluation folder, task by task", head, rows, caption, text_columns=(1, len(head) - 1)
+    )
+
+
+def failures_table(models: Sequence[Model]) -> Table | None:
+    """What could not be measured, and why; None if all was."""
+    rows = [
+        [Cell(model.title, colour=model.colour), Cell(task), Cell(why)]
+        for model in models
+        for task, why in model.failed.items()
+    ]
+    if not rows:
+        return None
+    caption = "These have no numbers above. Mend the cause and run snakemake again: it measures them alone."
+    head = ["model", "task", "why"]
+    return Table("Tasks that failed", head, rows, caption, text_columns=(1, 2), long_columns=(2,))
+
+
 def _groups(names: Iterable[str]) -> list[tuple[str, int]]:
     """Neighbours of one name, with how many they are."""
     return [(name, len(list(those))) for name, those in groupby(names)]
@@ -159,9 +219,9 @@ def _download_cells(run: Run, data: str) -> list[str]:
     return [kind, f"{len(status):,}", f"{status.count('ok'):,}"]
 
 
-def _score(column: Column, model: str) -> Cell:
+def _score(column: Column, model: str, blank: str) -> Cell:
     if model not in column.values:
-        return Cell("-")
+        return Cell(blank)
     value, best = column.values[model], max(column.values.values())
     span = best - column.chance
     share = max(0.0, (value - column.chance) / span) if span > 0 else 0.0

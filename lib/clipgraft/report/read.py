@@ -16,6 +16,7 @@ from clipgraft.baseline_settings import KINDS
 from clipgraft.data.samples import Samples
 from clipgraft.provenance import read_manifest
 from clipgraft.report.costs import Cost, cost_of, input_folder
+from clipgraft.report.evalset import EVALSET, together
 
 UNTRAINED = "untrained"  # random weights, evaluated for the probes alone
 
@@ -36,9 +37,10 @@ class Model:
         key: as in job names: `base`, `expert_1`, `moe`.
         colour: the same in all figures.
         cost: of all that led to it.
-        results: task to the content of `result.json`.
+        results: task to the content of `result.json`; under `evalset` all tasks of the evaluation folder.
         examples: task to the content of `examples.json`.
         marker: the same in all figures; baselines would not be told apart by colours alone.
+        failed: task to what a user has to mend, where there is no result.
     """
 
     key: str
@@ -47,6 +49,7 @@ class Model:
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     examples: dict[str, dict[str, Any]] = field(default_factory=dict)
     marker: str = "o"
+    failed: dict[str, str] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -70,6 +73,22 @@ class Run:
         """
         folders = {name: folder for name, folder in inputs.items() if name != "report"}
         return cls(folders, {name: read_manifest(folder) for name, folder in folders.items()})
+
+    @classmethod
+    def joined(cls, runs: Mapping[str, Run]) -> Run:
+        """Several runs as one, whose jobs are named `<run>/<job>`."""
+        return cls(
+            {
+                f"{run}/{job}": folder
+                for run, of in runs.items()
+                for job, folder in of.folders.items()
+            },
+            {
+                f"{run}/{job}": about
+                for run, of in runs.items()
+                for job, about in of.manifests.items()
+            },
+        )
 
     def of_stage(self, stage: str) -> dict[str, Path]:
         """Folders of a stage by the rest of the job's name (`short` of `pretrain/short`)."""
@@ -110,7 +129,15 @@ class Run:
                 if key == UNTRAINED:  # the base's architecture alone
                     spent = Cost(0, 0.0, flops_after=0.0, flops_per_pair=spent.flops_per_pair)
                 models[key] = Model(key, "", spent)
-            models[key].results[task] = read_json(folder / "result.json")
+            result = read_json(folder / "result.json")
+            if task.startswith(f"{EVALSET}/"):  # many small tasks, shown as one
+                task_key = task.removeprefix(f"{EVALSET}/")
+                models[key].results.setdefault(EVALSET, together())["tasks"][task_key] = result
+                continue
+            if "failed" in result:
+                models[key].failed[task] = result["failed"]
+                continue
+            models[key].results[task] = result
             if (folder / "examples.json").exists():
                 models[key].examples[task] = read_json(folder / "examples.json")
         ordered = sorted(models.values(), key=lambda model: _place(model.key, phases))
@@ -134,7 +161,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Rows of `metrics.jsonl`; none if the stage did not train."""
+    """Rows of `metrics.jsonl` that tell of training; none if the stage did not train."""
+    return [row for row in _read_lines(folder) if "watch" not in row]
+
+
+def read_looks(folder: Path) -> list[dict[str, Any]]:
+    """Rows of `metrics.jsonl` that tell how the model did meanwhile; none if training was not watched."""
+    return [row for row in _read_lines(folder) if "watch" in row]
+
+
+def _read_lines(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
@@ -175,6 +211,11 @@ def _colour(models: list[Model], phases: list[str]) -> None:
             model.marker = next(markers)
         model.colour = _ROLE_COLOURS.get(model.key) or next(palettes[kind])
         model.marker = _ROLE_MARKERS.get(model.key, model.marker)
+
+
+def tokens_of(manifest: Mapping[str, Any]) -> int:
+    """Of an image and a text together, as a stage has trained with them."""
+    return int(manifest["image_tokens"] + manifest["text_tokens"])
 
 
 def sides_of(about: Mapping[str, Any]) -> list[str]:

@@ -1,7 +1,8 @@
 """Stage `report`: everything a run has to show, on one page, with the numbers as files.
 
 Writes `report.html` (self-contained), `results.csv` (all metrics), `results.txt` (the main ones, for the
-terminal) and `figures/` (every figure as SVG, with its numbers as CSV).
+terminal), `figures/` (every figure as SVG, with its numbers as CSV) and, of an evaluation folder, `evalset/` (of each
+model `eval_results.jsonl` and `aggregate.json`).
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from typing import Any
 
 from clipgraft.report.attributes import attributes_section
 from clipgraft.report.choices import choices_figures
-from clipgraft.report.facts import job_rows, provenance, subtitle, write_figures
+from clipgraft.report.evalset import EVALSET, write_evalset
+from clipgraft.report.facts import run_section, subtitle, write_figures
 from clipgraft.report.figures_results import noise_of
 from clipgraft.report.page import render
+from clipgraft.report.page_tables import failures_table
 from clipgraft.report.read import UNTRAINED, Model, Run
 from clipgraft.report.sections import (
     TRAIN,
@@ -27,6 +30,7 @@ from clipgraft.report.sections import (
 )
 from clipgraft.report.tables import (
     GIVEN,
+    KNN,
     PROBE,
     Column,
     columns_of,
@@ -39,6 +43,8 @@ from clipgraft.report.tables import (
 from clipgraft.settings import ReportJob
 
 log = logging.getLogger(__name__)
+
+MAX_BYTES = 10_000_000
 
 
 def report(settings: ReportJob, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
@@ -56,23 +62,28 @@ def report(settings: ReportJob, inputs: Mapping[str, Path], out: Path) -> dict[s
     probed = run.models()
     learnt = columns_of(probed)
     models = [model for model in probed if model.key != UNTRAINED]
-    columns = [column for column in learnt if column.group not in (PROBE, GIVEN)]
+    columns = [column for column in learnt if column.group not in (PROBE, KNN, GIVEN)]
     samples = run.samples(TRAIN)
     moe = moe_section(run)
     moe.figures += choices_figures(run, models)
+    results = results_section(run, models, columns)
+    failed = failures_table(probed)
+    results.tables[:0] = [] if failed is None else [failed]
     sections = [
+        run_section(run),
         data_section(run, samples, settings.num_pictures),
         pretraining_section(run),
         experts_section(run, samples, models),
         moe,
         attributes_section(probed, learnt),
-        results_section(run, models, columns),
+        results,
     ]
     sections = [section for section in sections if not section.is_empty]
     write_figures(sections, out / "figures")
     text = results_text(models, columns)
     (out / "results.txt").write_text(text)
     (out / "results.csv").write_text(results_csv(probed, learnt))
+    write_evalset(models, out / EVALSET)
     page = render(
         {
             "title": settings.title,
@@ -80,14 +91,18 @@ def report(settings: ReportJob, inputs: Mapping[str, Path], out: Path) -> dict[s
             "subtitle": subtitle(run),
             "headline": _headline(models, columns),
             "tiles": _tiles(run, models, columns, len(samples)),
-            "provenance": provenance(run),
-            "jobs": job_rows(run),
             "sections": sections,
         }
     )
     (out / "report.html").write_text(page, encoding="utf-8")
     for line in text.splitlines():
         log.info("%s", line)
+    if len(page) > MAX_BYTES:
+        log.warning(
+            "report.html has %.1f MB, more than %.0f, which phones and mail do not like. Hint: a lower report.num_pictures",
+            len(page) / 1e6,
+            MAX_BYTES / 1e6,
+        )
     return {
         "num_models": len(models),
         "num_figures": sum(len(section.figures) for section in sections),

@@ -15,7 +15,7 @@ import numpy as np
 
 from clipgraft.report import figures_scaling
 from clipgraft.report.costs import ancestors
-from clipgraft.report.facts import job_rows, machines, provenance, subtitle, write_figures
+from clipgraft.report.facts import machines, run_section, subtitle, write_figures
 from clipgraft.report.page import render
 from clipgraft.report.page_tables import Cell, Table
 from clipgraft.report.read import Run
@@ -51,6 +51,7 @@ def scaling(settings: ScalingJob, inputs: Mapping[str, Path], out: Path) -> dict
         _law_section(sweep, laws, metric),
         *(_side_section(sweep, side, law, metric) for side, law in laws.items()),
         _cost_section(run, sweep, metric),
+        run_section(run),
     ]
     sections = [section for section in sections if not section.is_empty]
     write_figures(sections, out / "figures")
@@ -63,8 +64,6 @@ def scaling(settings: ScalingJob, inputs: Mapping[str, Path], out: Path) -> dict
             "subtitle": subtitle(run),
             "headline": headline,
             "tiles": _tiles(run, sweep, laws),
-            "provenance": provenance(run),
-            "jobs": job_rows(run),
             "sections": sections,
         }
     )

@@ -6,17 +6,26 @@ What a run does not have is left out, and a section without anything in it as we
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from sklearn.metrics import normalized_mutual_info_score
 
 from clipgraft.data.samples import Samples
-from clipgraft.report import figures, figures_experts, figures_results
-from clipgraft.report.page_tables import Table, data_table, results_table, rounds_table
+from clipgraft.report import figures, figures_experts, figures_results, figures_training
+from clipgraft.report.agreement import agreement_figure, cluster_rows
+from clipgraft.report.figures_robustness import plot_robustness
+from clipgraft.report.figures_rounds import flow_rows, plot_label_flow
+from clipgraft.report.figures_watch import plot_looks
+from clipgraft.report.page_tables import (
+    Table,
+    data_table,
+    evalset_table,
+    results_table,
+    rounds_table,
+)
 from clipgraft.report.pictures import (
     Picture,
     Reject,
@@ -25,8 +34,16 @@ from clipgraft.report.pictures import (
     retrieval_pictures,
     sample_sheet,
 )
-from clipgraft.report.read import Model, Run, read_json, read_metrics, sides_of
-from clipgraft.report.style import Figure
+from clipgraft.report.read import (
+    Model,
+    Run,
+    read_json,
+    read_looks,
+    read_metrics,
+    sides_of,
+    tokens_of,
+)
+from clipgraft.report.style import BLUE, ORANGE, Figure
 from clipgraft.report.tables import Column, lead_column
 
 TRAIN = "train"
@@ -90,17 +107,39 @@ def data_section(run: Run, samples: Samples, num_pictures: int) -> Section:
 def pretraining_section(run: Run) -> Section:
     """2 Pretraining: the curves of all phases, one after the other."""
     section = Section("pretraining", "Pretraining")
-    rows, spans, seen, batch = [], {}, 0, 2
+    rows: list[dict[str, Any]] = []
+    spans: dict[str, dict[str, tuple[float, float]]] = {}
+    looks: dict[str, list[dict[str, Any]]] = {}
+    seen, hours, batch = 0, 0.0, 2
     for phase, folder in run.of_stage("pretrain").items():
         manifest = run.manifest("pretrain", phase)
-        for row in read_metrics(folder):
-            rows.append({**row, "phase": phase, "samples_seen": seen + row["samples_seen"]})
-        length = manifest.get("samples_seen") or 0
-        if length:
-            spans[phase], batch = (seen, seen + length), manifest["settings"]["batch_size"]
-        seen += length
+        looks[phase] = [
+            {**look, "samples_seen": seen + look["samples_seen"]} for look in read_looks(folder)
+        ]
+        mine = [
+            {
+                **row,
+                "phase": phase,
+                "samples_seen": seen + row["samples_seen"],
+                "hours": hours + row["seconds"] / 3600,
+                "tokens_per_second": row["samples_per_second"] * tokens_of(manifest),
+            }
+            for row in read_metrics(folder)
+        ]
+        if mine:
+            ends = {"samples_seen": seen + manifest["samples_seen"], "hours": mine[-1]["hours"]}
+            spans[phase] = {
+                "samples_seen": (seen, ends["samples_seen"]),
+                "hours": (hours, ends["hours"]),
+            }
+            seen, hours = ends["samples_seen"], ends["hours"]
+            batch = manifest["settings"]["batch_size"]
+        rows += mine
     if rows:
-        section.figures.append(figures.plot_pretraining(_same_keys(rows), spans, batch))
+        section.figures.append(figures_training.plot_pretraining(_same_keys(rows), spans, batch))
+        parts = figures_training.plot_loss_parts(rows, spans)
+        section.figures += [] if parts is None else [parts]
+    _add_looks(section, "pretraining_watch", looks, dict.fromkeys(looks, BLUE))
     return section
 
 
@@ -115,16 +154,26 @@ def experts_section(run: Run, samples: Samples, models: Sequence[Model]) -> Sect
             run.manifest("finetune_expert", name)["settings"]["batch_size"] for name in tuned
         ]
         section.figures.append(figures_experts.plot_cluster_sizes(rounds, max(batches, default=1)))
-        known = _agreement_rows(run, samples)
+        if len(rounds) > 1:
+            labels = {
+                name: np.load(f / "labels.npy") for name, f in run.of_stage("cluster").items()
+            }
+            section.figures.append(plot_label_flow(flow_rows(labels), _label_names(rounds)))
+        known = cluster_rows(run, samples)
         if known:
             section.figures.append(figures_experts.plot_agreement(known))
-    by_name = {_expert_key(name): read_metrics(folder) for name, folder in tuned.items()}
+    keys = {name: _expert_key(name) for name in tuned}
+    by_name = {keys[name]: read_metrics(folder) for name, folder in tuned.items()}
     shown = {m.key: m for m in models}
     series = {key: rows for key, rows in by_name.items() if rows and key in shown}
     if series:
         titles = {key: shown[key].title for key in series}
         colours = {key: shown[key].colour for key in series}
-        section.figures.append(figures_experts.plot_expert_losses(series, titles, colours))
+        section.figures.append(figures_training.plot_expert_losses(series, titles, colours))
+    looks = {key: read_looks(tuned[name]) for name, key in keys.items() if key in shown}
+    _add_looks(section, "experts_watch", looks, {key: shown[key].colour for key in looks})
+    agreement = agreement_figure(run, models)
+    section.figures += [] if agreement is None else [agreement]
     embeddings = run.of_stage("embed")
     for name, folder in run.of_stage("cluster").items():
         before = str(int(name) - 1)
@@ -161,6 +210,7 @@ def moe_section(run: Run) -> Section:
         bounds = run.manifest("finetune_router", "moe")["healthy_loads"]
         section.figures.append(figures_experts.plot_router_layers(rows, layers, bounds))
         section.figures.append(figures_experts.plot_expert_load(loads, layers))
+    _add_looks(section, "moe_watch", {"moe": read_looks(folder)}, {"moe": ORANGE})
     return section
 
 
@@ -173,19 +223,37 @@ def results_section(run: Run, models: Sequence[Model], columns: Sequence[Column]
     section.tables = [
         results_table(task, models, [c for c in columns if c.task == task]) for task in tasks
     ]
+    by_task = evalset_table(models)
+    section.tables += [] if by_task is None else [by_task]
     main = [column for column in columns if column.is_main]
     section.figures.append(figures_results.plot_metrics(models, main))
     section.figures.append(figures_results.plot_cost(models, lead_column(columns)))
+    curves = plot_robustness(models)
+    if curves is not None:
+        section.figures.append(curves)
     final = models[-1]
     confusions = (figures_results.plot_confusions(task, final) for task in final.results)
-    first = next((figure for figure in confusions if figure is not None), None)
-    if first is not None:
-        section.figures.append(first)
+    worst = (figures_results.plot_worst_classes(task, final) for task in final.results)
+    for drawn in (confusions, worst):
+        section.figures += list(filter(None, drawn))[:1]
     section.examples = _examples(run, final)
     return section
 
 
 # --- numbers --------------------------------------------------------------------------------------
+
+
+def _add_looks(
+    section: Section,
+    name: str,
+    looks: Mapping[str, list[dict[str, Any]]],
+    colours: Mapping[str, str],
+) -> None:
+    """The figure of the trainings that were watched, if there is one."""
+    series = {key: rows for key, rows in looks.items() if rows}
+    if series:
+        titles = {key: key.replace("_", " ") for key in series}
+        section.figures.append(plot_looks(name, series, titles, colours))
 
 
 def _caption_lengths(run: Run, samples: Samples) -> tuple[np.ndarray, str]:
@@ -217,29 +285,6 @@ def _rejects(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
-def _agreement_rows(run: Run, samples: Samples) -> list[dict[str, Any]]:
-    known = {name: samples.labels(name) for name in samples.label_names}
-    known = {
-        name: label_N
-        for name, label_N in known.items()
-        if len(np.unique(label_N[label_N >= 0])) > 1
-    }
-    rows = []
-    for name, folder in run.of_stage("cluster").items() if known else []:
-        sides = sides_of(read_json(folder / "clusters.json"))
-        clusters_NS = np.load(folder / "clusters.npy")
-        columns = dict(zip(sides, clusters_NS.T, strict=True))
-        if len(sides) > 1:  # a sample's digit of this round
-            columns["both"] = np.unique(clusters_NS, axis=0, return_inverse=True)[1].reshape(-1)
-        columns["all labels"] = np.load(folder / "labels.npy")
-        for side, found_N in columns.items():
-            for attribute, label_N in known.items():
-                has = label_N >= 0
-                nmi = float(normalized_mutual_info_score(label_N[has], found_N[has]))
-                rows.append({"round": name, "clusters": side, "attribute": attribute, "nmi": nmi})
-    return rows
-
-
 def _examples(run: Run, model: Model) -> dict[str, Any] | None:
     for task, examples in model.examples.items():
         data = run.manifest("evaluate", f"{model.key}/{task}")["settings"]["data"]
@@ -256,6 +301,13 @@ def _examples(run: Run, model: Model) -> dict[str, Any] | None:
 def _layers(about: dict[str, Any], tower: str, num: int) -> list[int]:
     layers = about.get(f"{tower}_layers")
     return list(layers) if isinstance(layers, list) and len(layers) == num else list(range(num))
+
+
+def _label_names(rounds: dict[str, Any]) -> dict[int, str]:
+    """Labels of the first round by the clusters that they are made of, where that was recorded."""
+    about = next(iter(rounds.values()))
+    digits = (entry[-1] for entry in about.get("digits", []))
+    return {label: " x ".join(map(str, digit)) for label, digit in enumerate(digits)}
 
 
 def _expert_key(name: str) -> str:

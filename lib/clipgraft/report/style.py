@@ -2,6 +2,9 @@
 
 Text stays text, so that it can be searched and read aloud and the page stays small. Names inside a
 figure carry the figure's own name, since all figures share one page. Same data, same bytes.
+
+Files have plain colours. On the page those that must differ between a light and a dark background
+(`THEMED`) are variables of its style sheet; colours of models, cells and pictures are the same on both.
 """
 
 from __future__ import annotations
@@ -20,7 +23,28 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 INK, MUTED, GRID, BLUE, ORANGE = "#222222", "#6B7280", "#E5E7EB", "#0072B2", "#D55E00"
+PAPER, TINT, RAIL = (
+    "#FEFEFE",
+    "#F3F4F6",
+    "#D1D5DB",
+)  # the page itself, a strip of it, a thin bar on it
+CELL_INK = "#111111"  # on cells, which are light on a dark page as well
 WIDTH = 10.3  # inches of 96 pixels: the width of the page
+
+# What a colour is called in the style sheet of the page. The last three are of models, and too dark for a dark page.
+THEMED = {
+    INK: "ink",
+    MUTED: "muted",
+    GRID: "line",
+    PAPER: "page",
+    TINT: "soft",
+    RAIL: "rail",
+    "#9CA3AF": "edge",
+    "#333333": "base",
+    "#5D4E9E": "violet",
+    "#6E4B2A": "brown",
+}
+_HEX = re.compile("|".join(THEMED), re.IGNORECASE)
 
 RC: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -130,7 +154,7 @@ def heat_map(
 ) -> None:
     """A table in shades of blue from 0 to `high`, and of red to `-high`; its numbers written into it."""
     cmap, low = ("RdBu", -high) if is_signed else ("Blues", 0.0)
-    axis.pcolormesh(table, cmap=cmap, vmin=low, vmax=high, edgecolors="white", linewidth=1.2)
+    axis.pcolormesh(table, cmap=cmap, vmin=low, vmax=high, edgecolors=PAPER, linewidth=1.2)
     axis.set_xticks(np.arange(len(columns)) + 0.5, columns)
     axis.set_yticks(np.arange(len(lines)) + 0.5, lines)
     axis.invert_yaxis()
@@ -141,10 +165,15 @@ def heat_map(
     if text is None:
         return
     for (i, j), value in np.ndenumerate(table):
-        colour = "white" if abs(value) > 0.6 * high else INK
+        colour = "#FFFFFF" if abs(value) > 0.6 * high else CELL_INK
         axis.text(
             j + 0.5, i + 0.5, text.format(value), ha="center", va="center", color=colour, fontsize=8
         )
+
+
+def themed(style: str) -> str:
+    """SVG or CSS with variables for the colours that follow the page."""
+    return _HEX.sub(lambda found: f"var(--{THEMED[found[0].upper()]})", style)
 
 
 def _for_page(svg: str, name: str, title: str) -> str:

@@ -115,9 +115,7 @@ class Sweep:
         phases = {each.run: _phases(run, each.run) for each in settings.runs}
         jobs = {name: _evaluations(name, phases[name], settings.task) for name in phases}
         models = [
-            Model(
-                job, "", Cost(0, 0.0), {settings.task: read_json(run.folders[job] / "result.json")}
-            )
+            Model(job, "", Cost(0, 0.0), {settings.task: _result(run, job)})
             for name in jobs
             for job in jobs[name]
         ]
@@ -222,6 +220,13 @@ def _phases(run: Run, name: str) -> dict[str, Path]:
 def _evaluations(name: str, phases: Mapping[str, Path], task: str) -> list[str]:
     """Jobs that measured each phase; the last phase is the base."""
     return [f"{name}/evaluate/{model}/{task}" for model in (*list(phases)[:-1], "base")]
+
+
+def _result(run: Run, job: str) -> dict[str, Any]:
+    result = read_json(run.folders[job] / "result.json")
+    if "failed" in result:
+        raise ConfigError(f"{job} has failed, and the law needs it: {result['failed']}")
+    return result
 
 
 def _metric(columns: Sequence[Column], settings: ScalingJob) -> Column:

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from clipgraft.report.costs import Cost
+from clipgraft.report.evalset import EACH_TASK, mains_of, means_of, size_of_evalset
 from clipgraft.report.read import Model
 
 WAYS = {"image_to_text": "image to text", "text_to_image": "text to image"}
@@ -22,7 +23,7 @@ _ZERO_SHOT = {  # in result.json: what to call it, and how many guesses it allow
 }
 
 
-PROBE, GIVEN = "probe", "labels given"  # groups that have a section of their own
+PROBE, GIVEN, KNN = "probe", "labels given", "knn"  # groups that have a section of their own
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def columns_of(models: Sequence[Model]) -> list[Column]:
         results = {model.key: model.results[task] for model in models if task in model.results}
         columns += _retrieval_columns(task, results) + _zero_shot_columns(task, results)
         columns += _learnt_columns(task, results)
+        columns += _evalset_columns(task, results)
     return columns
 
 
@@ -104,6 +106,7 @@ def results_text(models: Sequence[Model], columns: Sequence[Column]) -> str:
                 rows.append([name, *costs, *_text_cells(model, main)])
         about = size_of_task(next(m.results[task] for m in models if task in m.results))
         blocks.append(f"{task}: {about}\n{_aligned([head, *rows])}")
+    failures = [f"failed: {title} on {task}: {why}\n" for title, task, why in failures_of(models)]
     note = (
         "per cent; * best of its column; + best expert; "
         if len(spent) > 2
@@ -111,7 +114,14 @@ def results_text(models: Sequence[Model], columns: Sequence[Column]) -> str:
     )
     note += "cost: all training that led to the model"
     note += "; after: after the base, embeddings for clusters counted\n" if len(spent) > 2 else "\n"
-    return "\n".join([*blocks, note]) if blocks else "nothing was evaluated\n"
+    return "\n".join(
+        [*blocks, *failures, note] if blocks else ["nothing was evaluated\n", *failures]
+    )
+
+
+def failures_of(models: Sequence[Model]) -> list[tuple[str, str, str]]:
+    """Title of the model, task and message, of every task that failed."""
+    return [(each.title, task, why) for each in models for task, why in each.failed.items()]
 
 
 @dataclass(frozen=True)
@@ -186,10 +196,14 @@ def human(count: float, large: Mapping[str, float] = MappingProxyType({"B": 1e9}
 
 def size_of_task(result: Mapping[str, Any]) -> str:
     """How many images and captions a task has."""
+    if "tasks" in result:
+        return size_of_evalset(result)
     retrieval, zero_shot = result.get("retrieval"), result.get("zero_shot") or {}
     parts = []
     if retrieval:
-        parts.append(f"{retrieval['num_images']:,} images, {retrieval['num_texts']:,} captions")
+        protocol = " (five of each image)" if retrieval.get("protocol") == "five_captions" else ""
+        counts = f"{retrieval['num_images']:,} images, {retrieval['num_texts']:,} captions"
+        parts.append(counts + protocol)
     elif zero_shot:
         parts.append(f"{next(iter(zero_shot.values()))['num_samples']:,} images")
     if zero_shot:
@@ -200,6 +214,8 @@ def size_of_task(result: Mapping[str, Any]) -> str:
 
 def num_images_of(result: Mapping[str, Any]) -> int:
     """Images behind the numbers of a result."""
+    if "tasks" in result:
+        return sum(about.get("size", 0) for about in result["tasks"].values())
     if result.get("retrieval"):
         return int(result["retrieval"]["num_images"])
     return max(int(about["num_samples"]) for about in result["zero_shot"].values())
@@ -255,16 +271,28 @@ def _zero_shot_columns(task: str, results: Mapping[str, dict[str, Any]]) -> list
 
 
 def _learnt_columns(task: str, results: Mapping[str, dict[str, Any]]) -> list[Column]:
-    """Probes, and retrieval where labels are given."""
+    """Probes, nearest neighbours, and retrieval where labels are given."""
     columns = []
-    for group, part, name in ((PROBE, "probe", "acc"), (GIVEN, "given", "mean_R@1")):
+    parts = ((PROBE, "probe", "acc"), (KNN, "knn", "acc"), (GIVEN, "given", "mean_R@1"))
+    for group, part, name in parts:
         labels = dict.fromkeys(label for r in results.values() for label in r.get(part) or {})
         for label in labels:
             found = {m: r[part][label] for m, r in results.items() if label in (r.get(part) or {})}
             values = {model: about[name] for model, about in found.items()}
             chance = next(iter(found.values()))["chance"]
-            key, guess = f"{part}_{label}_{name}", chance if part == "probe" else chance[name]
+            key, guess = f"{part}_{label}_{name}", chance[name] if part == "given" else chance
             columns.append(Column(task, key, group, label, label, False, values, guess))
+    return columns
+
+
+def _evalset_columns(task: str, results: Mapping[str, dict[str, Any]]) -> list[Column]:
+    """Main metrics of the tasks of an evaluation folder, and the means that are the same for all models."""
+    tasks = {model: result["tasks"] for model, result in results.items() if "tasks" in result}
+    columns = []
+    for name, values, chance in means_of(tasks):
+        columns.append(Column(task, name, "mean of tasks", name, name, True, values, chance))
+    for key, values, chance in mains_of(tasks):
+        columns.append(Column(task, key, EACH_TASK, key, key, False, values, chance))
     return columns
 
 

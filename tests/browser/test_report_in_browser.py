@@ -1,0 +1,142 @@
+"""Pages in a real browser: nothing complains, everything is seen, nothing is fetched, from a phone to a desk."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+from pathlib import Path
+
+import pytest
+import trees
+
+from clipgraft.compare import LOCK
+from clipgraft.job import write_json
+from clipgraft.report.comparison import comparison
+from clipgraft.report.report import report
+from clipgraft.settings import ReportJob
+
+PHONE, DESK = {"width": 360, "height": 740}, {"width": 1280, "height": 900}
+SIZES = {"desk": DESK, "phone": PHONE}
+# Share of the light that a text and what is behind it send, as WCAG 2 has it; 3 is its least for large text.
+CONTRASTS = """() => {
+  const light = colour => {
+    const parts = colour.match(/[\\d.]+/g).slice(0, 3).map(part => part / 255);
+    const linear = parts.map(c => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
+  };
+  const page = light(getComputedStyle(document.body).backgroundColor);
+  const ratio = one => (Math.max(one, page) + 0.05) / (Math.min(one, page) + 0.05);
+  const onCells = ["rgb(17, 17, 17)", "rgb(255, 255, 255)"];  // of cells, which have a colour of their own
+  const found = [];
+  for (const element of document.querySelectorAll("p, td, th, figcaption, summary, a, h2, svg text")) {
+    const style = getComputedStyle(element);
+    const colour = element.closest("svg") ? style.fill : style.color;
+    if (!element.textContent.trim() || (element.closest("svg") && onCells.includes(colour))) continue;
+    found.push([element.tagName, element.textContent.trim().slice(0, 30), ratio(light(colour))]);
+  }
+  return found;
+}"""
+# What sticks out of the window, unless it scrolls by itself.
+TOO_WIDE = """() => [...document.querySelectorAll("body *")]
+  .filter(element => !element.closest(".scroll, svg, details:not([open])"))
+  .filter(element => element.getBoundingClientRect().right > window.innerWidth + 1)
+  .map(element => element.tagName + "." + element.className)"""
+
+
+@pytest.fixture(scope="session")
+def pages(tmp_path_factory) -> dict[str, Path]:
+    """The page of a whole run, of a bare one, and of both beside one another."""
+    results = tmp_path_factory.mktemp("results")
+    runs = {
+        "demo": trees.build_tree(results / "a", trees.settings()),
+        "bare": trees.build_bare_tree(results / "b"),
+    }
+    for name, tree in runs.items():
+        out = results / "runs" / name / "report"
+        out.mkdir(parents=True)
+        report(ReportJob(run=name), tree, out)
+        lock = {job: str(folder.relative_to(results)) for job, folder in tree.items()}
+        write_json(out.parent / LOCK, lock)
+    (results / "compare.html").write_text(comparison(list(runs), results), encoding="utf-8")
+    found = {name: results / "runs" / name / "report" / "report.html" for name in runs}
+    return {**found, "compare": results / "compare.html"}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", ["demo", "bare", "compare"])
+def test_a_page_opens_without_complaint_and_asks_for_nothing(browser, pages, name, size, scheme):
+    tab = browser.open(pages[name], SIZES[size], scheme)
+    assert tab.errors == [] and tab.requests == []
+    width = tab.page.evaluate("document.documentElement.scrollWidth")
+    assert width <= SIZES[size]["width"], tab.page.evaluate(TOO_WIDE)
+    assert tab.page.evaluate(TOO_WIDE) == []
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", ["demo", "compare"])
+def test_every_figure_and_picture_is_seen(browser, pages, name, size):
+    page = browser.open(pages[name], SIZES[size]).page
+    figures = page.locator("figure")
+    assert figures.count() == pages[name].read_text().count("<figure ") > 3
+    for figure in figures.all():
+        box = figure.locator("svg").bounding_box()
+        assert box and box["width"] > 200 and box["height"] > 90, figure.get_attribute("id")
+        assert figure.locator("figcaption").is_visible()
+    broken = "() => [...document.images].filter(image => !image.naturalWidth).length"
+    assert page.evaluate(broken) == 0
+
+
+def test_texts_of_figures_can_be_read_on_a_phone(browser, pages):
+    page = browser.open(pages["demo"], PHONE).page
+    heights = page.evaluate(
+        "() => [...document.querySelectorAll('figure svg')].map(svg => {"
+        "  const texts = [...svg.querySelectorAll('text')].map(text => text.getBBox().height);"
+        "  const scale = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;"
+        "  return [svg.closest('figure').id, scale * Math.max(...texts)]; })"
+    )
+    assert heights and [name for name, height in heights if height < 8] == []
+
+
+@pytest.mark.parametrize("name", ["demo", "compare"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_texts_stand_out_from_the_page(browser, pages, name, scheme):
+    page = browser.open(pages[name], DESK, scheme).page
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (background == "rgb(255, 255, 255)") == (scheme == "light")
+    found = page.evaluate(CONTRASTS)
+    assert len(found) > 300
+    assert [each for each in found if each[2] < 3] == []
+    assert sum(each[2] >= 4.5 for each in found) > 0.95 * len(found)
+
+
+def test_links_lead_to_what_they_name(browser, pages):
+    page = browser.open(pages["demo"]).page
+    links = page.locator("nav a").all()
+    assert len(links) >= 6
+    for link in links:
+        link.click()
+        place = page.locator(link.get_attribute("href")).bounding_box()
+        assert abs(place["y"]) < DESK["height"] and page.url.endswith(link.get_attribute("href"))
+
+
+def test_numbers_of_a_figure_can_be_saved_from_the_page_alone(browser, pages):
+    page = browser.open(pages["demo"]).page
+    link = page.locator("#results_metrics figcaption a")
+    with page.expect_download() as caught:
+        link.click()
+    assert caught.value.suggested_filename == "results_metrics.csv"
+    saved = Path(caught.value.path()).read_text()
+    assert saved == (pages["demo"].parent / "figures" / "results_metrics.csv").read_text()
+    carried = base64.b64decode(link.get_attribute("href").partition(",")[2]).decode()
+    assert next(csv.DictReader(io.StringIO(carried)))["model"] == "chance"
+
+
+def test_what_is_folded_opens(browser, pages):
+    page = browser.open(pages["demo"], PHONE).page
+    for fold in page.locator("details").all():
+        assert not fold.locator("table").is_visible()
+        fold.locator("summary").click()
+        assert fold.locator("table").is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]

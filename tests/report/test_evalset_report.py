@@ -1,0 +1,121 @@
+"""Laws of the report of an evaluation folder: one task among the others, and one line per data set."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from clipgraft.report.evalset import EVALSET, write_evalset
+from clipgraft.report.figures_results import noise_of, plot_metrics
+from clipgraft.report.page import render
+from clipgraft.report.page_tables import evalset_table, results_table
+from clipgraft.report.read import Model, Run
+from clipgraft.report.sections import Section
+from clipgraft.report.tables import columns_of, results_csv, results_text
+
+
+def result(key: str, name: str, value: float | None, chance: float | None) -> dict:
+    return {
+        "task": f"evalset/{key}",
+        "key": key,
+        "dataset": name,
+        "metrics": {"acc1": 0.5, "main_metric": value},
+        "main_metric": None if value is None else "acc1",
+        "chance": chance,
+        "size": 100,
+        "partial": ["100 samples instead of 10,000"],
+    }
+
+
+def results(cifar: float) -> dict[str, dict]:
+    return {
+        "cifar10": result("cifar10", "CIFAR-10", cifar, 0.1),
+        "mnist": {"task": "evalset/mnist", "failed": "0.tar is damaged"},
+        "fairness/fairface": result("fairness/fairface", "FairFace", None, None),
+        "own": result("own", "own", 0.75, 0.25),
+    }
+
+
+@pytest.fixture
+def models(bare_tree, tmp_path) -> list[Model]:
+    """Models of a run whose base and mixture were evaluated on a folder as well."""
+    inputs: dict[str, Path] = dict(bare_tree)
+    for model, cifar in (("base", 0.5), ("moe", 0.25)):
+        before = bare_tree[f"evaluate/{model}/renders"]
+        for key, about in results(cifar).items():
+            folder = before.parent / f"{model}-{key.replace('/', '-')}"
+            folder.mkdir(exist_ok=True)
+            shutil.copy(before / "manifest.json", folder)
+            (folder / "result.json").write_text(json.dumps(about))
+            inputs[f"evaluate/{model}/evalset/{key}"] = folder
+    return [model for model in Run.open(inputs).models() if model.key != "untrained"]
+
+
+def test_many_tasks_are_read_as_one(models):
+    by_key = {model.key: model for model in models}
+    assert list(by_key["base"].results) == ["renders", "combinations", EVALSET]
+    assert EVALSET not in by_key["expert_1"].results
+    assert set(by_key["moe"].results[EVALSET]["tasks"]) == set(results(0))
+
+
+def test_the_terminal_shows_means_and_says_of_how_many(models):
+    text = results_text(models, columns_of(models))
+    block = text.split("evalset: ")[1].splitlines()
+    assert block[0] == "1/38 averaged tasks; 3 with partial data; failed: mnist; 36 missing"
+    assert "Average (1/38)" in block[1] and "VTAB" not in block[1]
+    base = next(line for line in block if line.startswith("base"))
+    assert base.endswith("50.0*")
+
+
+def test_the_csv_has_every_task(models):
+    rows = csv.DictReader(io.StringIO(results_csv(models, columns_of(models))))
+    found = {row["model"]: row for row in rows}
+    assert float(found["moe"]["evalset/cifar10"]) == 0.25
+    assert float(found["chance"]["evalset/own"]) == 0.25
+    assert found["expert_1"]["evalset/cifar10"] == ""
+    assert "evalset/fairness/fairface" not in found["base"]  # it has no main metric
+
+
+def test_the_page_has_a_line_per_task(models):
+    table = evalset_table(models)
+    assert table.head[:4] == ["task", "metric", "images", "chance"]
+    lines = {row[0].text: row for row in table.rows}
+    assert [cell.text for cell in lines["CIFAR-10"]][1:6] == ["acc1", "100", "10.0", "50.0", "25.0"]
+    assert [cell.is_best for cell in lines["CIFAR-10"]][4:6] == [True, False]
+    assert [cell.text for cell in lines["mnist"]][3:] == [
+        "-",
+        "failed",
+        "failed",
+        "0.tar is damaged",
+    ]
+    assert lines["FairFace"][4].text == "-"
+    assert "missing: Caltech-101, CIFAR-100, " in table.caption
+    assert lines["own"][-1].text == "partial: 100 samples instead of 10,000"
+    columns = [column for column in columns_of(models) if column.task == EVALSET]
+    means = results_table(EVALSET, models, columns)
+    assert means.head[-1] == "Average (1/38)" and len(means.rows) == 3
+    assert evalset_table(models[1:2]) is None
+    page = render(
+        {
+            **dict.fromkeys(("title", "run", "subtitle", "headline"), "x"),
+            **{key: [] for key in ("tiles", "provenance", "jobs")},
+            "sections": [Section("results", "Results", tables=[table])],
+        }
+    )
+    assert "partial: 100 samples instead of 10,000" in page and "FairFace" in page
+    assert plot_metrics(models, [c for c in columns if c.is_main]).rows
+    assert noise_of(models[0].results[EVALSET]) > 0
+
+
+def test_the_public_files_stand_beside_the_page(models, tmp_path):
+    write_evalset(models, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["base", "moe"]
+    lines = (tmp_path / "out" / "moe" / "eval_results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["dataset"] for line in lines] == ["CIFAR-10", "FairFace", "own"]
+    total = json.loads((tmp_path / "out" / "moe" / "aggregate.json").read_text())
+    assert total["Average"] is None and total["mean_of_present"]["Average"] == 0.25
