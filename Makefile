@@ -1,4 +1,5 @@
 # make demo   set up, run the whole DAG on the built-in data set, print the results
+# make explore RUN=demo   try the models of a finished run in the browser, on this machine alone
 # make test   set up, run all tests
 # make bench  all benchmarks, results to benchmarks/results/ (QUICK=--quick: under a minute each)
 PYTHON ?= python3
@@ -6,12 +7,16 @@ BIN := .venv/bin
 SETUP := .venv/.installed
 CORES ?= all
 QUICK ?=
+RUN ?=
 
-.PHONY: demo test bench lint format schema lock unused clean
+.PHONY: demo explore test bench lint format schema lock unused clean
 
 demo: $(SETUP)
 	$(BIN)/snakemake --cores $(CORES)
 	@$(BIN)/python -m clipgraft.runs show demo
+
+explore: $(SETUP)
+	$(BIN)/python -m clipgraft.explore $(RUN)
 
 test: $(SETUP)
 	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder

@@ -1,0 +1,1 @@
+"""The page that tries the models of a finished run; see `page` and workflow/docs/explore.md."""
