@@ -10,13 +10,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.nn.functional as F
 from open_clip import SimpleTokenizer
 from PIL import Image
 
 from clipgraft.checkpoint import load_model, save_model
 from clipgraft.config import ConfigError
 from clipgraft.data.index import build_index
+from clipgraft.data.samples import Samples
 from clipgraft.data.shapes import ATTRIBUTES, draw_sample, zero_shot_templates
+from clipgraft.data.tokens import Tokenizer
+from clipgraft.evaluation.encode import encoder_of_texts
 from clipgraft.evaluation.evaluate import evaluate, with_random_weights
 from clipgraft.evaluation_settings import TaskSettings
 from clipgraft.models.build import build, describe
@@ -250,3 +254,75 @@ def test_a_diverged_model_is_named(model, index, tmp_path):
     save_model(model, loaded.model, loaded.spec, index / "tokens" / "merges.txt.gz")
     with pytest.raises(ConfigError, match="not finite"):
         run(model, index, tmp_path / "out", TASK)
+
+
+def test_kinds_of_captions_and_the_first_five_are_chosen(model, index, samples, tmp_path):
+    def captions(retrieval: object) -> dict:
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        return run(model, index, out, {"data": "renders", "retrieval": retrieval})[1]["retrieval"]
+
+    whole = captions(True)
+    assert whole["protocol"] == "all" and whole["num_texts"] == 2 * NUM - 1
+    kinds = {kind for kinds in Samples.open(index).all_caption_kinds() for kind in kinds}
+    assert captions({"captions": sorted(kinds)}) == whole
+    with pytest.raises(ConfigError, match=r"retrieval\.captions: .*'long'.*Hint: the kinds"):
+        captions({"captions": ["long"]})
+    with pytest.raises(ConfigError, match="24 of 24 images have fewer than five"):
+        captions({"protocol": "five_captions"})
+
+
+def test_neighbours_and_fewer_tokens_are_those_of_the_functions(model, index, tmp_path):
+    knn = {"labels": ["size"], "num_neighbours": 3}
+    robustness = {"image": ["grid", {"kind": "random", "keep": 0.5}], "text": [6, LENGTH]}
+    task = {**TASK, "probe": ["size"], "knn": knn, "robustness": robustness}
+    facts, result, _ = run(model, index, tmp_path / "out", task, batch_size=5)
+    assert facts["metrics"]["size_knn"] == result["knn"]["size"]["acc"]
+    assert result["knn"]["size"]["num_neighbours"] == 3
+    points = result["robustness"]
+    found = [(each["tower"], each["reduction"], each["num_tokens"]) for each in points]
+    assert found == [
+        ("image", "none", 4),
+        ("image", "grid random", 1),
+        ("image", "random 0.5", 2),
+        ("text", "none", LENGTH),
+        ("text", "cut 6", 6),
+    ]
+    keys = ["image_to_text_R@1", "text_to_image_R@1", "mean_R@1", "colour_acc1", "size_acc1"]
+    for point in points:
+        assert list(point["metrics"]) == keys
+    assert points[0]["metrics"] == {key: facts["metrics"][key] for key in keys}
+    plain = run(model, index, tmp_path / "plain", TASK, batch_size=5)[1]
+    assert result["retrieval"] == plain["retrieval"] and result["zero_shot"] == plain["zero_shot"]
+
+
+def test_cut_texts_are_those_of_a_tokenizer_that_cuts(model, index, samples, tmp_path):
+    tower = load_model(model).model.eval()
+    tokenizer = Tokenizer(index / "tokens" / "merges.txt.gz")
+    texts = [caption for sample in samples for caption in sample.captions]
+    encode = encoder_of_texts(tower, tokenizer, LENGTH, torch.device("cpu"), 7, cut=5)
+    peer = SimpleTokenizer(bpe_path=str(index / "tokens" / "merges.txt.gz"))
+    padded = F.pad(peer(texts, context_length=5), (0, LENGTH - 5))
+    with torch.no_grad():
+        found = encode(texts)
+        expected = F.normalize(tower.encode_text(padded), dim=-1)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_an_image_that_no_longer_decodes_is_named(model, index, tmp_path):
+    path, offset, size = Samples.open(index).place(9)
+    whole = path.read_bytes()
+    try:
+        path.write_bytes(whole[:offset] + b"x" * size + whole[offset + size :])
+        with pytest.raises(ConfigError, match=r"sample 9 in .*0\.tar cannot be decoded.*Hint:"):
+            run(model, index, tmp_path / "out", TASK)
+    finally:
+        path.write_bytes(whole)
+
+
+def test_nothing_is_left_behind(model, index, tmp_path):
+    run(model, index, tmp_path / "out", TASK)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "result.json",
+        "examples.json",
+        "answers.parquet",
+    }

@@ -14,7 +14,9 @@ from clipgraft.evaluation.retrieval import (
     best_candidates,
     chance_at,
     evaluate_retrieval,
+    first_five,
     recall_at,
+    recalls,
 )
 
 
@@ -115,7 +117,7 @@ def test_blocks_change_nothing(monkeypatch):
     image_ND, text_UD = features(40, 6), features(len(captions.texts), 6, seed=3)
     whole = evaluate_retrieval(image_ND, text_UD, captions)
     best = best_candidates(image_ND, text_UD, 3)[1]
-    monkeypatch.setattr(retrieval, "BLOCK_SCORES", 3 * len(captions.texts))
+    monkeypatch.setattr(retrieval, "TILE", (7, 9))
     assert evaluate_retrieval(image_ND, text_UD, captions) == whole
     assert torch.equal(best_candidates(image_ND, text_UD, 3)[1], best)
 
@@ -139,3 +141,49 @@ def test_a_query_without_right_candidates_never_hits():
 def test_no_caption_at_all_is_refused_with_a_hint():
     with pytest.raises(ConfigError, match="Hint:"):
         Captions.of([[], []])
+
+
+def test_five_captions_are_each_right_for_their_own_image_alone():
+    captions_of = [["ball", "a", "b", "c", "d", "sixth"], ["ball", "e", "f", "g", "h"]]
+    chosen = first_five(captions_of, "x")
+    counted = Captions.of(chosen, "five_captions")
+    assert counted.texts == [*captions_of[0][:5], *captions_of[1]]
+    # Both images show the second one's picture best: its own "ball" is right, the first one's is not.
+    image_ND = F.normalize(torch.tensor([[1.0, 0.2], [1.0, 0.0]]), dim=-1)
+    text_UD = torch.tensor([[1.0, 0.0]]).expand(10, -1)
+    result = evaluate_retrieval(image_ND, text_UD, counted)
+    assert result["protocol"] == "five_captions" and result["num_texts"] == 10
+    assert result["num_distinct_texts"] == 9
+    assert result["text_to_image"]["R@1"] == 0.5
+    shared = Captions.of(chosen)
+    shared_UD = text_UD[: len(shared.texts)]
+    # As `all`, the second image is right for "ball" of both: 6 of 10 captions.
+    assert evaluate_retrieval(image_ND, shared_UD, shared)["text_to_image"]["R@1"] == 0.6
+
+
+@pytest.mark.parametrize("tile", [(3, 4), (7, 50), (100, 100)])
+def test_both_ways_are_those_of_sorting_every_score(tile, monkeypatch):
+    monkeypatch.setattr(retrieval, "TILE", tile)
+    captions = [[f"{i}.{n}" for n in range(5)] for i in range(13)]
+    counted = Captions.of(captions, "five_captions")
+    image_ND, text_UD = features(13, 6, seed=4), features(65, 6, seed=5)
+    score_NU = image_ND.double().numpy() @ text_UD.double().numpy().T
+    owner = np.repeat(np.arange(13), 5)
+    hits, text_hits = recalls(image_ND, text_UD, counted.image_P, counted.text_P)
+    for place, k in enumerate((1, 5, 10)):
+        best = np.argsort(-score_NU, axis=1)[:, :k]
+        expected = [(owner[best[n]] == n).any() for n in range(13)]
+        assert hits[:, place].tolist() == expected
+        best = np.argsort(-score_NU.T, axis=1)[:, :k]
+        assert text_hits[:, place].tolist() == [owner[u] in best[u] for u in range(65)]
+
+
+def test_images_with_fewer_than_five_captions_are_refused():
+    with pytest.raises(ConfigError, match=r"x\.protocol.* 1 of 2 images .*sample 1 has 4.*Hint:"):
+        first_five([["a"] * 5, ["a"] * 4], "x")
+
+
+def test_features_of_different_sizes_are_refused():
+    captions = Captions.of([["a"], ["b"]])
+    with pytest.raises(ConfigError, match=r"images in 4 numbers and texts in 6.*Hint:"):
+        evaluate_retrieval(features(2, 4), features(2, 6), captions)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from clipgraft.config import ConfigError
-from clipgraft.data.images import decode
+from clipgraft.data.images import BadImage, decode
 from clipgraft.data.tars import read_range
 
 SCHEMA = pa.schema(
@@ -113,6 +113,20 @@ class Samples:
     def image_bytes(self, row: int) -> bytes:
         """The image file as it came: JPEG, PNG or another format."""
         return read_range(*self.place(row))
+
+    def pixels(self, row: int) -> np.ndarray:
+        """The decoded image, uint8 RGB [height, width, 3].
+
+        Raises:
+            ConfigError: if it can no longer be decoded.
+        """
+        try:
+            return decode(self.image_bytes(row))
+        except BadImage as error:
+            raise ConfigError(
+                f"image of sample {row:,} in {self.place(row)[0]} cannot be decoded: {error}. Hint: it could when it was "
+                "indexed; has the file changed? Then run its stage `download` again"
+            ) from None
 
     def image(self, row: int) -> Image.Image:
         """The picture: upright, RGB."""

@@ -12,17 +12,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from clipgraft.config import ConfigError
 from clipgraft.evaluation.retrieval import Captions, evaluate_retrieval
+from clipgraft.evaluation.rows import Rows
 
 WAYS = ("image_to_text", "text_to_image")
 
 
 def evaluate_given(
-    image_ND: Tensor,
-    text_UD: Tensor,
+    image_ND: Rows,
+    text_UD: Rows,
     captions: Captions,
     captions_of: Sequence[Sequence[str]],
     groups: Sequence[np.ndarray],
@@ -40,7 +40,7 @@ def evaluate_given(
     sums = dict.fromkeys([*WAYS, *(f"chance_{way}" for way in WAYS)], 0.0)
     counts = dict.fromkeys(WAYS, 0)
     for rows in groups:
-        own = Captions.of([captions_of[row] for row in rows])
+        own = Captions.of([captions_of[row] for row in rows], captions.protocol)
         texts = [number[text] for text in own.texts]
         found = evaluate_retrieval(image_ND[rows], text_UD[texts], own)
         queries = {

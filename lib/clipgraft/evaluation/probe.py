@@ -11,6 +11,7 @@ on several halvings: their spread tells what a difference is worth.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -38,31 +39,52 @@ def linear_probe(image_ND: np.ndarray, label_N: np.ndarray, where: str) -> dict[
     Raises:
         ConfigError: with too few samples, or all of one class.
     """
-    has = label_N >= 0
-    image_ND, label_N = image_ND[has].astype(np.float64), label_N[has]
-    num_classes = len(np.unique(label_N))
-    if len(label_N) < MIN_SAMPLES or num_classes < 2:
-        raise ConfigError(
-            f"{where}: {len(label_N):,} samples have the label, in {num_classes} classes; a probe needs "
-            f"{MIN_SAMPLES} and 2. Hint: leave it out of `probe`"
-        )
+    image_ND, label_N = labelled(image_ND, label_N, where)
     accs, guesses, strengths = [], [], []
-    for number in range(NUM_SPLITS):
-        order_N = np.random.default_rng(number).permutation(len(label_N))
-        train, test = np.array_split(order_N, 2)
+    for train, test in halves(len(label_N)):
         strength = _best_strength(image_ND[train], label_N[train])
         (acc,) = _accuracies(image_ND, label_N, train, test, [strength])
         commonest = np.bincount(label_N[train]).argmax()
         accs.append(acc)
         guesses.append(float((label_N[test] == commonest).mean()))
         strengths.append(strength)
+    return {**summary(accs, guesses, label_N), "strengths": strengths}
+
+
+def labelled(
+    image_ND: np.ndarray, label_N: np.ndarray, where: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings in float64 and class numbers of the samples that have the label.
+
+    Raises:
+        ConfigError: with too few samples, or all of one class.
+    """
+    has = label_N >= 0
+    image_ND, label_N = image_ND[has].astype(np.float64), label_N[has]
+    num_classes = len(np.unique(label_N))
+    if len(label_N) < MIN_SAMPLES or num_classes < 2:
+        raise ConfigError(
+            f"{where}: {len(label_N):,} samples have the label, in {num_classes} classes; a probe needs "
+            f"{MIN_SAMPLES} and 2. Hint: leave it out"
+        )
+    return image_ND, label_N
+
+
+def halves(num: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows to learn from and rows to judge, several times; the same for all models and runs."""
+    for number in range(NUM_SPLITS):
+        train, test = np.array_split(np.random.default_rng(number).permutation(num), 2)
+        yield train, test
+
+
+def summary(accs: list[float], guesses: list[float], label_N: np.ndarray) -> dict[str, Any]:
+    """Means over halvings."""
     return {
         "acc": round(float(np.mean(accs)), 6),
         "spread": round(float(np.std(accs, ddof=1)), 6),
         "chance": round(float(np.mean(guesses)), 6),
-        "strengths": strengths,
         "num_samples": len(label_N),
-        "num_classes": num_classes,
+        "num_classes": len(np.unique(label_N)),
     }
 
 

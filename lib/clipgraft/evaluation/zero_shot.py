@@ -18,6 +18,9 @@ from torch import Tensor
 
 from clipgraft.config import ConfigError
 from clipgraft.evaluation.retrieval import recall_at
+from clipgraft.evaluation.rows import Rows
+
+BLOCK = 8192  # images whose scores are held at a time
 
 
 def zero_shot_weights(
@@ -38,23 +41,23 @@ def zero_shot_weights(
 
 
 def evaluate_zero_shot(
-    image_ND: Tensor, weight_CD: Tensor, label_N: Tensor, classes: Sequence[str]
+    image_ND: Rows, weight_CD: Tensor, label_N: Tensor, classes: Sequence[str]
 ) -> dict[str, Any]:
     """Accuracy, recall per class, confusion, and what guessing would give.
 
     Args:
         image_ND: L2-normalised features of all images.
-        weight_CD: from `zero_shot_weights`.
+        weight_CD: from `zero_shot_weights`, of the same size.
         label_N: class number of each image; -1 where it has none, which leaves it out.
         classes: class names.
     """
-    known = label_N >= 0
-    image_ND, label_N = image_ND[known.to(image_ND.device)], label_N[known]
+    known_N = label_N >= 0
     cutoffs = (1, 5) if len(classes) > 5 else (1,)
-    rows = torch.arange(len(label_N))
-    hit_NK = recall_at(image_ND, weight_CD, rows, label_N, cutoffs=cutoffs)
+    rows, label_N = known_N.nonzero().squeeze(1), label_N[known_N]
+    hit_NK = recall_at(image_ND, weight_CD, rows, label_N, cutoffs=cutoffs)[known_N]
     # Only here the first of equal classes wins: a table of counts cannot hold halves.
-    predicted_N = (image_ND @ weight_CD.T).argmax(dim=1).cpu()
+    blocks = (image_ND[start : start + BLOCK] for start in range(0, len(image_ND), BLOCK))
+    predicted_N = torch.cat([(each @ weight_CD.T).argmax(1).cpu() for each in blocks])[known_N]
     pair_N = label_N * len(classes) + predicted_N
     confusion = torch.bincount(pair_N, minlength=len(classes) ** 2).view(len(classes), -1)
     count_C = confusion.sum(dim=1)

@@ -3,7 +3,7 @@
 Patches are chosen before they are projected, so what is dropped costs nothing, and then get the rows of the position
 table that are theirs. Which ones is a function of the sample's random word alone, in whole numbers: the same on any
 device and for any number of processes. Shapes never change and nothing waits for the host. A tower keeps its
-parameters and their names; only its class is another. Evaluation sees everything.
+parameters and their names; only its class is another. Evaluation sees everything, unless it is about that.
 """
 
 # Shapes: B batch, C channels, H and W pixels, N patches of the grid, K patches kept, P = C * pixels of a patch, D width
@@ -37,17 +37,19 @@ class PartialVisionTransformer(open_clip.transformer.VisionTransformer):
     Attributes:
         image_reduction: which patches stay.
         image_bits_B: a random word per image of the next batch, int64, on its device.
+        drops_in_evaluation: whether it does so in evaluation, too.
     """
 
     image_reduction: ImageReduction
     image_bits_B: Tensor | None
+    drops_in_evaluation: bool = False
 
     def _embeds(self, x: Tensor) -> Tensor:
         """The stem on some of the patches; takes the place of open_clip's, which is the stem on all."""
-        if not self.training:
+        if not (self.training or self.drops_in_evaluation):
             return super()._embeds(x)
         assert self.image_bits_B is not None and len(self.image_bits_B) == len(x), (
-            "training needs a random word for each image of the batch"
+            "dropping needs a random word for each image of the batch"
         )
         index_BK = choose_patches(self.image_bits_B, self.image_reduction, self.grid_size)
         x_BKD = F.linear(gather_patches(x, index_BK, self.grid_size), self.conv1.weight.flatten(1))

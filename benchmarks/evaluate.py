@@ -1,0 +1,305 @@
+"""Evaluation beside CLIP_benchmark: the same numbers, the wall time of both, and retrieval that is too large for memory.
+
+Both sides are whole processes, as a user starts them, and read the same JPEGs of $REALDATA with the same random weights:
+CLIP_benchmark an open_clip folder and WebDataset tars, ours a model folder and the index of the same tars. An index is
+made once for all models, so its seconds stand in the note. CLIP_benchmark goes to a folder of its own and borrows our
+torch and open_clip, so that neither side has other kernels.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from _common import ROOT, Row, arguments, faster, one_core, report, within  # first: sets threads
+from safetensors.torch import save_file
+
+from clipgraft.checkpoint import save_model
+from clipgraft.data.index import build_index
+from clipgraft.data.vocabulary import Encoder
+from clipgraft.lean import open_clip
+from clipgraft.models.build import build, describe
+from clipgraft.settings import IndexJob
+
+# The second is imported, not used; of the third, the last that makes a number of an array of one.
+PEER = ["clip-benchmark==1.6.1", "pycocoevalcap==1.2", "numpy==2.2.6"]
+CACHE = Path.home() / ".cache" / "clipgraft" / PEER[0].replace("==", "-")
+TEMPLATES = ["a {c}", "a photo of a {c}", "a picture of a {c}", "a {c} outside", "the {c}"]
+CONFIG = {
+    "embed_dim": 192,
+    "quick_gelu": False,
+    "custom_text": True,
+    "vision_cfg": {
+        "image_size": 48,
+        "patch_size": 8,
+        "width": 192,
+        "layers": 6,
+        "head_width": 64,
+    },
+    "text_cfg": {
+        "context_length": 77,
+        "vocab_size": 49408,
+        "width": 192,
+        "heads": 3,
+        "layers": 4,
+    },
+}
+SHARDS = 4  # CLIP_benchmark's workers want one each
+EQUAL = 1e-6
+MEMORY_MB = 2048
+
+
+def install_peer() -> None:
+    """CLIP_benchmark at its pinned version, without most of its dependencies: ours serve it."""
+    if (CACHE / "clip_benchmark").is_dir():
+        return
+    words = [
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--python",
+        sys.executable,
+        "--target",
+        str(CACHE),
+    ]
+    subprocess.run([str(Path(sys.executable).parent / "uv"), *words, *PEER], check=True)
+
+
+def members(folder: Path, num: int) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Key and files of the first samples of the test tars of a real data set."""
+    found: dict[str, dict[str, bytes]] = {}
+    for path in sorted(folder.glob("test-*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                key, _, suffix = member.name.partition(".")
+                if key not in found and len(found) == num:
+                    yield from found.items()
+                    return
+                file = tar.extractfile(member)
+                assert file is not None
+                found.setdefault(key, {})[suffix] = file.read()
+    yield from found.items()
+
+
+def write_data(source: Path, folder: Path, num: int) -> int:
+    """CLIP_benchmark's layout, whose tars ours indexes too; returns how many images.
+
+    Args:
+        source: `cifar10` or `flickr8k` of the real data.
+        folder: to write.
+        num: at most so many images.
+    """
+    (folder / "test").mkdir(parents=True)
+    (folder / "test/nshards.txt").write_text(f"{SHARDS}\n")
+    if (source / "classes.txt").exists():
+        shutil.copy(source / "classes.txt", folder / "classnames.txt")
+        (folder / "zeroshot_classification_templates.txt").write_text("\n".join(TEMPLATES))
+    else:
+        (folder / "dataset_type.txt").write_text("retrieval")
+    samples = list(members(source, num))
+    for shard in range(SHARDS):
+        with tarfile.open(folder / f"test/{shard}.tar", "w") as tar:
+            for key, files in samples[shard::SHARDS]:
+                if "json" in files:
+                    files["txt"] = "\n".join(json.loads(files["json"])["captions"]).encode()
+                for suffix, content in files.items():
+                    member = tarfile.TarInfo(f"{key}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return len(samples)
+
+
+def write_models(folder: Path) -> None:
+    """The same random weights as a model folder of ours and as an open_clip folder."""
+    torch.manual_seed(0)
+    model, spec = build(CONFIG), describe(CONFIG)
+    for name in ("ours", "peer"):
+        (folder / name).mkdir()
+    merges = folder / Encoder.file
+    shutil.copy(Path(open_clip.tokenizer.default_bpe()), merges)
+    save_model(folder / "ours", model, spec, merges)
+    write_manifest(folder / "ours", "pretrain")
+    keys = ("mean", "std", "interpolation", "resize_mode")
+    about = {"model_cfg": CONFIG, "preprocess_cfg": {key: spec["preprocess"][key] for key in keys}}
+    (folder / "peer/open_clip_config.json").write_text(json.dumps(about))
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, folder / "peer/open_clip_model.safetensors")
+
+
+def write_manifest(folder: Path, stage: str) -> None:
+    """What a job needs to know of a folder that no job has made."""
+    about = {"stage": stage, "id": "benchmark", "outputs": {}, "settings": {}}
+    (folder / "manifest.json").write_text(json.dumps(about))
+
+
+def index_of(data: Path, out: Path) -> float:
+    """Seconds that it takes to index the tars."""
+    download = out / "download"
+    download.mkdir(parents=True)
+    source = {"kind": "tars", "tars": str(data / "test/*.tar")}
+    if (data / "classnames.txt").exists():
+        source["classes"] = str(data / "classnames.txt")
+    started = time.perf_counter()
+    words = ["--settings", json.dumps({"source": source}), "--out", str(download)]
+    run([sys.executable, str(ROOT / "scripts/download.py"), *words])
+    (out / "index").mkdir()
+    build_index(IndexJob(tokenize=False), download, out / "index", threads=1)
+    seconds = time.perf_counter() - started
+    write_manifest(out / "index", "index")
+    return seconds
+
+
+def ours(models: Path, index: Path, out: Path, task: dict) -> tuple[float, dict]:
+    """Seconds and result of our stage."""
+    settings = {"data": "data", "task": "task", **task}
+    words = ["--settings", json.dumps(settings), "--out", str(out), "--threads", "1"]
+    words += ["--input", f"model={models / 'ours'}", "--input", f"index={index}"]
+    started = time.perf_counter()
+    run([sys.executable, str(ROOT / "scripts/evaluate.py"), *words])
+    seconds = time.perf_counter() - started
+    return seconds, json.loads((out / "result.json").read_text())
+
+
+def peers(models: Path, data: Path, out: Path, task: str) -> tuple[float, dict]:
+    """Seconds and metrics of CLIP_benchmark, in float32 as we are; with its own defaults else."""
+    words = ["eval", "--dataset", f"wds/{data.name}", "--dataset_root", str(data), "--task", task]
+    words += ["--model", f"local-dir:{models / 'peer'}", "--pretrained", "none", "--no_amp"]
+    words += ["--recall_k", "1", "5", "10", "--output", str(out)]
+    path = os.pathsep.join([str(CACHE), os.environ.get("PYTHONPATH", "")])
+    started = time.perf_counter()
+    run([sys.executable, "-m", "clip_benchmark.cli", *words], PYTHONPATH=path)
+    return time.perf_counter() - started, json.loads(out.read_text())["metrics"]
+
+
+def run(command: list[str], **environment: str) -> None:
+    """Run a command; what it says is shown if it fails."""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+    done = subprocess.run(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stdout[-3000:]}")
+
+
+def compared(name: str, source: Path, folder: Path, num: int, repeats: int) -> list[Row]:
+    """Wall time of both sides in turns, and how far their numbers are apart."""
+    data = folder / name
+    count = write_data(source, data, num)
+    seconds = index_of(data, folder / f"{name}-index")
+    is_labelled = (data / "classnames.txt").exists()
+    retrieval = {"retrieval": {"protocol": "five_captions"}}
+    task = {"zero_shot": [{"templates": TEMPLATES}]} if is_labelled else retrieval
+    kind = "zeroshot_classification" if is_labelled else "zeroshot_retrieval"
+    rates: dict[str, list[float]] = {"ours": [], "peer": []}
+    for number in range(repeats):
+        out = folder / f"{name}-{number}"
+        out.mkdir()
+        took, result = ours(folder, folder / f"{name}-index" / "index", out / "ours", task)
+        rates["ours"].append(count / took)
+        took, metrics = peers(folder, data, out / "peer.json", kind)
+        rates["peer"].append(count / took)
+    apart = max(abs(a - b) for a, b in pairs(result, metrics))
+    what = "zero-shot" if is_labelled else "retrieval"
+    note = f"whole processes on one core; our index, made once for all models, took {seconds:.1f} s"
+    return [
+        faster(f"{what}, {name} test, {count:,} images", *rates.values(), "images/s", 3.0, note),
+        within(f"largest difference of a metric, {name}", [max(apart, 1e-12)], EQUAL, ""),
+    ]
+
+
+def pairs(result: dict, metrics: dict) -> list[tuple[float, float]]:
+    """Our numbers and theirs, one by one."""
+    if result["retrieval"] is None:
+        own = result["zero_shot"]["class"]
+        return [(own[key], metrics[key]) for key in ("acc1", "acc5", "mean_per_class_recall")]
+    ways = {"image_to_text": "text", "text_to_image": "image"}  # theirs is named for what is found
+    return [
+        (result["retrieval"][way][f"R@{k}"], metrics[f"{theirs}_retrieval_recall@{k}"])
+        for way, theirs in ways.items()
+        for k in (1, 5, 10)
+    ]
+
+
+LARGE = """
+import re, sys, time
+from pathlib import Path
+import torch
+import torch.nn.functional as F
+from clipgraft.evaluation import rows
+from clipgraft.evaluation.retrieval import Captions, evaluate_retrieval
+
+folder, num, dim = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+image = torch.Generator().manual_seed(0)
+
+def images():
+    for first in range(0, num, 1000):
+        yield F.normalize(torch.randn(1000, dim, generator=image), dim=-1)
+
+def texts(of):
+    noise = torch.Generator().manual_seed(1)
+    for first in range(0, num, 1000):
+        own = of[first : first + 1000].repeat_interleave(5, 0)
+        yield F.normalize(own + 4.5 * dim**-0.5 * torch.randn(5000, dim, generator=noise), dim=-1)
+
+image_ND = rows.collect(images(), num, folder / "images")
+text_UD = rows.collect(texts(image_ND), 5 * num, folder / "texts")
+captions = Captions.of([[f"{i}.{n}" for n in range(5)] for i in range(num)], "five_captions")
+started = time.perf_counter()
+result = evaluate_retrieval(image_ND, text_UD, captions)
+seconds = time.perf_counter() - started
+peak = re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]
+print(int(peak) / 1024, seconds, result["text_to_image"]["R@1"])
+"""
+
+
+def memory(folder: Path, num: int, dim: int) -> Row:
+    """Resident memory of retrieval among so many images and five times as many texts, in a process of its own."""
+    command = [sys.executable, "-c", LARGE, str(folder), str(num), str(dim)]
+    env = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
+    peak_mb, seconds, recall = map(float, done.stdout.split())
+    scores_gb = 4 * 5 * num**2 / 1e9
+    note = f"all scores at once would be {scores_gb:,.0f} GB; {seconds:,.0f} s, R@1 text to image {recall:.3f}"
+    return within(f"memory, {num:,} x {5 * num:,} x {dim}", [peak_mb], MEMORY_MB, "MB", note)
+
+
+def not_measured(name: str, why: str) -> Row:
+    """A row that says why."""
+    return Row(name, None, None, "images/s", None, 3.0, note=why)
+
+
+def main() -> None:
+    """Measure and report."""
+    quick = arguments().quick
+    real = Path(os.environ.get("REALDATA", "/nonexistent"))
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        large = memory(folder, *((5_000, 128) if quick else (100_000, 512)))  # with all cores
+        one_core()
+        write_models(folder)
+        for data in ("cifar10", "flickr8k"):
+            if not (real / data).is_dir():
+                rows.append(
+                    not_measured(data, "REALDATA is not set, see tests/config/flickr8k.yaml")
+                )
+                continue
+            install_peer()
+            num, repeats = (200, 1) if quick else (10_000, 3)
+            rows += compared(data, real / data, folder, num, repeats)
+    report("evaluate", [*rows, large])
+
+
+if __name__ == "__main__":
+    main()

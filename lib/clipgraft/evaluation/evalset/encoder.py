@@ -1,0 +1,121 @@
+"""A model as evaluation sets use it: pictures and texts in, features out; classifiers are kept on disk.
+
+ImageNet and its variants ask for the same 80,000 prompts, so a classifier is stored under a hash of all that makes it:
+the files of the model, the code that this module reaches, the classes, the prompts and the kind of device. Nobody has to
+throw one away because something has changed, and all may be thrown away at any time.
+"""
+
+# Shapes: N images, C classes, D embedding
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clipgraft.checkpoint import SPEC, TOKENIZERS, WEIGHTS
+from clipgraft.config import ConfigError
+from clipgraft.data.tokens import Tokenizer
+from clipgraft.evaluation.encode import encode_images, encoder_of_texts
+from clipgraft.evaluation.ensemble import load_side_by_side
+from clipgraft.evaluation.evalset.pictures import Pictures
+from clipgraft.evaluation.zero_shot import zero_shot_weights
+from clipgraft.provenance import sha256
+from clipgraft.versions import fingerprint
+
+
+class Encoder:
+    """One model, or several side by side, ready to encode.
+
+    Attributes:
+        identity: hash of the files of the model and of the code that uses it.
+    """
+
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        cache: Path,
+        *,
+        threads: int = 1,
+        batch_size: int = 256,
+    ) -> None:
+        """Load a model on the device that there is.
+
+        Args:
+            folders: model folders of any kind; of several the embeddings stand side by side.
+            cache: folder of classifiers, made if need be.
+            threads: for decoding.
+            batch_size: images or texts encoded at a time; changes nothing but speed.
+
+        Raises:
+            ConfigError: if a folder holds no whole model.
+        """
+        self.identity = identity_of(folders)
+        self._where, self._cache = str(folders[0]), cache
+        self._threads, self._batch_size = threads, batch_size
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        loaded = load_side_by_side(folders)
+        self._model = loaded.model.to(self._device).eval()
+        self._preprocess: dict[str, Any] = loaded.spec["preprocess"]
+        length = loaded.spec["config"]["text_cfg"]["context_length"]
+        self._encode_texts = encoder_of_texts(
+            self._model, Tokenizer(loaded.tokenizer), length, self._device, batch_size
+        )
+
+    def images(self, pictures: Pictures) -> Tensor:
+        """L2-normalised float32 features of all pictures, [N, D].
+
+        Raises:
+            ConfigError: if one does not decode, or features are not finite.
+        """
+        assert len(pictures), "a data set without pictures"
+        how = (self._device, self._threads, self._batch_size)
+        feature_ND = encode_images(self._model, self._preprocess, pictures, *how)
+        assert isinstance(feature_ND, Tensor)
+        return self._finite(feature_ND)
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """L2-normalised float32 features of texts."""
+        return self._finite(self._encode_texts(list(texts)))
+
+    def classifier(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """One direction per class, [C, D], from the cache where it is there."""
+        key = json.dumps([self.identity, self._device.type, list(classes), list(templates)])
+        path = self._cache / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
+        if path.is_file():
+            return torch.from_numpy(np.load(path, allow_pickle=False)).to(self._device)
+        weight_CD = self._finite(zero_shot_weights(self._encode_texts, classes, templates))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.stem}.{os.getpid()}")
+        with part.open("wb") as file:  # jobs of one model may make the same one at the same time
+            np.save(file, weight_CD.cpu().numpy())
+        part.replace(path)
+        return weight_CD
+
+    def _finite(self, feature_ND: Tensor) -> Tensor:
+        if not feature_ND.isfinite().all():
+            raise ConfigError(
+                f"{self._where}: features are not finite, the model has diverged. Hint: look at the loss in its "
+                "metrics.jsonl; try a lower optim.lr"
+            )
+        return feature_ND
+
+
+def identity_of(folders: Sequence[Path]) -> str:
+    """Hash of the files of models, an expert's with those of its base, and of the code that uses them."""
+    digests = [fingerprint(Path(__file__))]
+    todo = [Path(folder).resolve() for folder in folders]
+    while todo:
+        folder = todo.pop(0)
+        paths = [folder / name for name in (SPEC, WEIGHTS, *TOKENIZERS)]
+        digests += [sha256(path) for path in paths if path.is_file()]
+        base = json.loads((folder / SPEC).read_text()).get("base") if paths[0].is_file() else None
+        todo += [(folder / base).resolve()] if base else []
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]

@@ -1,0 +1,40 @@
+"""Failed tasks: what a user has to mend is a result like others, so that all else goes on and the report says it.
+
+`result.json` is then `{"task": ..., "failed": message}`. Such a job is tried again by every later call of snakemake, as
+its cause may lie in a file that no version knows of. How often it has failed stands in a file beside its outputs, which
+the rule reads as a param: each failure is a changed param, and the attempt that succeeds changes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from clipgraft.config import ConfigError
+from clipgraft.job import write_json
+from clipgraft.versions import FAILURES
+
+log = logging.getLogger(__name__)
+
+
+def or_failure(task: str, job_folder: Path, out: Path, measure: Callable[[], Any]) -> Any:
+    """What `measure` returns; if a user has something to mend, that as the result.
+
+    Args:
+        task: name of the task.
+        job_folder: of the job; how often it has failed is kept here.
+        out: where results are written.
+        measure: measures and writes `result.json`.
+    Returns:
+        Facts for the manifest; of a failed task `failed`.
+    """
+    try:
+        return measure()
+    except ConfigError as error:
+        log.error("error: task %s has failed: %s", task, error)
+        write_json(out / "result.json", {"task": task, "failed": str(error)})
+        with (job_folder / FAILURES).open("a") as file:
+            file.write(f"{' '.join(str(error).split())}\n")
+        return {"failed": str(error)}

@@ -1,0 +1,125 @@
+"""`python -m clipgraft.evalset`: goes on after a failure, does nothing twice, and says what is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from evalsets import pictures, write_classes
+
+from clipgraft import evalset
+from clipgraft.checkpoint import save_model
+from clipgraft.config import ConfigError
+from clipgraft.data.vocabulary import Encoder, clip_merges
+from clipgraft.evalset import evaluate_folder, model_folder, table
+from clipgraft.evaluation.evalset import evaluate
+from clipgraft.models.build import build, describe
+from clipgraft.settings import EvalsetJob
+
+
+@pytest.fixture
+def model(tiny_config, tmp_path) -> Path:
+    vocabulary = Encoder(clip_merges()[:50])
+    vocabulary.write(tmp_path / "merges.txt.gz")
+    text = {**tiny_config["text_cfg"], "vocab_size": vocabulary.vocab_size}
+    torch.manual_seed(0)
+    config = {**tiny_config, "text_cfg": text}
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_model(folder, build(config), describe(config), tmp_path / "merges.txt.gz")
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    names = list("abcdefghij")
+    for name in ("cifar10", "mnist", "own"):
+        folder = tmp_path / "sets" / f"wds_{name}_test"
+        write_classes(folder, pictures(4), range(4), names, templates=[f"{name} {{c}}"])
+    (tmp_path / "sets" / "wds_cifar10_test" / "test" / "1.tar").write_bytes(b"cut")
+    return tmp_path / "sets"
+
+
+def test_a_task_that_fails_is_told_and_the_others_go_on(model, root, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    results = evaluate_folder([model], root, out, names=None, threads=1)
+    assert "1.tar" in results["cifar10"]["failed"]
+    lines = [json.loads(line) for line in (out / "eval_results.jsonl").read_text().splitlines()]
+    assert [line["dataset"] for line in lines] == ["MNIST", "own"]
+    assert all(set(line) == {"key", "dataset", "metrics"} for line in lines)
+    total = json.loads((out / "aggregate.json").read_text())
+    assert list(total["failed"]) == ["cifar10"] and total["present"]["Average"] == "1/38"
+    printed = table(results)
+    assert "failed: " in printed and "partial: 4 samples instead of 10,000" in printed
+    assert "1/38 averaged tasks" in printed and "missing: Caltech-101" in printed
+
+    calls, real = [], evaluate.measure
+    monkeypatch.setattr(
+        evaluate, "measure", lambda root, task, of: calls.append(task.key) or real(root, task, of)
+    )
+    again = evaluate_folder([model], root, out, names=None, threads=1)
+    assert calls == ["cifar10"] and again["own"] == results["own"]
+    names = root / "wds_own_test" / "classnames.txt"
+    names.write_text(names.read_text() + "k\n")
+    evaluate_folder([model], root, out, names=["own", "mnist"], threads=1)
+    assert calls == ["cifar10", "own"]
+
+
+def test_a_job_of_the_run_writes_the_same_result(model, root, tmp_path):
+    by_hand = evaluate_folder([model], root, tmp_path / "out", names=["own"], threads=1)["own"]
+    (tmp_path / "job").mkdir()
+    wanted = EvalsetJob(folder=str(root), evalset="own")
+    cache = tmp_path / "out" / ".classifiers"
+    facts = evaluate.evaluate_evalset(wanted, [model], tmp_path / "job", cache)
+    assert json.loads((tmp_path / "job" / "result.json").read_text()) == by_hand
+    assert facts == {"num_images": 4, "metrics": {"acc1": by_hand["metrics"]["acc1"]}}
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_the_exit_code_tells_of_a_failure(model, root, tmp_path, monkeypatch, capsys):
+    command = ["evalset", str(model), str(root), "--out", str(tmp_path / "out"), "--threads", "1"]
+    for tasks, code in ((["mnist"], 0), (["mnist", "cifar10"], 1)):
+        monkeypatch.setattr(sys, "argv", [*command, "--tasks", *tasks])
+        with pytest.raises(SystemExit) as left:
+            evalset.main()
+        assert left.value.code == code
+        assert "mnist" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*command, "--tasks", "mnits"])
+    with pytest.raises(SystemExit, match="did you mean `mnist`"):
+        evalset.main()
+
+
+def test_models_of_a_run_have_the_names_they_are_evaluated_under(tmp_path, monkeypatch):
+    stages = {
+        "pretrain/short": "pretrain/1",
+        "pretrain/full": "pretrain/2",
+        "finetune_expert/1": "finetune_expert/3",
+        "finetune_expert/mlp": "finetune_expert/4",
+        "assemble/moe": "assemble/5",
+        "finetune_router/moe": "finetune_router/6",
+        "evaluate/base/x": "evaluate/7",
+    }
+    lock = tmp_path / "runs" / "demo" / "versions.json"
+    lock.parent.mkdir(parents=True)
+    lock.write_text(json.dumps(stages))
+    found = {
+        which: os.path.relpath(model_folder("demo", which, tmp_path), tmp_path)
+        for which in (None, "short", "base", "expert_1", "mlp", "upcycled", "moe")
+    }
+    assert list(found.values()) == [
+        "finetune_router/6",
+        "pretrain/1",
+        "pretrain/2",
+        "finetune_expert/3",
+        "finetune_expert/4",
+        "assemble/5",
+        "finetune_router/6",
+    ]
+    with pytest.raises(ConfigError, match="run demo has no model 'bass'; did you mean `base`"):
+        model_folder("demo", "bass", tmp_path)
+    with pytest.raises(ConfigError, match=r"neither a model folder .* nor a finished run"):
+        model_folder("nothing", None, tmp_path)

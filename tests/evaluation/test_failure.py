@@ -1,0 +1,38 @@
+"""Laws of failed tasks."""
+
+import json
+
+import pytest
+
+from clipgraft.config import ConfigError
+from clipgraft.evaluation.failure import or_failure
+from clipgraft.versions import num_failures
+
+
+def refuse():
+    raise ConfigError("no label\n'x' in the data. Hint: y")
+
+
+def test_what_a_user_has_to_mend_is_the_result_and_is_counted(tmp_path):
+    out = tmp_path / "writing"
+    out.mkdir()
+    assert num_failures(tmp_path) == 0
+    for number in (1, 2):
+        facts = or_failure("renders", tmp_path, out, refuse)
+        assert facts == {"failed": "no label\n'x' in the data. Hint: y"}
+        assert json.loads((out / "result.json").read_text()) == {"task": "renders", **facts}
+        assert num_failures(tmp_path) == number
+
+
+def test_a_success_is_passed_on_and_counts_for_nothing(tmp_path):
+    assert or_failure("renders", tmp_path, tmp_path, lambda: {"num_images": 3}) == {"num_images": 3}
+    assert num_failures(tmp_path) == 0 and not list(tmp_path.iterdir())
+
+
+def test_our_own_mistakes_are_not_results(tmp_path):
+    def fail():
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        or_failure("renders", tmp_path, tmp_path, fail)
+    assert num_failures(tmp_path) == 0
