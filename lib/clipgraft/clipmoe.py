@@ -1,7 +1,6 @@
-"""CLIP-MoE's checkpoints to model folders, and back.
+"""CLIP-MoE's checkpoints to model folders; `clipgraft.export` has the way back.
 
     python -m clipgraft.clipmoe read WEIGHTS FOLDER [--top-k 2]
-    python -m clipgraft.clipmoe write FOLDER WEIGHTS
 
 WEIGHTS are `.pt` (a state dict, as theirs) or `.safetensors`. The folder is one like any other: it can be evaluated.
 """
@@ -17,14 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from clipgraft.checkpoint import TOKENIZERS, load_model, save_model
+from clipgraft.checkpoint import TOKENIZERS, save_model
 from clipgraft.config import ConfigError
 from clipgraft.data.vocabulary import clip_merges, is_same_vocabulary, write_merges
 from clipgraft.lean import open_clip
-from clipgraft.models.moe import insert_experts
-from clipgraft.models.released import read_released, released_state
+from clipgraft.models.released import read_released
 
 log = logging.getLogger(__name__)
 
@@ -46,39 +43,23 @@ def read(weights: Path, folder: Path, top_k: int = 2) -> None:
     with tempfile.TemporaryDirectory() as name:
         tokenizer = Path(name, TOKENIZERS[0])
         write_merges(tokenizer, clip_merges())
-        _check_words(spec, tokenizer, f"{weights} has")
+        check_words(spec, tokenizer, f"{weights} has")
         folder.mkdir(parents=True)
         save_model(folder, model, spec, tokenizer)
     log.info("%s: %s", folder, _in_words(model, spec))
 
 
-def write(folder: Path, weights: Path) -> None:
-    """Write a model as CLIP-MoE would.
+def check_words(spec: Mapping[str, Any], tokenizer: Path, what: str) -> None:
+    """Make sure that a model reads texts with CLIP's vocabulary, as CLIP-MoE does.
 
     Args:
-        folder: of a model, with experts or without.
-        weights: is written; `.safetensors`, else with torch.save.
+        spec: of the model.
+        tokenizer: its file.
+        what: for the message, with a verb.
 
     Raises:
-        ConfigError: if CLIP-MoE's code could not hold the model, or would read texts with another vocabulary.
+        ConfigError: if it does not.
     """
-    loaded = load_model(folder, insert_experts=insert_experts)
-    _check_words(loaded.spec, loaded.tokenizer, f"{folder} has")
-    state = released_state(loaded.model, loaded.spec)
-    usual = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
-    preprocess = loaded.spec["preprocess"]
-    if any(list(preprocess[key]) != list(value) for key, value in usual.items()):
-        log.warning(
-            "its images are not prepared as OpenAI's, which no checkpoint says: %s", preprocess
-        )
-    if weights.suffix == ".safetensors":
-        save_file(state, weights, metadata={"format": "pt"})
-    else:
-        torch.save(state, weights)
-    log.info("%s: %s", weights, _in_words(loaded.model, loaded.spec))
-
-
-def _check_words(spec: Mapping[str, Any], tokenizer: Path, what: str) -> None:
     rows, clips = spec["config"]["text_cfg"]["vocab_size"], open_clip.CLIPTextCfg.vocab_size
     is_clips = is_same_vocabulary(tokenizer, Path(open_clip.tokenizer.default_bpe()))
     if rows != clips or not is_clips:
@@ -108,16 +89,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     reading.add_argument("weights", type=Path)
     reading.add_argument("folder", type=Path)
     reading.add_argument("--top-k", type=int, default=2, help="experts per token")
-    writing = verbs.add_parser("write", help="a checkpoint of a model folder")
-    writing.add_argument("folder", type=Path)
-    writing.add_argument("weights", type=Path)
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        if given.verb == "read":
-            read(given.weights, given.folder, given.top_k)
-        else:
-            write(given.folder, given.weights)
+        read(given.weights, given.folder, given.top_k)
     except ConfigError as error:
         sys.exit(f"error: {error}")
 

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
 from clipgraft.checkpoint import load_model
 from clipgraft.clipmoe import main
 from clipgraft.config import ConfigError
+from clipgraft.export.__main__ import main as export
 from clipgraft.lean import open_clip
 from clipgraft.models.build import build, model_config, pretrained_state
 from clipgraft.models.moe import routings, upcycle
@@ -189,7 +191,7 @@ def test_what_is_written_has_their_names_and_shapes_and_reads_back_the_same(tmp_
         assert torch.equal(ours, theirs)  # rows that neither reads may differ
 
 
-def test_folders_and_checkpoints_become_one_another_by_one_command(tmp_path, capsys):
+def test_folders_and_checkpoints_become_one_another_by_one_command_each(tmp_path, capsys):
     state = random_state(published(1, vocab=49408))
     torch.save(
         {"state_dict": {f"module.{name}": t for name, t in state.items()}}, tmp_path / "a.pt"
@@ -197,8 +199,10 @@ def test_folders_and_checkpoints_become_one_another_by_one_command(tmp_path, cap
     main(["read", str(tmp_path / "a.pt"), str(tmp_path / "model")])
     with pytest.raises(SystemExit, match="exists"):
         main(["read", str(tmp_path / "a.pt"), str(tmp_path / "model")])
+    export(["clip_moe", str(tmp_path / "model"), str(tmp_path / "out")])
+    (tmp_path / "out/clip_moe.pt").rename(tmp_path / "b.pt")
+    save_file(torch.load(tmp_path / "b.pt", weights_only=True), tmp_path / "b.safetensors")
     for name in ("b.pt", "b.safetensors"):
-        main(["write", str(tmp_path / "model"), str(tmp_path / name)])
         main(["read", str(tmp_path / name), str(tmp_path / f"from {name}"), "--top-k", "1"])
     from clipgraft.models.moe import insert_experts
 

@@ -138,7 +138,8 @@ def _grouped(experts: Experts, x_PD: Tensor, expert_P: Tensor) -> Tensor:
 
 def _dense(experts: Experts, x_TD: Tensor, gates_TK: Tensor, topk_TK: Tensor) -> Tensor:
     num_experts, gelu = len(experts.fc_EFD), experts.gelu
-    gates_TE = gates_TK.new_zeros(len(x_TD), num_experts).scatter(1, topk_TK, gates_TK)
+    # Not len(x_TD), which would be a constant in what torch.export makes of it.
+    gates_TE = gates_TK.new_zeros(x_TD.shape[0], num_experts).scatter(1, topk_TK, gates_TK)
     parts = zip(gates_TE.unbind(1), *(tensor.unbind() for tensor in experts[:4]), strict=True)
     y_TD = sum(
         gate_T[:, None] * F.linear(gelu(F.linear(x_TD, w1, b1)), w2, b2)

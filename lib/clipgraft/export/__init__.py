@@ -1,0 +1,1 @@
+"""Models in the forms of other programs: `python -m clipgraft.export FORMAT MODEL_FOLDER OUT`."""
