@@ -17,6 +17,7 @@ FLOORS = [
         "loss_settings",
         "moe_settings",
         "evaluation_settings",
+        "evalset_tasks",
         "baseline_settings",
         "recipes",
         "reductions",
@@ -37,7 +38,7 @@ FLOORS = [
     {"dist", "launch", "lean"},
     {"data", "models", "losses"},
     {"checkpoint", "optim", "meter", "objectives", "gradcache"},
-    {"train", "evaluation"},
+    {"train", "evaluation", "loading"},
     {
         "pretrain",
         "references",
@@ -51,6 +52,10 @@ FLOORS = [
         "router",
         "report",
         "clipmoe",
+        "export",
+        "clip_benchmark",
+        "explore",
+        "evalset",
     },
 ]
 MODULES = sorted(path for path in LIBRARY.rglob("*.py") if path != LIBRARY / "__init__.py")

@@ -20,7 +20,7 @@ from clipgraft.checkpoint import TrainingState, load_model, read_weights
 from clipgraft.config import ConfigError
 from clipgraft.data.loader import Batch
 from clipgraft.data.tokens import Tokenizer, Tokens
-from clipgraft.evaluation import evaluate
+from clipgraft.evaluation import encode
 from clipgraft.experts import check_learnable, expert_objective, finetune_expert, mean_of_end
 from clipgraft.graft import assemble
 from clipgraft.models import build as build_module
@@ -270,11 +270,11 @@ def test_trimmed_texts_have_the_same_embeddings(data, base, tmp_path, monkeypatc
         seen.append(text_BL.shape[1])
         return train.trimmed(model, text_BL)
 
-    monkeypatch.setattr(evaluate, "trimmed", look)
+    monkeypatch.setattr(encode, "trimmed", look)
     device, texts = torch.device("cpu"), ["a red circle", "a small striped teal triangle"]
-    encode = evaluate.encoder_of_texts(loaded.model.eval(), tokenizer, LENGTH, device, 1)
+    read = encode.encoder_of_texts(loaded.model.eval(), tokenizer, LENGTH, device, 1)
     with torch.no_grad():
-        got = encode(texts)
+        got = read(texts)
         whole = torch.from_numpy(tokenizer.encode_batch(texts, LENGTH))
         expected = F.normalize(loaded.model.encode_text(whole), dim=1)
     assert seen == [LENGTH] * 2 and torch.allclose(got, expected, atol=1e-6)

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import yaml
 
+from clipgraft.data.samples import Samples
+
 
 def manifest_of(workflow, name: str) -> dict:
     path = workflow.root / "results/runs/small" / name / "manifest.json"
@@ -72,11 +74,71 @@ def test_a_comment_reruns_nothing(finished):
     assert finished.planned() == []
 
 
+def test_watched_trainings_tell_how_they_did(finished):
+    run = finished.root / "results/runs/small"
+    expected = {"pretrain/full": [0, 32, 64], "finetune_router/moe": [0, 64], "pretrain/short": []}
+    for training, seen in expected.items():
+        lines = (run / training / "metrics.jsonl").read_text().splitlines()
+        looks = [row for row in map(json.loads, lines) if "watch" in row]
+        assert [look["samples_seen"] for look in looks] == seen
+    assert (run / "finetune_router/moe/best/model.safetensors").exists()
+    assert not (run / "pretrain/full/best").exists()
+    assert manifest_of(finished, "pretrain/full")["inputs"].keys() == {
+        "init",
+        "index",
+        "shard",
+        "watched",
+    }
+    assert (run / "report/figures/pretraining_watch.svg").exists()
+    assert (run / "report/figures/moe_watch.svg").exists()
+
+
+def test_watching_otherwise_reruns_nothing_and_keeping_the_best_does(finished):
+    finished.edit("small.yaml", "every: 32}", "every: 16}")
+    assert finished.planned() == []
+    finished.edit("small.yaml", "    watch: {task: renders, every: 16}\n", "")
+    assert finished.planned() == []
+    finished.edit("small.yaml", "num_samples: 10", "num_samples: 11")
+    assert sorted(finished.planned()) == ["evaluate", "finetune_router", "report"]
+
+
+def test_a_new_data_set_to_watch_is_no_reason_to_train_again(finished):
+    finished.edit("small.yaml", "num_samples: 24", "num_samples: 25")
+    assert not {"pretrain", "embed"} & set(finished.planned())
+
+
+def test_editing_the_evaluation_trains_nothing_again(finished):
+    finished.edit("lib/clipgraft/evaluation/retrieval.py", "(1, 5, 10)", "(1, 5, 20)")
+    assert set(finished.planned()) == {"evaluate", "report"}
+
+
 def test_touching_files_reruns_nothing(finished):
     for path in (finished.root / "scripts").glob("*.py"):
         path.touch()
     for path in (finished.root / "results").glob("*/*/manifest.json"):
         path.touch()
+    assert finished.planned() == []
+
+
+def test_a_task_that_failed_is_in_the_report_and_is_tried_again(finished):
+    def page() -> str:
+        return (finished.root / "results/runs/small/report/report.html").read_text()
+
+    folder = (finished.root / "results/runs/small/evaluate/moe/renders").resolve()
+    tar, offset, size = Samples.open(finished.root / "results/runs/small/index/renders").place(1)
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[:offset] + bytes(size) + whole[offset + size :])
+    try:
+        finished.snakemake("--cores", "2", "-R", f"results/evaluate/{folder.name}/manifest.json")
+        said = "image of sample 1"
+        assert said in json.loads((folder / "result.json").read_text())["failed"]
+        assert "Tasks that failed" in page() and said in page()
+        assert sorted(finished.planned()) == ["evaluate", "report"]
+    finally:
+        tar.write_bytes(whole)
+    finished.snakemake("--cores", "2")
+    assert json.loads((folder / "result.json").read_text())["retrieval"]
+    assert "Tasks that failed" not in page()
     assert finished.planned() == []
 
 
@@ -197,6 +259,9 @@ def test_two_processes_train_the_routers_as_one_does(finished, tmp_path):
         subprocess.run(command, check=True, capture_output=True, env=environment)
         rows.append([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()])
     for one, two in zip(*rows, strict=True):
+        if "watch" in one:
+            assert two["watch"] == pytest.approx(one["watch"], abs=1e-6)
+            continue
         assert two["contrastive"] == pytest.approx(one["contrastive"], rel=1e-4)
         assert two["balance"] == pytest.approx(one["balance"], rel=1e-4)
         assert np.shape(two["load_image"]) == np.shape(one["load_image"]) == (2, 3)
@@ -334,3 +399,17 @@ def test_the_network_is_out_of_reach_and_loopback_is_not(where):
         assert "tests run without a network" in done.stderr
     with socket.create_server(("127.0.0.1", 0)) as server:
         socket.create_connection(server.getsockname(), timeout=5).close()
+
+
+def test_snakemakes_own_report_has_our_pages_tables_and_figures_with_captions(finished):
+    printed = finished.snakemake("--report", "all.html", "--cores", "1")
+    assert "WARNING" not in printed
+    text = (finished.root / "all.html").read_text()
+    runs = [
+        path for path in (finished.root / "results/runs").iterdir() if (path / "report").exists()
+    ]
+    figures = {path.name for run in runs for path in (run / "report" / "figures").glob("*.svg")}
+    assert runs and figures
+    assert [name for name in figures if f'"name": "{name}"' not in text] == []
+    for said in ("below a baseline that costs no more", "whose tokens all go to one expert"):
+        assert said in " ".join(text.replace("\\n", " ").split())
