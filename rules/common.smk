@@ -4,6 +4,7 @@
 # RUNS    run name -> its jobs; `sweep` -> the page of the sweep
 # CODE    stage -> fingerprint of the code its script reaches
 
+import functools
 import json
 from shlex import quote
 
@@ -63,6 +64,11 @@ def manifests(stage):
     }
 
 
+@functools.cache
+def warn_once(message):
+    logger.warning(message)
+
+
 def watched(stage):
     """The samples that a training is watched on: they must be there before it, and are no reason to train again."""
 
@@ -73,6 +79,12 @@ def watched(stage):
             name: f"results/{job.inputs[name].folder}/manifest.json" for name in aside
         }
         if Path(f"results/{job.folder}/manifest.json").exists():
+            for path in paths.values():
+                if not Path(path).exists():
+                    warn_once(
+                        f"{job.name} is there and {path} is not: trained again in this call, it would not be watched. "
+                        f"Hint: snakemake --cores all {path}, then this"
+                    )
             paths = {name: path for name, path in paths.items() if Path(path).exists()}
         return {name: ancient(path) for name, path in paths.items()}
 

@@ -45,7 +45,7 @@ def evaluate_folder(
         names: keys of the tasks; None: all that are there.
         threads: for decoding.
     Returns:
-        Results by key; those of tasks that failed say why under `failed`.
+        Results by key, those from before among them; those of tasks that failed say why under `failed`.
     Raises:
         ConfigError: if there is no such model, folder or task.
     """
@@ -53,27 +53,32 @@ def evaluate_folder(
     from clipgraft.evaluation.evalset.encoder import Encoder
 
     listing.cache_clear()
-    tasks = chosen(root, names)
+    tasks, wanted = chosen(root), chosen(root, names)
     encoder = Encoder(folders, out / ".classifiers", threads=threads)
     (out / "tasks").mkdir(parents=True, exist_ok=True)
-    results = {}
-    for task in tasks:
-        results[task.key] = _result(root, task, encoder, out)
+    found = {task.key: _from_before(root, task, encoder, out) for task in tasks}
+    for task in wanted:
+        if found[task.key] is None:
+            found[task.key] = _result(root, task, encoder, out)
+        else:
+            log.info("%s: done before", task.key)
+        results = {key: about for key, about in found.items() if about is not None}
         (out / "eval_results.jsonl").write_text(results_lines(results))
         write_json(out / "aggregate.json", aggregate(results))
     return results
 
 
+def _from_before(root: Path, task: EvalsetTask, encoder: Any, out: Path) -> dict[str, Any] | None:
+    """A result that is there, if it still holds."""
+    path = _result_file(out, task)
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    return before["result"] if before.get("made_of") == _made_of(root, task, encoder) else None
+
+
 def _result(root: Path, task: EvalsetTask, encoder: Any, out: Path) -> dict[str, Any]:
-    """A result from before if it still holds, else a new one; or why there is none."""
+    """A new result, or why there is none."""
     from clipgraft.evaluation.evalset.evaluate import result_of
 
-    path = out / "tasks" / f"{task.key.replace('/', '-')}.json"
-    made_of = [encoder.identity, listing(str(data_folder(root, task.key)))]
-    before = json.loads(path.read_text()) if path.is_file() else {}
-    if before.get("made_of") == made_of:
-        log.info("%s: done before", task.key)
-        return dict(before["result"])
     try:
         result = result_of(root, task, encoder)
     except ConfigError as error:
@@ -82,8 +87,18 @@ def _result(root: Path, task: EvalsetTask, encoder: Any, out: Path) -> dict[str,
     except (OSError, RuntimeError) as error:  # such as a disk that is gone, or too little memory
         log.exception("%s", task.key)
         return {"task": f"evalset/{task.key}", "failed": f"{type(error).__name__}: {error}"}
-    write_json(path, {"made_of": made_of, "result": result})
+    about = {"made_of": _made_of(root, task, encoder), "result": result}
+    write_json(_result_file(out, task), about)
     return result
+
+
+def _made_of(root: Path, task: EvalsetTask, encoder: Any) -> list[Any]:
+    """What a result depends on."""
+    return [encoder.identity, listing(str(data_folder(root, task.key)))]
+
+
+def _result_file(out: Path, task: EvalsetTask) -> Path:
+    return out / "tasks" / f"{task.key.replace('/', '-')}.json"
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:

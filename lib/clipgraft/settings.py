@@ -279,6 +279,10 @@ class RunSettings(Settings):
             )
 
     def _check_tasks(self) -> None:
+        if self.evaluate.evalset is not None and "evalset" in self.evaluate.tasks:
+            raise ValueError(
+                "evaluate.tasks.evalset: the results of evaluate.evalset have this name. Hint: another name"
+            )
         for name, task in self.evaluate.tasks.items():
             source = self.download[task.data]
             for key, label in task.labels_of:

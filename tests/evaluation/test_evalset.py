@@ -484,9 +484,17 @@ def put_bad_image(folder: Path) -> None:
     evalsets.write_tars(folder, samples)
 
 
+def put_latin_captions(folder: Path) -> None:
+    shutil.rmtree(folder / "test")
+    sample = {"png": evalsets.encoded(evalsets.picture(0)), "txt": b"caf\xe9"}
+    evalsets.write_tars(folder, [sample], num_tars=1)
+    (folder / "dataset_type.txt").write_text("retrieval")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (put_latin_captions, "s0000000: its .txt is not UTF-8"),
         (
             lambda f: (f / "classnames.txt").write_text("a\nb\nc"),
             "names 3 classes, but CIFAR-10 has 10",
@@ -498,6 +506,7 @@ def put_bad_image(folder: Path) -> None:
         (lambda f: (f / "test" / "1.tar").write_bytes(b"x" * 700), "1.tar"),
         (lambda f: (f / "dataset_type.txt").write_text("retrievals"), "did you mean `retrieval`"),
         (lambda f: (f / "dataset_type.txt").write_text("retrieval"), "has no .txt, only cls, webp"),
+        (lambda f: (f / "classnames.txt").write_bytes(b"caf\xe9\n"), "classnames.txt is not UTF-8"),
         (put_bad_image, "1.tar: s0000002.* decode"),
     ],
 )

@@ -67,6 +67,12 @@ def test_a_task_that_fails_is_told_and_the_others_go_on(model, root, tmp_path, m
     names.write_text(names.read_text() + "k\n")
     evaluate_folder([model], root, out, names=["own", "mnist"], threads=1)
     assert calls == ["cifar10", "own"]
+    part = evaluate_folder([model], root, out, names=["own"], threads=1)
+    lines = [json.loads(line) for line in (out / "eval_results.jsonl").read_text().splitlines()]
+    assert (
+        [line["key"] for line in lines] == list(part) == ["mnist", "own"]
+    )  # also what was not asked for
+    assert json.loads((out / "aggregate.json").read_text())["present"]["Average"] == "1/38"
 
 
 def test_a_job_of_the_run_writes_the_same_result(model, root, tmp_path):

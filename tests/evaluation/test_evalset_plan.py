@@ -72,6 +72,13 @@ def test_mistakes_are_found_before_anything_runs(evalset, message):
         planned(evalset)
 
 
+def test_a_task_cannot_have_the_name_of_the_folder_of_results(root):
+    tasks = {"evalset": {"data": "renders", "retrieval": True}}
+    changes = {"evaluate": {"evalset": {"folder": str(root)}, "tasks": tasks}}
+    with pytest.raises(ConfigError, match=r"evaluate\.tasks\.evalset.* Hint: another name"):
+        load_config(merge(copy.deepcopy(SMALL), changes))
+
+
 def test_the_table_is_that_of_datacomp():
     assert len(TASKS) == 41 and len(AVERAGED) == 38
     assert sum(task.num_classes or 0 for task in AVERAGED) == 5630

@@ -42,6 +42,18 @@ def test_labels_of_one_name_stand_apart_where_data_sets_differ(own_store):
     assert len(run.classes["colour"].names) == 8
 
 
+def test_classes_of_an_evaluation_folder_are_named_after_their_task(own_store):
+    lock = json.loads((own_store / "runs/tiny/versions.json").read_text())
+    folder = own_store / lock["evaluate/moe/renders"]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["settings"] = {"folder": "sets", "evalset": "vtab/dtd"}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    result = json.loads((folder / "result.json").read_text())
+    result["zero_shot"]["colour"]["classes"] = ["warm", "cold"]
+    (folder / "result.json").write_text(json.dumps(result))
+    assert "colour (vtab/dtd)" in FinishedRun.open("tiny", own_store).classes
+
+
 def test_the_only_run_needs_no_name(own_store):
     assert FinishedRun.open(None, own_store).name == "tiny"
     shutil.copytree(own_store / "runs/tiny", own_store / "runs/other", symlinks=True)

@@ -130,7 +130,7 @@ class Samples:
 
     def image(self, row: int) -> Image.Image:
         """The picture: upright, RGB."""
-        return Image.fromarray(decode(self.image_bytes(row)))
+        return Image.fromarray(self.pixels(row))
 
     def place(self, row: int) -> tuple[Path, int, int]:
         """File, offset and length of a sample's image."""

@@ -30,10 +30,11 @@ from torch import Tensor, nn
 
 from clipgraft import dist
 from clipgraft.config import ConfigError
-from clipgraft.data.images import decode, prepare
+from clipgraft.data.images import prepare
 from clipgraft.data.samples import Samples
 from clipgraft.data.tokens import Tokenizer
 from clipgraft.evaluation.asked import check_label, chosen_captions
+from clipgraft.evaluation.encode import true_float32
 from clipgraft.evaluation.retrieval import Captions, evaluate_retrieval
 from clipgraft.evaluation.zero_shot import evaluate_zero_shot, zero_shot_weights
 from clipgraft.evaluation_settings import WatchJob
@@ -136,7 +137,7 @@ class Watch:
         start = time.monotonic()
         model.eval()
         # Not inference_mode: what a model might remember must be of use to training.
-        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with torch.no_grad(), true_float32():
             values, chance = self._measure(model)
         model.train()
         row = {"step": step, "samples_seen": step * self.batch_size, "seconds": round(seconds, 3)}
@@ -203,7 +204,7 @@ class Watch:
 
     def _pixels(self, samples: Samples, row: int) -> np.ndarray:
         how = (self.preprocess[key] for key in ("size", "resize_mode", "interpolation"))
-        return prepare(decode(samples.image_bytes(row)), *how)
+        return prepare(samples.pixels(row), *how)
 
     def _keep(self, model: nn.Module, row: Mapping[str, Any], score: float) -> None:
         if not self.settings.best or (self.best is not None and score <= self.best["score"]):

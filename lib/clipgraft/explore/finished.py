@@ -125,7 +125,8 @@ class FinishedRun:
             if "templates" in of:
                 classes = Classes(of["classes"], of["templates"])
                 if self.classes.setdefault(label, classes) != classes:
-                    self.classes[f"{label} ({settings['data']})"] = classes
+                    where = settings.get("data") or settings["evalset"]
+                    self.classes[f"{label} ({where})"] = classes
 
 
 def finished_runs(results: Path) -> list[str]:

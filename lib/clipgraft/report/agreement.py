@@ -23,7 +23,8 @@ def agreement_figure(run: Run, models: Sequence[Model]) -> Figure | None:
     if sum(model.key.startswith("expert_") for model in several) == 0:
         return None
     for task in several[0].results:
-        found = {model.key: _answers(run, f"{model.key}/{task}") for model in several}
+        asked = [model.key for model in several if task in model.results]
+        found = {key: _answers(run, f"{key}/{task}") for key in asked}
         answers = {key: of for key, of in found.items() if of}
         if len(answers) > 2:
             titles = {model.key: model.title for model in several}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from clipgraft.data.images import decode, prepare
+from clipgraft.data.images import prepare
 from clipgraft.data.samples import Samples
 from clipgraft.report.figures_choices import (
     MAX_SAMPLES,
@@ -56,8 +56,7 @@ def _maps(run: Run, name: str) -> Iterator[Figure]:
 
 def _pixels(samples: Samples, row: int, shown: dict[str, Any]) -> Any:
     """A picture as the model sees it, but for its size."""
-    pixels = decode(samples.image_bytes(row))
-    return prepare(pixels, _SIDE, shown["resize_mode"], shown["interpolation"])
+    return prepare(samples.pixels(row), _SIDE, shown["resize_mode"], shown["interpolation"])
 
 
 def _information(model: Model, task: str) -> Iterator[dict[str, Any]]:

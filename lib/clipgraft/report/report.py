@@ -68,7 +68,7 @@ def report(settings: ReportJob, inputs: Mapping[str, Path], out: Path) -> dict[s
     moe.figures += choices_figures(run, models)
     results = results_section(run, models, columns)
     failed = failures_table(probed)
-    results.tables[:0] = [] if failed is None else [failed]
+    results.tables += [] if failed is None else [failed]
     sections = [
         run_section(run),
         data_section(run, samples, settings.num_pictures),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from clipgraft.evalset_tasks import EvalsetTask, expand, task_of
+from clipgraft.evaluation.encode import true_float32
 from clipgraft.evaluation.evalset.encoder import Encoder
 from clipgraft.evaluation.evalset.tasks import Measured, measure
 from clipgraft.settings import EvalsetJob
@@ -46,7 +47,7 @@ def evaluate_evalset(
 def result_of(root: Path, task: EvalsetTask, encoder: Encoder) -> dict[str, Any]:
     """The result of one task, as it is written."""
     log.info("%s (%s)", task.key, task.name)
-    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with torch.inference_mode(), true_float32():
         found = measure(root, task, encoder)
     notes = found.notes + _too_few(task, found)
     value = found.metrics[task.main_metric] if task.main_metric else None

@@ -94,7 +94,8 @@ class TarSet:
             ConfigError: if a sample has none.
         """
         texts = [
-            self.file(row, "txt").decode("utf-8").splitlines() for row in range(len(self.places))
+            as_text(self.file(row, "txt"), f"{name}: its .txt").splitlines()
+            for row, name in enumerate(self.pictures.names)
         ]
         for name, own in zip(self.pictures.names, texts, strict=True):
             if not own:
@@ -137,6 +138,18 @@ def open_tars(folder: Path) -> TarSet:
     return TarSet(folder, places, Pictures(names, image_bytes, notes))
 
 
+def as_text(data: bytes, where: str) -> str:
+    """Text of a file.
+
+    Raises:
+        ConfigError: if it is not UTF-8.
+    """
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where} is not UTF-8: {error}. Hint: convert it") from None
+
+
 def read_lines(folder: Path, name: str) -> list[str]:
     """Lines of `classnames.txt` or of the templates, without blanks around them.
 
@@ -148,7 +161,7 @@ def read_lines(folder: Path, name: str) -> list[str]:
         raise ConfigError(
             f"{path} does not exist. Hint: {folder.name} needs it for zero-shot classification"
         )
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in as_text(path.read_bytes(), str(path)).splitlines()]
     if not lines:
         raise ConfigError(f"{path} is empty")
     return lines

@@ -10,6 +10,7 @@ there, also where two are equal.
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,7 +38,7 @@ from clipgraft.evaluation.evalset import scores
 from clipgraft.evaluation.evalset.encoder import Encoder
 from clipgraft.evaluation.evalset.hub import image_bytes, read_table
 from clipgraft.evaluation.evalset.pictures import Pictures
-from clipgraft.evaluation.evalset.tars import open_tars, read_lines
+from clipgraft.evaluation.evalset.tars import as_text, open_tars, read_lines
 from clipgraft.evaluation.retrieval import Captions, evaluate_retrieval, recall_at
 from clipgraft.evaluation.zero_shot import check_templates, evaluate_zero_shot
 
@@ -294,8 +295,8 @@ def _mmvp(folder: Path, encoder: Encoder) -> Measured:
         raise ConfigError(
             f"{questions} does not exist. Hint: the data set MMVP/MMVP_VLM as it is published"
         )
-    with questions.open(newline="", encoding="utf-8-sig") as file:
-        rows = [row for row in list(csv.reader(file))[1:] if row]
+    text = as_text(questions.read_bytes(), str(questions))
+    rows = [row for row in list(csv.reader(io.StringIO(text, newline="")))[1:] if row]
     if not rows or len(rows) % 2 or any(len(row) != 3 for row in rows):
         raise ConfigError(
             f"{questions} must have pairs of rows with a number, an attribute and a statement"
