@@ -28,7 +28,8 @@ from clipgraft.data.download import download
 from clipgraft.data.index import build_index
 from clipgraft.evaluation import watch as watch_module
 from clipgraft.evaluation.evaluate import evaluate
-from clipgraft.evaluation.watch import Watch, share, spread
+from clipgraft.evaluation.rows import spread
+from clipgraft.evaluation.watch import Watch, share
 from clipgraft.evaluation_settings import TaskSettings
 from clipgraft.experts import finetune_expert
 from clipgraft.graft import assemble
@@ -326,9 +327,10 @@ def test_shares_are_equal_and_put_together_are_everything(num, size):
 
 @pytest.mark.parametrize(("num", "wanted"), [(3, 10), (10, 10), (10, 4), (1000, 7)])
 def test_chosen_rows_are_spread_evenly(num, wanted):
-    rows = spread(num, wanted)
-    assert len(rows) == min(num, wanted) and rows == sorted(set(rows)) and rows[0] == 0
-    gaps = set(np.diff([*rows, num]).tolist())
+    rows = spread(num, wanted).tolist()
+    assert len(rows) == min(num, wanted) and rows == sorted(set(rows))
+    assert (rows[0], rows[-1]) == (0, num - 1)
+    gaps = np.diff(rows).tolist()
     assert max(gaps) - min(gaps) <= 1
 
 

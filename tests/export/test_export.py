@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,22 @@ def test_the_card_says_what_the_manifests_say(store, tmp_path):
     assert steps == sorted(steps)
     assert 'CLIPModel.from_pretrained("my-model")' in body
     assert str(tmp_path) not in card and "/secret" not in card
+
+
+def test_the_card_of_the_best_weights_is_of_their_training_without_the_results_of_the_last(
+    store, tmp_path
+):
+    about = json.loads((store / "manifest.json").read_text())
+    (store / "manifest.json").write_text(json.dumps(about | {"best": {"samples_seen": 4096}}))
+    best = store / "best"
+    best.mkdir()
+    for path in store.iterdir():
+        if path.is_file() and path.name != "manifest.json":
+            shutil.copy(path, best)
+    export("open_clip", best, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "the best of its looks, after 4,096 samples" in card and "no manifest" not in card
+    assert "## Data" in card and "## Results" not in card
 
 
 def test_a_model_without_a_manifest_has_a_card_that_says_so(model_folder, tmp_path):

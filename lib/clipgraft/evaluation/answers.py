@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from clipgraft.evaluation.retrieval import Captions, best_candidates
-from clipgraft.evaluation.rows import Rows
+from clipgraft.evaluation.rows import Rows, spread
 
 MAX_QUESTIONS = 2000
 CAPTION = "caption"  # the question that is no label
@@ -41,7 +41,7 @@ def answers_of(
         `row`, and of each question its answer and `<question>_right`; null where there is no right answer.
     """
     num = len(image_ND)
-    rows = np.linspace(0, num - 1, min(MAX_QUESTIONS, num)).astype(np.int64)
+    rows = spread(num, MAX_QUESTIONS)
     asked_QD = image_ND[torch.from_numpy(rows)]
     columns = {"row": pa.array(rows)}
     if text_UD is not None and captions is not None:

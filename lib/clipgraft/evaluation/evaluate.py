@@ -38,11 +38,11 @@ from clipgraft.evaluation.encode import (
     true_float32,
 )
 from clipgraft.evaluation.ensemble import load_side_by_side
-from clipgraft.evaluation.examples import retrieval_examples, spread
+from clipgraft.evaluation.examples import NUM_EXAMPLES, retrieval_examples
 from clipgraft.evaluation.given import evaluate_given
 from clipgraft.evaluation.retrieval import Captions, evaluate_retrieval
 from clipgraft.evaluation.robustness import Ahead, robustness
-from clipgraft.evaluation.rows import Rows
+from clipgraft.evaluation.rows import Rows, spread
 from clipgraft.evaluation.zero_shot import evaluate_zero_shot, zero_shot_weights
 from clipgraft.evaluation_settings import TaskSettings
 from clipgraft.models.build import build
@@ -170,7 +170,7 @@ def _measure(
     if towers:
         probes = {label: asked.labels[label] for label in task.probe}
         result["choices"] = _information(towers, probes, captions)
-        shown = spread(list(range(len(asked.samples))))
+        shown = spread(len(asked.samples), NUM_EXAMPLES).tolist()
         texts = [] if captions is None else _first_texts(captions, shown)
         grid = model.visual.grid_size
         maps = choices.examples(towers, shown, texts, grid, subject.tokenizer.pieces)

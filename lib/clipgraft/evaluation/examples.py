@@ -6,10 +6,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
+import torch
+from torch import Tensor
 
 from clipgraft.evaluation.retrieval import Captions, best_candidates
-from clipgraft.evaluation.rows import Rows
+from clipgraft.evaluation.rows import Rows, spread
 
 NUM_EXAMPLES = 8  # queries each way
 NUM_RETRIEVED = 5
@@ -17,33 +18,29 @@ NUM_RETRIEVED = 5
 
 def retrieval_examples(image_ND: Rows, text_UD: Rows, captions: Captions) -> dict[str, Any]:
     """A few queries each way, evenly spread over the data set, with what was retrieved."""
-    right = set(zip(captions.image_P.tolist(), captions.text_P.tolist(), strict=True))
-    texts_of: dict[int, list[int]] = {}
-    images_of: dict[int, list[int]] = {}
-    for image, text in sorted(right):
-        texts_of.setdefault(image, []).append(text)
-        images_of.setdefault(text, []).append(image)
-    images = spread(sorted(texts_of))
+    image_P, text_P = captions.image_P, captions.text_P
+    images, texts = (few(of.unique()) for of in (image_P, text_P))
+    texts_of = {image: text_P[image_P == image].tolist() for image in images}
+    images_of = {text: image_P[text_P == text].tolist() for text in texts}
     scores, found = best_candidates(image_ND[images], text_UD, NUM_RETRIEVED)
     to_text = [
         {
             "row": image,
             "captions": [captions.texts[u] for u in texts_of[image]],
             "top": [
-                {"text": captions.texts[u], "score": round(score, 4), "hit": (image, u) in right}
+                {"text": captions.texts[u], "score": round(score, 4), "hit": u in texts_of[image]}
                 for score, u in zip(scores[i].tolist(), found[i].tolist(), strict=True)
             ],
         }
         for i, image in enumerate(images)
     ]
-    texts = spread(sorted(images_of))
     scores, found = best_candidates(text_UD[texts], image_ND, NUM_RETRIEVED)
     to_image = [
         {
             "text": captions.texts[u],
             "rows": images_of[u][:NUM_RETRIEVED],
             "top": [
-                {"row": row, "score": round(score, 4), "hit": (row, u) in right}
+                {"row": row, "score": round(score, 4), "hit": row in images_of[u]}
                 for score, row in zip(scores[i].tolist(), found[i].tolist(), strict=True)
             ],
         }
@@ -52,7 +49,7 @@ def retrieval_examples(image_ND: Rows, text_UD: Rows, captions: Captions) -> dic
     return {"image_to_text": to_text, "text_to_image": to_image}
 
 
-def spread(items: list[int]) -> list[int]:
+def few(items: Tensor) -> list[int]:
     """A few of them, evenly spread."""
-    places = np.linspace(0, len(items) - 1, min(NUM_EXAMPLES, len(items)))
-    return [items[int(place)] for place in places]
+    chosen: list[int] = items[torch.from_numpy(spread(len(items), NUM_EXAMPLES))].tolist()
+    return chosen

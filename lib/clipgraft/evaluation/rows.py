@@ -52,6 +52,11 @@ class FileRows:
 Rows = Tensor | FileRows
 
 
+def spread(num: int, wanted: int) -> np.ndarray:
+    """So many of `num` places, evenly from the first to the last, rising; all of them if there are no more."""
+    return np.linspace(0, num - 1, min(wanted, num)).astype(np.int64)
+
+
 def collect(parts: Iterable[Tensor], num: int, file: Path) -> Rows:
     """Put parts end to end, on their device if they are small, else in a file.
 

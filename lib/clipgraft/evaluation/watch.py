@@ -36,6 +36,7 @@ from clipgraft.data.tokens import Tokenizer
 from clipgraft.evaluation.asked import check_label, chosen_captions
 from clipgraft.evaluation.encode import true_float32
 from clipgraft.evaluation.retrieval import Captions, evaluate_retrieval
+from clipgraft.evaluation.rows import spread
 from clipgraft.evaluation.zero_shot import evaluate_zero_shot, zero_shot_weights
 from clipgraft.evaluation_settings import WatchJob
 from clipgraft.models.build import normalize, trimmed
@@ -82,7 +83,7 @@ class Watch:
             ConfigError: if the samples have no such label, or no captions.
         """
         samples = Samples.open(index)
-        rows_N = spread(len(samples), settings.num_samples)
+        rows_N = spread(len(samples), settings.num_samples).tolist()
         self.settings, self.world, self.num_images = settings, world, len(rows_N)
         self.batch_size, self.num_steps = training.batch_size, num_steps(training)
         self.preprocess = spec["preprocess"]
@@ -246,11 +247,6 @@ def open_watch(
 def score_of(values: Mapping[str, float]) -> float:
     """What tells the best look: mean R@1; without retrieval, the mean accuracy of the labels."""
     return values["mean_R@1"] if "mean_R@1" in values else float(np.mean(list(values.values())))
-
-
-def spread(num: int, wanted: int) -> list[int]:
-    """Rows evenly over a data set, which may be sorted by class; all of them if there are no more."""
-    return [place * num // wanted for place in range(wanted)] if num > wanted else list(range(num))
 
 
 def share(num: int, world: dist.World) -> list[int]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from clipgraft.data.images import prepare
 from clipgraft.data.tokens import Tokenizer
 from clipgraft.evaluation.choices import Recorder, TowerChoices
-from clipgraft.evaluation.encode import encoder_of_texts
+from clipgraft.evaluation.encode import encoder_of_texts, true_float32
 from clipgraft.evaluation.ensemble import load_side_by_side
 from clipgraft.models.build import normalize
 
@@ -70,7 +70,7 @@ class Encoder:
         square = self.square(pixels_HW3, about["size"])
         image = torch.from_numpy(square.copy()).permute(2, 0, 1)[None].to(self.device)
         recorder = self._recorder()
-        with torch.inference_mode():
+        with torch.inference_mode(), true_float32():
             features = self.model.encode_image(normalize(image, about["mean"], about["std"]))  # type: ignore[operator]
             recorder.see_images(1)
         return _unit(features)[0], recorder.towers().get("image")
@@ -78,7 +78,7 @@ class Encoder:
     def read(self, text: str) -> tuple[np.ndarray, TowerChoices | None]:
         """Unit features [D] of a text, and which expert its tokens chose, if the text tower has experts."""
         recorder = self._recorder()
-        with torch.inference_mode():
+        with torch.inference_mode(), true_float32():
             features = self._texts(recorder.see_texts)([text])
         return _unit(features)[0], recorder.towers().get("text")
 

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 from clipgraft.data.samples import Samples
-from clipgraft.evaluation.encode import encode_images
+from clipgraft.evaluation.encode import encode_images, true_float32
+from clipgraft.evaluation.rows import spread
 from clipgraft.explore.encoder import BATCH, Encoder
 
 log = logging.getLogger(__name__)
@@ -103,13 +104,13 @@ def made_embeddings(
         num: at most so many samples, evenly spread.
         threads: for decoding.
     """
-    row_R = np.linspace(0, len(samples) - 1, min(num, len(samples))).astype(np.int64)
+    row_R = spread(len(samples), num)
     texts = list(dict.fromkeys(text for row in row_R for text in samples.captions(row)))
 
     def make() -> dict[str, np.ndarray]:
         log.info("encoding %s pictures and %s captions", f"{len(row_R):,}", f"{len(texts):,}")
         about, part = encoder.spec["preprocess"], _Part(samples, row_R)
-        with torch.inference_mode():
+        with torch.inference_mode(), true_float32():
             image_RD = encode_images(encoder.model, about, part, encoder.device, threads, BATCH)
             text_UD = encoder.texts()(texts) if texts else image_RD[:0]
         made = {"image": image_RD, "text": text_UD}

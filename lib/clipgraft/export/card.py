@@ -14,6 +14,7 @@ from clipgraft.checkpoint import Loaded
 from clipgraft.config import ConfigError
 from clipgraft.provenance import MANIFEST, read_manifest
 
+BEST = "best"  # folder beside the last weights of a training that was watched
 Jobs = Sequence[tuple[Path, Mapping[str, Any]]]  # folder and manifest
 
 _LIBRARY = {
@@ -35,8 +36,12 @@ def write_card(loaded: Loaded, folder: Path, out: Path, form: str, usage: str) -
         form: what it was exported as.
         usage: how it is used there, in Markdown; FOLDER stands for the folder, capitals for sizes.
     """
-    chain = list(_chain(folder))
-    name = chain[-1][1]["name"] if chain else folder.resolve().name
+    folder = folder.resolve()
+    is_best = folder.name == BEST and not (folder / MANIFEST).is_file()
+    chain = list(_chain(folder.parent if is_best else folder))
+    name = chain[-1][1]["name"] if chain else folder.name
+    if is_best and chain:
+        name += f", the best of its looks, after {chain[-1][1]['best']['samples_seen']:,} samples"
     parts = [
         _head(form),
         f"# {name}\n",
@@ -45,7 +50,7 @@ def write_card(loaded: Loaded, folder: Path, out: Path, form: str, usage: str) -
         f"## What it is\n\n{_table(_facts(loaded))}",
         f"## How it was made\n\n{_steps(chain) if chain else _NONE}",
         *_data(chain),
-        *_results(folder, chain),
+        *([] if is_best else _results(folder, chain)),  # those are of the last weights
         "## Limits\n\nIt knows what its training data show, and their biases. Nobody has checked it for uses in which a wrong "
         "answer does harm.\n",
     ]
@@ -184,7 +189,7 @@ def _results(folder: Path, chain: Jobs) -> list[str]:
         inputs, settings = manifest["inputs"], manifest["settings"]
         # The models of an ensemble have other names among the inputs.
         if inputs.get("model", {}).get("id") == own and settings.get("untrained") is None:
-            task = str(settings.get("task", manifest["name"].rpartition("/")[2]))
+            task = str(settings.get("task") or settings["evalset"])
             by_chance = _by_chance(path.with_name("result.json"))
             for name, value in manifest.get("metrics", {}).items():
                 guess = by_chance.get(name)
@@ -197,12 +202,16 @@ def _by_chance(path: Path) -> dict[str, float]:
     """What guessing would give, by the names of metrics in manifests; of what `result.json` says it of."""
     result = json.loads(path.read_text()) if path.is_file() else {}
     found = dict((result.get("retrieval") or {}).get("chance", {}))
-    for end, part in (("acc1", "zero_shot"), ("probe", "probe")):
+    for end, part in (("acc1", "zero_shot"), ("probe", "probe"), ("knn", "knn")):
         found |= {
             f"{name}_{end}": about["chance"]
             for name, about in (result.get(part) or {}).items()
             if "chance" in about
         }
+    if (
+        result.get("main_metric") and result["chance"] is not None
+    ):  # of a task of an evaluation folder
+        found[result["main_metric"]] = result["chance"]
     return found
 
 

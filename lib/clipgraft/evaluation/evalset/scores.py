@@ -26,6 +26,16 @@ FIELDS = {
     "fairness/fairface": "age gender race race_binary",
     "fairness/utkface": "age gender race race_binary",
 }
+_GROUPS = {
+    "slide",
+    "year",
+    "region",
+    "income_ds",
+    "race",
+    "race_binary",
+    "gender",
+    "age",
+}  # of these groups are made
 OBJECTIVES = ("race", "gender", "age", "toxic")  # of faces
 WHITE = 1  # class number among races
 NON_HUMAN, CRIME = range(14, 18), 18  # class numbers among toxic words: these, and from here on
@@ -35,12 +45,12 @@ def columns_of(key: str, metadata_NF: np.ndarray, where: str) -> dict[str, np.nd
     """Columns of metadata by name, int64 [N].
 
     Raises:
-        ConfigError: if a value is negative, which is no group.
+        ConfigError: if a value that makes groups is negative.
     """
     columns = {}
     for name, column_N in zip(FIELDS[key].split(), metadata_NF.T, strict=True):
         columns[name] = column_N.astype(np.int64)  # some are stored as floats
-        if (columns[name] < 0).any():
+        if name in _GROUPS and (columns[name] < 0).any():
             raise ConfigError(f"{where}: column {name} of .npy is negative for some samples")
     return columns
 
