@@ -23,9 +23,9 @@ from token_reduction import VOCABULARY, b16
 from torch import Tensor, nn
 
 from clipgraft.cost import forward_macs
+from clipgraft.devices import attention, precision
 from clipgraft.models.build import build
 from clipgraft.models.moe import MoeMlp, upcycle
-from clipgraft.train import attention, precision
 
 E, K = 4, 2
 SIZE, LENGTH, LONG = 224, 77, 248  # pixels, text tokens, text tokens of the published way

@@ -28,11 +28,11 @@ from clipgraft.cost import forward_macs
 from clipgraft.data.corpus import write_tokens
 from clipgraft.data.draws import draw_bits
 from clipgraft.data.tokens import BEGINS, Tokens
+from clipgraft.devices import attention, precision
 from clipgraft.losses.contrastive import contrastive_loss
 from clipgraft.models.build import build
 from clipgraft.models.patches import drop_patches, num_patches
 from clipgraft.reductions import image_reduction, text_reduction
-from clipgraft.train import attention, precision
 
 VOCABULARY = 49_408
 FULL, SHORT = (224, 77), (112, 16)  # pixels, text tokens

@@ -6,8 +6,8 @@ from clipgraft.settings import ExpertJob
 
 def main(job: Job) -> None:
     """One library call."""
-    from clipgraft.checkpoint import TrainingState
     from clipgraft.experts import finetune_expert
+    from clipgraft.training_state import TrainingState
 
     with job.outputs() as out:
         facts = finetune_expert(

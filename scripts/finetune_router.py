@@ -6,8 +6,8 @@ from clipgraft.settings import RouterJob
 
 def main(job: Job) -> None:
     """One library call."""
-    from clipgraft.checkpoint import TrainingState
     from clipgraft.router import finetune_router
+    from clipgraft.training_state import TrainingState
 
     with job.outputs() as out:
         facts = finetune_router(

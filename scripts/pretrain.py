@@ -6,8 +6,8 @@ from clipgraft.settings import PretrainJob
 
 def main(job: Job) -> None:
     """One library call."""
-    from clipgraft.checkpoint import TrainingState
     from clipgraft.pretrain import pretrain
+    from clipgraft.training_state import TrainingState
 
     with job.outputs() as out:
         facts = pretrain(

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from test_train import folder, make_data, phase, saving_until
 
-from clipgraft import dist, embed, train
-from clipgraft.checkpoint import TrainingState, load_model, read_weights
+from clipgraft import dist, embed, train, training_state
+from clipgraft.checkpoint import load_model, read_weights
 from clipgraft.config import ConfigError
 from clipgraft.data.loader import Batch
 from clipgraft.data.tokens import Tokenizer, Tokens
@@ -31,6 +31,7 @@ from clipgraft.objectives import Features
 from clipgraft.pretrain import pretrain
 from clipgraft.router import finetune_router
 from clipgraft.settings import AssembleJob, EmbedSettings, ExpertJob, RouterJob
+from clipgraft.training_state import TrainingState
 
 NUM = 40
 LENGTH = 40  # of which captions need half
@@ -236,7 +237,7 @@ def test_an_expert_goes_on_after_a_kill_with_the_same_bits(
     settings = job(accumulate=2, **short)
     whole, out = folder(tmp_path / "whole"), folder(tmp_path / "out")
     finetune_expert(settings, base, *data, labels, whole)
-    monkeypatch.setattr(train, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(training_state, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(TrainingState, "save", saving_until(4, TrainingState.save))
     state = TrainingState(tmp_path / "resume", "tag")
     with pytest.raises(KeyboardInterrupt):

@@ -6,13 +6,13 @@ from open_clip_train.scheduler import cosine_lr as open_clip_cosine
 from pydantic import ValidationError
 from torch import nn
 
-from clipgraft.checkpoint import TrainingState
 from clipgraft.loss_settings import LossSettings
 from clipgraft.models.build import build
 from clipgraft.models.moe import upcycle
 from clipgraft.optim import TEMPERATURE, build_optimizer, parameter_groups, tau_lr
 from clipgraft.recipes import OptimSettings
 from clipgraft.schedule import cosine_lr
+from clipgraft.training_state import TrainingState
 
 
 def names_of(groups, named) -> list[set[str]]:

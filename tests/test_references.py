@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from PIL import Image
 from test_train import PHASE, folder, make_data, phase, saving_until
 
-from clipgraft import train
-from clipgraft.checkpoint import TrainingState, load_model, read_weights, save_model
+from clipgraft import train, training_state
+from clipgraft.checkpoint import load_model, read_weights, save_model
 from clipgraft.config import ConfigError
 from clipgraft.data.loader import Loader
 from clipgraft.data.samples import Samples
@@ -27,7 +27,8 @@ from clipgraft.loss_settings import ReferenceSettings
 from clipgraft.models.build import build, describe
 from clipgraft.pretrain import pretrain
 from clipgraft.references import OnlineReference
-from clipgraft.train import Data, ordinary_batches
+from clipgraft.training_data import Data, ordinary_batches
+from clipgraft.training_state import TrainingState
 
 CPU = torch.device("cpu")
 SCALE = 6.0
@@ -217,7 +218,7 @@ def test_a_run_with_a_projection_goes_on_after_a_kill_with_the_same_bits(
 ):
     settings, whole = learning(references, "far", loss=V3), folder(tmp_path / "whole")
     pretrain(settings, *data, None, whole)
-    monkeypatch.setattr(train, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(training_state, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(TrainingState, "save", saving_until(2, TrainingState.save))
     state, out = TrainingState(tmp_path / "resume", "tag"), folder(tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):

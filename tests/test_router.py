@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as torch_dist
-from test_train import folder, make_data, phase
+from test_train import folder, make_data, phase, saving_until
 
-from clipgraft import dist
-from clipgraft.checkpoint import TrainingState, load_model, read_weights
+from clipgraft import dist, training_state
+from clipgraft.checkpoint import load_model, read_weights
 from clipgraft.config import ConfigError
 from clipgraft.graft import assemble
 from clipgraft.losses.balance import routing_sums
@@ -26,6 +26,7 @@ from clipgraft.models.moe import insert_experts
 from clipgraft.pretrain import pretrain
 from clipgraft.router import RoutingLoss, collapse, finetune_router, trained_parameters
 from clipgraft.settings import AssembleJob, RouterJob
+from clipgraft.training_state import TrainingState
 
 E, K = 4, 2
 LAYERS = {"image_layers": [0, 1], "text_layers": [1]}
@@ -116,11 +117,11 @@ def test_experts_have_the_learning_rate_that_they_are_given(moe, data, tmp_path)
 def test_a_stopped_training_goes_on_with_both_learning_rates(moe, data, tmp_path, monkeypatch):
     settings = job(train="experts", lr_experts=0.1)
     whole = trained_by(settings, moe, data, tmp_path / "whole")
-    answers = iter([False, False, True, *[False] * 20])  # asked twice a step: stop after the second
+    monkeypatch.setattr(training_state, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(TrainingState, "save", saving_until(2, TrainingState.save))
     state = TrainingState(tmp_path / "resume", "tag")
     out = folder(tmp_path / "out")
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(dist, "any_true", lambda *_: next(answers))
+    with pytest.raises(KeyboardInterrupt):
         finetune_router(settings, moe, *data, out, state=state)
     assert state.load()["step"] == 2
     finetune_router(settings, moe, *data, out, state=state)

@@ -21,8 +21,8 @@ import torch
 import yaml
 from test_train import folder, make_data, phase, saving_until
 
-from clipgraft import dist, train
-from clipgraft.checkpoint import TrainingState, load_model, read_weights
+from clipgraft import dist, training_state
+from clipgraft.checkpoint import load_model, read_weights
 from clipgraft.config import ConfigError, load_config, merge
 from clipgraft.data.download import download
 from clipgraft.data.index import build_index
@@ -40,6 +40,7 @@ from clipgraft.report.read import read_looks, read_metrics
 from clipgraft.router import finetune_router
 from clipgraft.settings import AssembleJob, ExpertJob, IndexJob, PretrainJob, RouterJob
 from clipgraft.sources import ShapesSource
+from clipgraft.training_state import TrainingState
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = yaml.safe_load((ROOT / "tests/config/small.yaml").read_text())
@@ -94,7 +95,7 @@ def watched(data, held_out, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CLIPGRAFT_PRECISION", "fp32")
         patch.setattr(watch_module, "score_of", scores_in_turn())
-        patch.setattr(train, "SAVE_SECONDS", 0.0)
+        patch.setattr(training_state, "SAVE_SECONDS", 0.0)
         patch.setattr(TrainingState, "save", keeping(BEST_STEP, out, TrainingState.save))
         state = TrainingState(out / "resume", "tag")
         settings = phase(**TRAINING, watch=WATCH)
@@ -243,7 +244,7 @@ def test_a_killed_training_goes_on_with_its_looks_and_its_best(
 ):
     settings = phase(**TRAINING, watch=WATCH)
     monkeypatch.setattr(watch_module, "score_of", scores_in_turn())
-    monkeypatch.setattr(train, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(training_state, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(TrainingState, "save", saving_until(7, TrainingState.save))
     state, out = TrainingState(tmp_path / "resume", "tag"), folder(tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
@@ -262,7 +263,7 @@ def test_a_killed_training_goes_on_with_its_looks_and_its_best(
 def test_a_training_that_nobody_watched_may_be_watched_from_its_resume_on(
     data, held_out, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(train, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(training_state, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(TrainingState, "save", saving_until(4, TrainingState.save))
     state, out = TrainingState(tmp_path / "resume", "tag"), folder(tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):

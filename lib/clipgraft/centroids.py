@@ -26,7 +26,7 @@ from clipgraft.data.sampler import UniformBatches
 from clipgraft.models.build import normalize
 from clipgraft.models.moe import MoeMlp, router_parameters, upcycle
 from clipgraft.settings import AssembleJob
-from clipgraft.train import Data
+from clipgraft.training_data import Data
 
 log = logging.getLogger(__name__)
 

@@ -1,20 +1,15 @@
-"""Model folders and training state.
+"""Model folders.
 
 A model folder holds `model.safetensors`, `model.json` (what to build) and `merges.txt.gz` or
 `vocab.txt` (its tokenizer), and is complete in itself; an expert's (kind `delta`) holds only the tensors it changed
-and points to its base. Training state is what a trainer needs to go on after a kill: written aside,
-flushed to disk, renamed, and the one before it is kept, so that there is always a whole one. Nothing
-is ever unpickled without `weights_only`.
+and points to its base. Nothing is unpickled.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import logging
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Callable, Collection
@@ -28,9 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from clipgraft.config import ConfigError
+from clipgraft.integrity import check_file
 from clipgraft.job import WRITING, write_json
 from clipgraft.lean import open_clip
-from clipgraft.models.build import build
+from clipgraft.models.build import build, check_towers
 from clipgraft.models.positions import LINEAR, TextResize, resize_positions
 from clipgraft.models.public import Encode, load_public
 from clipgraft.models.weights import check_fit
@@ -126,6 +122,7 @@ def load_model(
     image_size = image_size or spec["config"]["vision_cfg"]["image_size"]
     text_length = text_length or spec["config"]["text_cfg"]["context_length"]
     weights = whole_weights(folder)
+    check_towers(spec["config"])  # others are asked of a hub, or are code
     model = build(spec["config"], image_size, text_length)
     if spec["moe"] and insert_experts is None:
         raise ConfigError(f"{folder} is a mixture of experts; a dense model is needed here")
@@ -176,11 +173,11 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """The tensors of a model folder, as saved.
 
     Raises:
-        ConfigError: if the file is missing or damaged.
+        ConfigError: if the file is missing, damaged, or not as the manifest beside it says.
     """
     path = Path(folder) / WEIGHTS
     try:
-        return dict(load_file(path))
+        weights = dict(load_file(path))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist. Hint: is {folder} a model folder?") from None
     except (SafetensorError, OSError) as error:
@@ -189,6 +186,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             f"{path} ({size:,} bytes) is damaged or no safetensors file: {error}. Hint: remove the "
             "folder and run its job again"
         ) from None
+    check_file(path)
+    return weights
 
 
 def whole_weights(folder: Path) -> dict[str, Tensor]:
@@ -197,77 +196,6 @@ def whole_weights(folder: Path) -> dict[str, Tensor]:
     if spec["kind"] != "delta":
         return weights
     return {**whole_weights(Path(folder).resolve() / spec["base"]), **weights}
-
-
-class TrainingState:
-    """What a trainer saves to continue after a kill; two generations, in a folder of its own.
-
-    Files are named by tag and step, so that state of other settings or code is never mistaken for
-    one's own. The first process locks the folder until `close` or its end, however it ends.
-    """
-
-    def __init__(self, folder: Path, tag: str) -> None:
-        """Lock the folder.
-
-        Args:
-            folder: made if need be.
-            tag: settings, inputs and code; state saved under another tag is not loaded.
-
-        Raises:
-            ConfigError: if another trainer holds the folder.
-        """
-        self._folder = Path(folder)
-        self._prefix = hashlib.sha256(tag.encode()).hexdigest()[:16]
-        self._folder.mkdir(parents=True, exist_ok=True)
-        is_first = os.environ.get("RANK", "0") == "0"  # the others only load
-        self._lock = _lock(self._folder / ".lock") if is_first else None
-
-    def load(self) -> dict[str, Any] | None:
-        """The newest whole state under this tag, as it was saved; None means start afresh."""
-        for path in reversed(self._generations()):
-            try:
-                return dict(torch.load(path, map_location="cpu", weights_only=True))
-            except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-                log.warning("training state %s is damaged, not used: %s", path, str(error)[:200])
-        if next(self._folder.glob("*.pt"), None) is not None:
-            log.warning(
-                "%s: no training state is whole and of these settings, inputs and code: starting "
-                "afresh",
-                self._folder,
-            )
-        return None
-
-    def save(self, state: dict[str, Any]) -> None:
-        """Save atomically; then only this state and the one before it are kept.
-
-        Args:
-            state: `step` (steps done) and what else there is: tensors, numbers, strings and None, in
-                dicts, lists and tuples.
-        """
-        _check_plain(state)
-        for left_by_a_kill in self._folder.glob("*.tmp"):
-            left_by_a_kill.unlink()
-        path = self._folder / f"{self._prefix}-{state['step']:012d}.pt"
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(self._folder)
-        before = [other for other in self._generations() if other.name < path.name]
-        for other in self._folder.glob("*.pt"):
-            if other not in (path, *before[-1:]):
-                other.unlink()
-
-    def close(self) -> None:
-        """Let go of the folder."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-    def _generations(self) -> list[Path]:
-        return sorted(self._folder.glob(f"{self._prefix}-*.pt"))
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -330,36 +258,3 @@ def _resized(spec: dict[str, Any], image_size: int, text_length: int) -> dict[st
         "text_cfg": {**text, "context_length": text_length},
     }
     return {**spec, "config": config, "preprocess": {**spec["preprocess"], "size": image_size}}
-
-
-def _lock(path: Path) -> int:
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ConfigError(
-            f"another trainer uses {path.parent}. Hint: wait for it, or end it; two trainers must "
-            "not share state"
-        ) from None
-    return descriptor
-
-
-def _check_plain(value: Any) -> None:
-    """What `weights_only` would refuse to load must fail when it is saved, not after the kill."""
-    if isinstance(value, dict):
-        for key, part in value.items():
-            assert isinstance(key, str | int), f"training state: key {key!r}"
-            _check_plain(part)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            _check_plain(part)
-    else:
-        plain = value is None or type(value) in (bool, int, float, str) or isinstance(value, Tensor)
-        assert plain, f"training state holds a {type(value).__name__}: {value!r}"
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

@@ -205,6 +205,22 @@ def memory_bytes(config: Mapping[str, Any], phase: PhaseSettings, num_gpus: int)
     return float(state + on_gpu * (activations + PAIR_BYTES * phase.batch_size))
 
 
+def blocks(config: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+    """Of the image and the text tower: blocks, their width, parameters of each."""
+    return [
+        (each["layers"], each["width"], _block_parameters(each) // each["layers"])
+        for each in _towers(config)
+    ]
+
+
+def mlps(config: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+    """Of the image and the text tower: blocks, their width, hidden width of their MLPs."""
+    return [
+        (each["layers"], each["width"], int(each["width"] * each["mlp_ratio"]))
+        for each in _towers(config)
+    ]
+
+
 def _block_parameters(tower: Mapping[str, Any]) -> int:
     width, hidden = tower["width"], int(tower["width"] * tower["mlp_ratio"])
     weights = 4 * width**2 + 2 * width * hidden

@@ -6,9 +6,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as torch_dist
+
+PATIENCE = timedelta(hours=2)  # with a process that writes a large state to a slow disk
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,19 @@ def world() -> Iterator[World]:
     if has_device:
         torch.cuda.set_device(device)
     if size > 1:
-        torch_dist.init_process_group("nccl" if has_device else "gloo")
+        backend = "nccl" if has_device else "gloo"
+        torch_dist.init_process_group(backend, timeout=PATIENCE)
     try:
         yield World(rank, size, device)
     finally:
         if torch_dist.is_initialized():
             torch_dist.destroy_process_group()
+
+
+def part() -> tuple[int, int] | None:
+    """Which of the jobs that share a stage's work this is, and how many they are; None: it has all of it."""
+    k, _, num = os.environ.get("CLIPGRAFT_PART", "").partition("-of-")
+    return (int(k), int(num)) if num else None
 
 
 def gather(local_BD: torch.Tensor) -> torch.Tensor:
@@ -100,13 +110,28 @@ def total(value: torch.Tensor) -> torch.Tensor:
     return everyone + torch_dist.get_world_size() * (value - value.detach())
 
 
-def any_true(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on any process; all processes get the same answer."""
+def largest(number: int, device: torch.device) -> int:
+    """The largest that a process has; all get the same answer."""
     if not torch_dist.is_initialized():
-        return flag
-    tensor = torch.tensor([int(flag)], device=device)
-    torch_dist.all_reduce(tensor)
-    return bool(tensor.item())
+        return number
+    tensor = torch.tensor([number], device=device)
+    torch_dist.all_reduce(tensor, torch_dist.ReduceOp.MAX)
+    return int(tensor.item())
+
+
+def is_share(value: object) -> bool:
+    """Whether this is a process's share of a tensor (a DTensor, told without importing them)."""
+    return hasattr(value, "full_tensor")
+
+
+def own(value: torch.Tensor) -> torch.Tensor:
+    """This process's share of a tensor. Any other as it is."""
+    return value.to_local() if is_share(value) else value  # type: ignore[operator,no-any-return]
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """All of a tensor of which each process has a share; by all processes together. Any other as it is."""
+    return value.full_tensor() if is_share(value) else value  # type: ignore[attr-defined,no-any-return]
 
 
 def barrier() -> None:

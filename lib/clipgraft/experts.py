@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from clipgraft import dist
-from clipgraft.checkpoint import TrainingState, load_model
+from clipgraft.checkpoint import load_model
 from clipgraft.config import ConfigError
 from clipgraft.data.labels import read_labels
 from clipgraft.data.loader import Batch
@@ -33,7 +33,9 @@ from clipgraft.models.build import mlp_parameters
 from clipgraft.moe_settings import MlpSettings
 from clipgraft.objectives import Features, Loss, Objective, expert_loss
 from clipgraft.settings import ExpertJob
-from clipgraft.train import Data, Fit, Sampler, ordinary_batches
+from clipgraft.train import Fit, Sampler
+from clipgraft.training_data import Data, ordinary_batches
+from clipgraft.training_state import TrainingState
 
 log = logging.getLogger(__name__)
 

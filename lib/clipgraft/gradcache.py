@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from clipgraft import parallel
+from clipgraft.devices import random_state, set_random_state
 
 Encode = Callable[[nn.Module, int], tuple[Tensor | None, ...]]
 Loss = tuple[Tensor, dict[str, Tensor]]
@@ -31,7 +33,7 @@ def backward_in_parts(
     """Add the gradients of the loss of a batch to the model's parameters; processes average once.
 
     Args:
-        model: maybe in DDP.
+        model: maybe in DDP, or sharded.
         num_parts: of the batch of this process.
         encode: features of a part: image, text, then scalars (1 / tau, a bias or None).
         loss_of: the loss of the features of all parts, and of the sum of what was read.
@@ -44,7 +46,7 @@ def backward_in_parts(
     states, cached, sums = [], [], []
     with torch.no_grad():
         for part in range(num_parts):
-            states.append(_random_state())
+            states.append(random_state())
             cached.append(encode(plain, part))
             if read is not None:
                 sums.append(read(plain))
@@ -60,9 +62,9 @@ def backward_in_parts(
     d_others = [None if leaf is None else leaf.grad for leaf in leaves[2:]]
     d_scalars, d_sums = d_others[:num_scalars], d_others[num_scalars:]
     for part, state in enumerate(states):
-        _set_random_state(state)
+        set_random_state(state)
         is_last = part == num_parts - 1
-        with nullcontext() if is_last or model is plain else model.no_sync():
+        with nullcontext() if is_last else parallel.no_sync(model):
             features = encode(model, part)
             gradients = [d_side[part] for d_side in d_sides]
             # The parameters of the scalars are the same in all parts: once is enough.
@@ -76,14 +78,3 @@ def backward_in_parts(
 
 def _has_both(features: Tensor | None, gradient: Tensor | None) -> bool:
     return features is not None and gradient is not None and features.requires_grad
-
-
-def _random_state() -> list[Any]:
-    gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
-    return [torch.get_rng_state(), *gpu]
-
-
-def _set_random_state(state: list[Any]) -> None:
-    torch.set_rng_state(state[0])
-    for each in state[1:]:
-        torch.cuda.set_rng_state(each)

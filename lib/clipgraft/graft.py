@@ -21,7 +21,7 @@ from clipgraft.config import ConfigError
 from clipgraft.models.build import mlp_parameters
 from clipgraft.models.moe import router_parameters, upcycle
 from clipgraft.settings import AssembleJob
-from clipgraft.train import Data
+from clipgraft.training_data import Data
 
 log = logging.getLogger(__name__)
 

@@ -8,10 +8,13 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipgraft import dist
 from clipgraft.config import ConfigError
+from clipgraft.models.patches import num_patches
+from clipgraft.recipes import TrainSettings
+from clipgraft.schedule import num_steps
 
 log = logging.getLogger(__name__)
 
@@ -127,3 +130,48 @@ class Meter:
             *divmod(eta, 60),
         )
         self.spoke = now
+
+
+def announce(
+    settings: TrainSettings,
+    model: nn.Module,
+    num_trained: int,
+    num_samples: int,
+    sizes: tuple[int, int],
+    world: dist.World,
+    how: str,
+) -> None:
+    """Say what is going to be trained.
+
+    Args:
+        settings: length and batch.
+        model: its size, and how many patches it sees.
+        num_trained: parameters.
+        num_samples: of the training set.
+        sizes: side of an image in pixels, and tokens of a text.
+        world: this process.
+        how: precision and device.
+    """
+    total = sum(p.numel() for p in model.parameters())
+    log.info(
+        "%s params, %s trained   %s samples", _human(total), _human(num_trained), f"{num_samples:,}"
+    )
+    kept, patches = num_patches(model)
+    share = f"{kept} of {patches}" if kept < patches else f"{patches}"
+    log.info("image %d px = %s patches, text %d tokens", sizes[0], share, sizes[1])
+    size, steps = settings.batch_size, num_steps(settings)
+    log.info(
+        "batch %s = %d %s x %d%s   %s steps = %.1f passes   %s",
+        f"{size:,}",
+        world.size,
+        "process" if world.size == 1 else "processes",
+        size // world.size // settings.accumulate,
+        f" x {settings.accumulate} parts" if settings.accumulate > 1 else "",
+        f"{steps:,}",
+        steps * size / num_samples,
+        how,
+    )
+
+
+def _human(count: int) -> str:
+    return f"{count / 1e6:.1f}M" if count >= 1e5 else f"{count:,}"

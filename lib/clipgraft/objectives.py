@@ -10,9 +10,9 @@ parts. The loss of a phase is a sum of terms, each logged by its name before it 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +115,19 @@ Loss = tuple[Tensor, dict[str, Tensor]]
 Objective = Callable[[Features, Sequence[ReferenceFeatures], Batch, float], Loss]
 # The same for the loss over pairs alone: of the model, and of each reference.
 PairTerm = Callable[[Features, Pairs, list[Pairs], Batch, float], Loss]
+
+
+class ExtraLoss(Protocol):
+    """What is added to the loss: it looks at what the model did with a batch, not at the features."""
+
+    def read(self, model: nn.Module) -> Tensor:
+        """Sums over what went through the model last, with gradient; those of parts of a batch are added."""
+
+    def loss(self, sums: Tensor) -> Loss:
+        """The loss of the sums of this process's batch, and numbers worth logging."""
+
+    def watch(self, row: Mapping[str, Any]) -> None:
+        """Look at a new row of the metrics, and warn."""
 
 
 def encode(model: nn.Module, images: Tensor, text: Tensor) -> Features:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clipgraft import dist
 from clipgraft.loss_settings import LossSettings
 from clipgraft.recipes import OptimSettings
 
@@ -62,13 +63,16 @@ def build_optimizer(
         lr_of: peaks of parameters that have their own; their groups say under `lr_factor` by how much it is higher.
     """
     apart = {"logit_scale"} if temperature_apart else set()
-    parts: dict[float, dict[str, nn.Parameter]] = {}
+    parts: dict[
+        tuple[float, bool], dict[str, nn.Parameter]
+    ] = {}  # torch mixes no shares with others
     for name, p in named_parameters.items():
         if name not in apart:
-            parts.setdefault((lr_of or {}).get(name, lr) / lr, {})[name] = p
+            factor = (lr_of or {}).get(name, lr) / lr
+            parts.setdefault((factor, dist.is_share(p)), {})[name] = p
     groups = [
         {**group, "lr_factor": factor}
-        for factor, part in parts.items()
+        for (factor, _), part in parts.items()
         for group in parameter_groups(part, settings.weight_decay)
     ]
     taus = [p for name, p in named_parameters.items() if name in apart and p.requires_grad]

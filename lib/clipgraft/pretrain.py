@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from clipgraft import dist
-from clipgraft.checkpoint import TrainingState, load_model, load_reference
+from clipgraft.checkpoint import load_model, load_reference
 from clipgraft.config import ConfigError
 from clipgraft.data.tokens import Tokens
 from clipgraft.data.vocabulary import is_same_vocabulary
@@ -28,7 +28,9 @@ from clipgraft.references import (
     projections_of,
 )
 from clipgraft.settings import PretrainJob
-from clipgraft.train import Data, Fit, ordinary_batches
+from clipgraft.train import Fit
+from clipgraft.training_data import Data, ordinary_batches
+from clipgraft.training_state import TrainingState
 
 SIGLIP_BIAS = -10.0  # most pairs are negatives, and are taken for such at the start (SigLIP)
 

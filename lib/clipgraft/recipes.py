@@ -211,6 +211,16 @@ class TrainSettings(AugmentationSettings):
         description="Parts of a batch that go through the model one after the other: less memory, more time, the "
         "same result.",
     )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp",
+        description="Of several processes: each has the whole model, or (fsdp) a share of weights, gradients and "
+        "optimizer, for models that do not fit. The same result but for rounding; part of no version.",
+    )
+    grad_checkpointing: bool = Field(
+        False,
+        description="Keep no activations inside of blocks and compute them again: less memory, a third more time, the "
+        "same result; part of no version.",
+    )
     optim: OptimSettings
     captions: dict[Name, NonNegativeFloat] = Field(
         default_factory=dict,

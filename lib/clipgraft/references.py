@@ -32,7 +32,7 @@ from clipgraft.models.build import normalize, trimmed
 from clipgraft.models.public import Encode
 from clipgraft.objectives import ReferenceFeatures
 from clipgraft.recipes import AugmentationSettings, PhaseSettings, interactive_misfit
-from clipgraft.train import Data
+from clipgraft.training_data import Data
 
 log = logging.getLogger(__name__)
 

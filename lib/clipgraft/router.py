@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from clipgraft import dist
-from clipgraft.checkpoint import TrainingState, load_model
+from clipgraft.checkpoint import load_model
 from clipgraft.config import ConfigError
 from clipgraft.evaluation.watch import open_watch
 from clipgraft.losses.balance import (
@@ -32,7 +32,9 @@ from clipgraft.models.moe import insert_experts, router_parameters, routings
 from clipgraft.objectives import Features, Loss, pair_loss
 from clipgraft.schedule import num_steps
 from clipgraft.settings import RouterJob
-from clipgraft.train import Data, Fit, ordinary_batches
+from clipgraft.train import Fit
+from clipgraft.training_data import Data, ordinary_batches
+from clipgraft.training_state import TrainingState
 
 log = logging.getLogger(__name__)
 

@@ -10,124 +10,62 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import signal
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from clipgraft import dist
-from clipgraft.checkpoint import TrainingState, save_model
+from clipgraft import dist, parallel
+from clipgraft.checkpoint import save_model
 from clipgraft.config import ConfigError
 from clipgraft.data.augment import augment, augments
 from clipgraft.data.cached import ReferenceCache
 from clipgraft.data.loader import Batch, Loader
 from clipgraft.data.memory import SampleMemory
-from clipgraft.data.sampler import (
-    HomogeneousBatches,
-    RoundRobinBatches,
-    UniformBatches,
-    Visits,
-)
-from clipgraft.data.shards import Shards
-from clipgraft.data.tokens import Tokens
+from clipgraft.data.sampler import HomogeneousBatches, RoundRobinBatches, UniformBatches
+from clipgraft.devices import attention, device_name, precision
 from clipgraft.gradcache import backward_in_parts
 from clipgraft.job import REQUEUE
 from clipgraft.loss_settings import LossSettings
-from clipgraft.meter import Meter
+from clipgraft.meter import Meter, announce
 from clipgraft.models.build import normalize, trimmed
 from clipgraft.models.patches import PartialVisionTransformer, num_patches
-from clipgraft.objectives import Features, Loss, Objective, Reference, ReferenceFeatures, encode
+from clipgraft.objectives import (
+    ExtraLoss,
+    Features,
+    Loss,
+    Objective,
+    Reference,
+    ReferenceFeatures,
+    encode,
+)
 from clipgraft.optim import TEMPERATURE, build_optimizer, tau_lr
 from clipgraft.recipes import TrainSettings
 from clipgraft.schedule import cosine_lr, num_steps, num_warmup_steps, peak_lr
+from clipgraft.training_data import Data, split
+from clipgraft.training_state import (
+    Pace,
+    Parts,
+    Stop,
+    TrainingState,
+    Watcher,
+    check_alike,
+    stop_requests,
+)
 
 log = logging.getLogger(__name__)
 
 PROJECTIONS = "projections"  # what their names in the saved state begin with
-SAVE_SECONDS = float(os.environ.get("CLIPGRAFT_SAVE_SECONDS", "60"))
+
+GO_ON, SAVE, LEAVE = range(3)  # what a process wishes after a step; the most that one does is done
 
 Sampler = UniformBatches | HomogeneousBatches | RoundRobinBatches
-
-
-class ExtraLoss(Protocol):
-    """What is added to the loss: it looks at what the model did with a batch, not at the features."""
-
-    def read(self, model: nn.Module) -> Tensor:
-        """Sums over what went through the model last, with gradient; those of parts of a batch are added."""
-
-    def loss(self, sums: Tensor) -> Loss:
-        """The loss of the sums of this process's batch, and numbers worth logging."""
-
-    def watch(self, row: Mapping[str, Any]) -> None:
-        """Look at a new row of the metrics, and warn."""
-
-
-class Watcher(Protocol):
-    """What looks at the model every so often, and changes nothing (`evaluation.watch`)."""
-
-    rows: list[dict[str, Any]]
-    best: dict[str, Any] | None
-
-    def is_due(self, step: int) -> bool:
-        """Whether to look after so many steps."""
-
-    def look(self, model: nn.Module, step: int, seconds: float) -> None:
-        """Measure the model; by all processes together."""
-
-    def state(self) -> dict[str, Any]:
-        """What a resume needs."""
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """Images and tokens of the training set, row for row."""
-
-    shards: Shards
-    tokens: Tokens
-    index: Path
-
-    @classmethod
-    def open(cls, index: Path, shard: Path) -> Data:
-        """Open both and check that they are of the same samples.
-
-        Raises:
-            ConfigError: if they are not.
-        """
-        data = cls(Shards.open(shard), Tokens.open(index), index)
-        if data.shards.samples_id != data.tokens.samples_id:
-            raise ConfigError(
-                f"{shard} holds samples {data.shards.samples_id}, {index} holds {data.tokens.samples_id}: they are not "
-                "of one data set. Hint: give the shards that were made from this index"
-            )
-        return data
-
-    def visits(self, settings: TrainSettings, seed: int) -> Visits:
-        """What an epoch shows, after the weights of the sources."""
-        return Visits.of_index(self.index, len(self.shards), settings.source_weights, seed)
-
-
-def ordinary_batches(data: Data, settings: TrainSettings, seed: int) -> UniformBatches:
-    """Batches of the whole data set, in the order that the settings ask for."""
-    return UniformBatches(
-        len(data.shards),
-        settings.batch_size,
-        seed,
-        visits=data.visits(settings, seed),
-        shuffle_block=settings.shuffle_block,
-    )
 
 
 @dataclass
@@ -192,6 +130,10 @@ class Fit:
         """What autocast computes in."""
         return precision(self.world.device)
 
+    @property
+    def _precision(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
     def run(self, out: Path) -> dict[str, Any]:
         """Train, write `metrics.jsonl`, and return facts for the manifest.
 
@@ -208,7 +150,10 @@ class Fit:
             )
         self.model.to(self.world.device)
         self.projections.to(self.world.device)
-        trained = self._trained()
+        parallel.fit_into_memory(self.model, self.settings, self.world)
+        projections = self.projections.named_parameters(prefix=PROJECTIONS)
+        every = (*self.model.named_parameters(), *projections)
+        trained = {name: p for name, p in every if p.requires_grad}
         optimizer = build_optimizer(
             trained,
             self.settings.optim,
@@ -216,31 +161,37 @@ class Fit:
             temperature_apart=self.loss.lr_tau is not None,
             lr_of=self.lr_of,
         )
-        with (
-            _stop_requests() as stop
-        ):  # from here on: one that comes early is heard after the first step
-            first_step = self._resume(optimizer)
-            self._announce(trained, first_step)
+        parts = Parts(trained, optimizer, self.memory, self.watch)
+        with stop_requests() as stop:  # one that comes early is heard after the first step
+            first_step = self._resume(parts)
+            announce(
+                self.settings,
+                self.model,
+                sum(p.numel() for p in trained.values()),
+                len(self.data.shards),
+                (self.image_size, self.text_length),
+                self.world,
+                f"{self._precision} on {device_name(self.world.device)}",
+            )
             if first_step < self.num_steps:
-                self._loop(optimizer, list(trained.values()), first_step, stop)
+                self._loop(parts, first_step, stop)
+        parallel.make_whole(self.model, self.world.is_first)
         if self.world.is_first:
             looks = self.watch.rows if self.watch is not None else []
             rows = sorted([*self.rows, *looks], key=lambda row: row["step"])
             lines = "".join(json.dumps(row) + "\n" for row in rows)
             (out / "metrics.jsonl").write_text(lines)
-        seen = self.num_steps * self.settings.batch_size
-        final = self.rows[-1]["loss"] if self.rows else None
         return {
-            "samples_seen": seen,
+            "samples_seen": self.num_steps * self.settings.batch_size,
             "num_steps": self.num_steps,
             "image_tokens": 1 + num_patches(self.model)[0],
             "text_tokens": self.text_length,
             "train_seconds": self.rows[-1]["seconds"] if self.rows else 0.0,
-            "precision": str(self.dtype).removeprefix("torch."),
+            "precision": self._precision,
             "num_processes": self.world.size,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "trained_parameters": sum(p.numel() for p in trained.values()),
-            "metrics": {"loss": final},
+            "metrics": {"loss": self.rows[-1]["loss"] if self.rows else None},
             "best": _about(self.watch.best) if self.watch is not None else None,
         }
 
@@ -270,25 +221,13 @@ class Fit:
         save_model(out, self.model, last, tokenizer, only, base)
         best = self.watch.best if self.watch is not None else None
         if best is not None:
-            self.model.load_state_dict(best["weights"], strict=False)
+            parallel.put_back(self.model, best["weights"])
             (out / "best").mkdir()
             then = spec | {"samples_seen": seen + best["samples_seen"]}
             save_model(out / "best", self.model, then, tokenizer, only, base)
 
-    def _trained(self) -> dict[str, nn.Parameter]:
-        projections = self.projections.named_parameters(prefix=PROJECTIONS)
-        return {
-            name: p for name, p in (*self.model.named_parameters(), *projections) if p.requires_grad
-        }
-
-    def _loop(
-        self,
-        optimizer: torch.optim.Optimizer,
-        trained: list[nn.Parameter],
-        first_step: int,
-        stop: _Stop,
-    ) -> None:
-        model = self._parallel()
+    def _loop(self, parts: Parts, first_step: int, stop: Stop) -> None:
+        model = parallel.in_all_processes(self.model, self.world)
         loader = Loader(
             self.data.shards,
             self.data.tokens,
@@ -314,29 +253,29 @@ class Fit:
         watch = self.extra_loss.watch if self.extra_loss is not None else None
         meter = Meter(self.num_steps, self.settings.batch_size, logit_scale, self.rows, watch)
         model.train()
-        saved = time.monotonic()
+        pace = Pace()
         with attention(self.world.device):
             if first_step == 0:
                 self._look(meter, 0)
             for step, batch in enumerate(loader, start=first_step):
-                loss, lr, extras = self._step(model, optimizer, trained, batch, step)
-                meter.add(step + 1, loss, lr, loader.wait_seconds, extras)
+                loss, lr, extras = self._step(model, parts, batch, step)
                 done = step + 1
+                meter.add(done, loss, lr, loader.wait_seconds, extras)
                 self._look(meter, done)
                 if done == self.num_steps:
                     break
-                must_stop = dist.any_true(stop.requested, self.world.device)
-                if must_stop or dist.any_true(
-                    time.monotonic() - saved > SAVE_SECONDS, self.world.device
-                ):
+                wish = LEAVE if stop.requested else SAVE if pace.is_due() else GO_ON
+                wish = dist.largest(wish, self.world.device)
+                if wish >= SAVE:
                     meter.flush(done)
-                    self._save(optimizer, done)
-                    saved = time.monotonic()
-                if must_stop:
+                    with pace.saving():
+                        self._save(parts, done)
+                if wish == LEAVE:
                     dist.barrier()  # torchrun ends the others when one leaves
                     log.info("told to stop: saved at step %d/%d, leaving", done, self.num_steps)
                     sys.exit(REQUEUE)
         meter.flush(self.num_steps)
+        parts.check_finite(self.num_steps, self.num_steps, self.world.device)
 
     def _look(self, meter: Meter, step: int) -> None:
         if self.watch is None or not self.watch.is_due(step):
@@ -349,12 +288,11 @@ class Fit:
     def _step(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        trained: list[nn.Parameter],
+        parts: Parts,
         batch: Batch,
         step: int,
     ) -> tuple[Tensor, float, dict[str, Tensor]]:
-        optim = self.settings.optim
+        optim, optimizer = self.settings.optim, parts.optimizer
         warmup_steps, peak = num_warmup_steps(self.settings), peak_lr(self.settings)
         lr = cosine_lr(step, self.num_steps, warmup_steps, peak, optim.lr_min)
         for group in optimizer.param_groups:
@@ -364,11 +302,9 @@ class Fit:
                 group["lr"] = tau_lr(self.loss, lr / peak, tau)
         optimizer.zero_grad(set_to_none=True)
         loss, extras = self._backward(model, batch, step / self.sampler.num_batches)
-        for parameter in self.projections.parameters():  # of no DDP
-            assert parameter.grad is not None
-            parameter.grad = dist.mean(parameter.grad)
+        parallel.average_others(self.model, self.projections)
         if optim.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(trained, optim.max_grad_norm)
+            parallel.clip_gradients(parts.trained.values(), optim.max_grad_norm)
         optimizer.step()
         if self.model.logit_scale.requires_grad:
             low, high = self.loss.tau_bounds
@@ -436,133 +372,23 @@ class Fit:
         enabled = self.dtype != torch.float32
         return torch.autocast(self.world.device.type, dtype=self.dtype, enabled=enabled)
 
-    def _parallel(self) -> nn.Module:
-        if self.world.size == 1:
-            return self.model
-        return nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True)
-
-    def _save(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+    def _save(self, parts: Parts, step: int) -> None:
+        parts.check_finite(step, self.num_steps, self.world.device)
+        captured = parts.captured(self.world.is_first)
         if self.state is not None and self.world.is_first:
-            trained = {name: p.detach() for name, p in self._trained().items()}
-            saved = {"trained": trained, "optimizer": optimizer.state_dict()}
-            if self.memory is not None:
-                saved["memory"] = self.memory.state()
-            if self.watch is not None:
-                saved["watch"] = self.watch.state()
-            self.state.save({"step": step, **saved, "rows": json.dumps(self.rows)})
+            self.state.save({"step": step, **captured, "rows": json.dumps(self.rows)})
 
-    def _resume(self, optimizer: torch.optim.Optimizer) -> int:
+    def _resume(self, parts: Parts) -> int:
         saved = self.state.load() if self.state is not None else None
-        if saved is None:
-            return 0
-        parameters = self._trained()
-        with torch.no_grad():
-            for name, value in saved["trained"].items():
-                parameters[name].copy_(value)
-        optimizer.load_state_dict(saved["optimizer"])
-        if self.memory is not None:
-            self.memory.restore(saved["memory"])
-        if self.watch is not None and "watch" in saved:
-            self.watch.restore(saved["watch"])
-        self.rows = json.loads(saved["rows"])
-        log.info("resumed at step %d/%d", saved["step"], self.num_steps)
-        return int(saved["step"])
-
-    def _announce(self, trained: Mapping[str, nn.Parameter], first_step: int) -> None:
-        total = sum(p.numel() for p in self.model.parameters())
-        count = sum(p.numel() for p in trained.values())
-        size, num = self.settings.batch_size, len(self.data.shards)
-        log.info("%s params, %s trained   %s samples", _human(total), _human(count), f"{num:,}")
-        kept, patches = num_patches(self.model)
-        share = f"{kept} of {patches}" if kept < patches else f"{patches}"
-        log.info(
-            "image %d px = %s patches, text %d tokens", self.image_size, share, self.text_length
-        )
-        passes = self.num_steps * size / num
-        log.info(
-            "batch %s = %d %s x %d%s   %s steps = %.1f passes   %s on %s",
-            f"{size:,}",
-            self.world.size,
-            "process" if self.world.size == 1 else "processes",
-            size // self.world.size // self.settings.accumulate,
-            f" x {self.settings.accumulate} parts" if self.settings.accumulate > 1 else "",
-            f"{self.num_steps:,}",
-            passes,
-            str(self.dtype).removeprefix("torch."),
-            device_name(self.world.device),
-        )
+        step = 0 if saved is None else int(saved["step"])
+        check_alike(step, self.world.device)
+        if saved is not None:
+            parts.restore(saved)
+            self.rows = json.loads(saved["rows"])
+            log.info("resumed at step %d/%d", step, self.num_steps)
+        return step
 
 
 def _about(best: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Of the model that did best, for the manifest."""
     return best and {key: best[key] for key in ("step", "samples_seen", "score")}
-
-
-def split(batch: Batch, num_parts: int) -> list[Batch]:
-    """Parts of a batch, each of as many rows."""
-    size = len(batch.rows_B) // num_parts
-    parts = []
-    for first in range(0, size * num_parts, size):
-        rows = {
-            field.name: value[first : first + size]
-            for field in fields(batch)
-            if isinstance(value := getattr(batch, field.name), Tensor)
-        }
-        parts.append(replace(batch, **rows))
-    return parts
-
-
-@dataclass
-class _Stop:
-    requested: bool = False
-
-
-@contextmanager
-def _stop_requests() -> Iterator[_Stop]:
-    """While training, SIGTERM and SIGUSR1 mean: save and leave."""
-    stop = _Stop()
-
-    def request(*_: object) -> None:
-        stop.requested = True
-
-    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def attention(device: torch.device) -> AbstractContextManager[None]:
-    """Plain attention on CPUs, torch's choice elsewhere.
-
-    torch's fused CPU kernel is made for long sequences: at the 16 to 64 tokens of short training its backward takes
-    half of the step (in bf16; the plain one makes the step twice as fast).
-    """
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
-
-
-def precision(device: torch.device) -> torch.dtype:
-    """bf16 where the hardware multiplies it, else float32; CLIPGRAFT_PRECISION=fp32 forces the latter."""
-    if os.environ.get("CLIPGRAFT_PRECISION") == "fp32":
-        return torch.float32
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return torch.float32
-    return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else torch.float32
-
-
-def device_name(device: torch.device) -> str:
-    """What to call the device in a log line."""
-    return (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
-
-
-def _human(count: int) -> str:
-    return f"{count / 1e6:.1f}M" if count >= 1e5 else f"{count:,}"

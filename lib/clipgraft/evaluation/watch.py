@@ -143,8 +143,7 @@ class Watch:
         model.train()
         row = {"step": step, "samples_seen": step * self.batch_size, "seconds": round(seconds, 3)}
         self.rows.append({**row, "watch": values, "chance": chance})
-        if self.world.is_first:
-            self._keep(model, row, score_of(values))
+        self._keep(model, row, score_of(values))
         numbers = "  ".join(f"{name} {100 * value:.2f}%" for name, value in values.items())
         took = time.monotonic() - start
         log.info("watch %5d/%d  %s  (%.1f s)", step, self.num_steps, numbers, took)
@@ -208,13 +207,17 @@ class Watch:
         return prepare(samples.pixels(row), *how)
 
     def _keep(self, model: nn.Module, row: Mapping[str, Any], score: float) -> None:
-        if not self.settings.best or (self.best is not None and score <= self.best["score"]):
+        is_best = self.best is None or score > self.best["score"]
+        if not self.settings.best or not dist.largest(
+            self.world.is_first and is_best, self.world.device
+        ):
             return
-        weights = {
-            name: parameter.detach().to("cpu", copy=True)
+        trained = (
+            (name, dist.whole(parameter.detach()))  # by all processes, for the first one
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
-        }
+        )
+        weights = {name: p.to("cpu", copy=True) for name, p in trained if self.world.is_first}
         about = {key: row[key] for key in ("step", "samples_seen")}
         self.best = {**about, "score": score, "weights": weights}
 

@@ -1,0 +1,258 @@
+"""Training state on disk: whole or not there, one's own or not used; and how often it is saved.
+
+Kills are real: at every change of the folder, and at any byte of the file.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from trainings import FORKS
+
+from clipgraft import training_state
+from clipgraft.config import ConfigError
+from clipgraft.training_state import Pace, TrainingState
+
+
+def state_of(step: int) -> dict:
+    return {
+        "step": step,
+        "weights": {"a": torch.full((3,), float(step))},
+        "optimizer": {
+            "state": {0: {"exp_avg": torch.ones(2)}},
+            "groups": [{"lr": 0.1, "betas": (0.9, 0.98)}],
+        },
+        "note": None,
+    }
+
+
+def generations(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.pt"))
+
+
+def test_state_comes_back_as_saved(tmp_path):
+    state = TrainingState(tmp_path, "tag")
+    assert state.load() is None
+    state.save(state_of(5))
+    loaded = state.load()
+    assert torch.equal(loaded["weights"]["a"], torch.full((3,), 5.0))
+    assert {**loaded, "weights": 0, "optimizer": 0} == {
+        "step": 5,
+        "weights": 0,
+        "optimizer": 0,
+        "note": None,
+    }
+    assert loaded["optimizer"]["groups"] == [{"lr": 0.1, "betas": (0.9, 0.98)}]
+
+
+def test_the_newest_two_generations_are_kept(tmp_path):
+    state = TrainingState(tmp_path, "tag")
+    for step in (8, 9, 10, 100):
+        state.save(state_of(step))
+    assert len(generations(tmp_path)) == 2
+    assert state.load()["step"] == 100
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"no state" * 99]
+)
+def test_a_damaged_generation_falls_back_to_the_one_before_and_says_so(tmp_path, damage, caplog):
+    state = TrainingState(tmp_path, "tag")
+    state.save(state_of(1))
+    state.save(state_of(2))
+    first, second = generations(tmp_path)
+    second.write_bytes(damage(second.read_bytes()))
+    with caplog.at_level(logging.WARNING):
+        assert state.load()["step"] == 1
+    assert f"{second} is damaged" in caplog.text
+    first.write_bytes(damage(first.read_bytes()))
+    assert state.load() is None
+    assert "starting afresh" in caplog.text
+
+
+def test_after_a_fall_back_the_damaged_file_is_not_taken_for_the_newest(tmp_path):
+    state = TrainingState(tmp_path, "tag")
+    for step in (10, 20):
+        state.save(state_of(step))
+    generations(tmp_path)[-1].write_bytes(b"")
+    state.save(state_of(15))
+    assert state.load()["step"] == 15
+    assert len(generations(tmp_path)) == 2
+
+
+def test_state_of_another_tag_is_not_used_and_said_so(tmp_path, caplog):
+    old = TrainingState(tmp_path, "old settings")
+    old.save(state_of(50))
+    old.close()
+    new = TrainingState(tmp_path, "new settings")
+    with caplog.at_level(logging.WARNING):
+        assert new.load() is None
+    assert "starting afresh" in caplog.text
+    new.save(state_of(3))
+    assert new.load()["step"] == 3
+    assert len(generations(tmp_path)) == 1
+
+
+def test_two_trainers_never_share_a_folder(tmp_path):
+    first = TrainingState(tmp_path, "tag")
+    with pytest.raises(ConfigError, match="another trainer uses"):
+        TrainingState(tmp_path, "tag")
+    first.close()
+    TrainingState(tmp_path, "tag").close()
+
+
+def test_other_ranks_read_beside_the_first(tmp_path, monkeypatch):
+    first = TrainingState(tmp_path, "tag")
+    first.save(state_of(4))
+    monkeypatch.setenv("RANK", "1")
+    assert TrainingState(tmp_path, "tag").load()["step"] == 4
+
+
+def test_what_could_not_be_loaded_is_refused_when_saved(tmp_path):
+    state = TrainingState(tmp_path, "tag")
+    with pytest.raises(AssertionError, match="Random"):
+        state.save({"step": 1, "generators": [random.Random(0)]})
+    assert generations(tmp_path) == []
+
+
+# --- killed while it is written ------------------------------------------------------------------------------
+
+
+def saves_steps(
+    folder: Path, steps: range, dies_at: int | None = None, limit: int | None = None
+) -> None:
+    """Save one step after the other, and maybe die: at a change of the folder, or at a byte of a file."""
+    state = TrainingState(folder, "tag")
+    changes = 0
+
+    def count(event: str, words: tuple) -> None:
+        nonlocal changes
+        writes = event == "open" and "w" in str(words[1])
+        if (writes or event in ("os.rename", "os.remove")) and str(folder) in str(words[0]):
+            changes += 1
+            if changes == dies_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    if limit is not None:  # the kernel kills who writes past it, with no word to the process
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    for step in steps:
+        state.save(state_of(step))
+
+
+def exit_code(*words: object) -> int | None:
+    process = FORKS.Process(target=saves_steps, args=words)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def test_killed_at_any_change_of_the_folder_there_is_a_whole_state(tmp_path):
+    """A save is three changes (a file is opened, renamed, and an old one removed), and one more after a kill."""
+    codes, found = [], []
+    for dies_at in range(1, 12):
+        folder = tmp_path / str(dies_at)
+        codes.append(exit_code(folder, range(1, 4), dies_at))
+        state = TrainingState(folder, "tag")
+        found.append((state.load() or {"step": 0})["step"])
+        state.close()
+        assert exit_code(folder, range(3, 5)) == 0
+        assert [path.name.split("-")[1] for path in generations(folder)] == [
+            f"{n:012d}" for n in (3, 4)
+        ]
+        assert not list(folder.glob("*.tmp"))
+    num_changes = codes.index(0)
+    assert num_changes == 3 * 2 + 1 and set(codes) == {-signal.SIGKILL, 0}
+    assert found[:num_changes] == [0, 0, 1, 1, 2, 2, 3]
+    assert set(found[num_changes:]) == {3}
+
+
+def test_killed_at_any_byte_of_the_file_there_is_the_state_before(tmp_path, caplog):
+    state = TrainingState(tmp_path, "tag")
+    state.save(state_of(1))
+    state.close()
+    [path] = generations(tmp_path)
+    size = path.stat().st_size
+    for limit in random.Random(0).sample(range(size), 8):
+        assert exit_code(tmp_path, range(2, 3), None, limit) == -signal.SIGXFSZ
+        assert [left.stat().st_size for left in tmp_path.glob("*.tmp")] == [limit]
+        state = TrainingState(tmp_path, "tag")
+        assert state.load()["step"] == 1
+        state.close()
+    assert exit_code(tmp_path, range(2, 3), None, size) == 0
+    assert TrainingState(tmp_path, "tag").load()["step"] == 2
+
+
+def test_a_save_that_fails_leaves_the_state_before_and_nothing_else(tmp_path):
+    state = TrainingState(tmp_path, "tag")
+    state.save(state_of(1))
+    before = sorted(tmp_path.iterdir())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # Python leaves SIGXFSZ alone
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            state.save(state_of(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(tmp_path.iterdir()) == before
+    assert state.load()["step"] == 1
+
+
+@pytest.mark.parametrize("place", [0.02, 0.5, 0.99])
+def test_one_flipped_bit_anywhere_is_noticed(tmp_path, place, caplog):
+    """torch.load would not: it is built without the checksums of its own format."""
+    state = TrainingState(tmp_path, "tag")
+    large = {"weights": torch.zeros(20_000)}
+    state.save({"step": 1, **large})
+    state.save({"step": 2, **large})
+    path = generations(tmp_path)[-1]
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 1
+    path.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        assert state.load()["step"] == 1
+    assert f"{path} is damaged" in caplog.text
+    assert not path.exists()  # or the next save would keep it, and remove the whole one
+
+
+# --- how often it is saved ----------------------------------------------------------------------------------
+
+
+def test_saving_takes_its_share_of_the_time_and_no_more(monkeypatch):
+    """A save of a twentieth of a second is due again after fifty of them, however often it was asked for."""
+    monkeypatch.setattr(training_state, "SAVE_SECONDS", 0.01)
+    pace = Pace()
+    time.sleep(0.02)
+    assert pace.is_due()
+    with pace.saving():
+        time.sleep(0.05)
+    time.sleep(0.1)
+    assert not pace.is_due()
+    monkeypatch.setattr(training_state, "SAVE_SHARE", 1.0)
+    assert pace.is_due()
+
+
+def test_saves_that_cost_nothing_come_as_often_as_they_were_asked_for(monkeypatch):
+    monkeypatch.setattr(training_state, "SAVE_SECONDS", 60.0)
+    pace = Pace()
+    with pace.saving():
+        pass
+    assert not pace.is_due()
+    monkeypatch.setattr(training_state, "SAVE_SECONDS", 0.1)
+    time.sleep(0.2)
+    assert pace.is_due()
+    monkeypatch.setattr(training_state, "SAVE_SECONDS", 0.0)
+    with pace.saving():
+        time.sleep(0.01)
+    assert pace.is_due()  # after every step
