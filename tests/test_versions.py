@@ -56,6 +56,8 @@ def differing(overlay: dict) -> set[str]:
             },
         ),
         ({"resources": {"pretrain": {"gpu": 8, "threads": 2}}}, set()),
+        ({"resources": {"pretrain": {"nodes": 2}, "embed": {"jobs": 8}}}, set()),
+        ({"slurm": {"devices": "gres", "device_type": "a100"}}, set()),
     ],
 )
 def test_a_setting_changes_its_stage_and_what_follows(overlay, stages):

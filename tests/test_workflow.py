@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -112,6 +113,19 @@ def test_editing_the_evaluation_trains_nothing_again(finished):
     assert set(finished.planned()) == {"evaluate", "report"}
 
 
+def test_how_a_training_fits_into_memory_reruns_nothing(finished):
+    before = "    watch: {task: renders, every: 32}\n"
+    memory = "    grad_checkpointing: true\n    parallel: fsdp\n"
+    finished.edit("small.yaml", before, before + memory)
+    finished.edit("small.yaml", "runs:\n", "resources: {pretrain: {gpu: 2}}\nruns:\n")
+    assert finished.planned() == []
+    printed = finished.snakemake("-n", "-p", "--cores", "2", "--forcerun", "pretrain")
+    words = [line for line in printed.splitlines() if "scripts/pretrain.py" in line]
+    assert len(words) == 2  # the phases
+    chosen = '--set parallel="fsdp" --set grad_checkpointing=true'
+    assert sorted(chosen in line for line in words) == [False, True], words
+
+
 def test_touching_files_reruns_nothing(finished):
     for path in (finished.root / "scripts").glob("*.py"):
         path.touch()
@@ -128,9 +142,10 @@ def test_a_task_that_failed_is_in_the_report_and_is_tried_again(finished):
     tar, offset, size = Samples.open(finished.root / "results/runs/small/index/renders").place(1)
     whole = tar.read_bytes()
     tar.write_bytes(whole[:offset] + bytes(size) + whole[offset + size :])
+    shutil.rmtree(finished.root / "results/evaluate/.features")  # nobody looks at the picture else
     try:
         finished.snakemake("--cores", "2", "-R", f"results/evaluate/{folder.name}/manifest.json")
-        said = "image of sample 1"
+        said = "is not what it was when its data set was indexed"
         assert said in json.loads((folder / "result.json").read_text())["failed"]
         assert "Tasks that failed" in page() and said in page()
         assert sorted(finished.planned()) == ["evaluate", "report"]
@@ -266,23 +281,6 @@ def test_two_processes_train_the_routers_as_one_does(finished, tmp_path):
         assert two["balance"] == pytest.approx(one["balance"], rel=1e-4)
         assert np.shape(two["load_image"]) == np.shape(one["load_image"]) == (2, 3)
         np.testing.assert_allclose(two["load_image"], one["load_image"], atol=1e-3)
-
-
-def test_a_dry_run_takes_less_than_two_seconds(finished, tmp_path):
-    (tmp_path / "Snakefile").write_text("rule all:\n    input: []\n")
-
-    def seconds(folder: Path, *words: str) -> float:
-        command = [sys.executable, "-m", "snakemake", "-n", "--cores", "2", *words]
-        start = time.perf_counter()
-        subprocess.run(command, cwd=folder, check=True, capture_output=True)
-        return time.perf_counter() - start
-
-    times = [
-        (seconds(finished.root, "--configfile", "small.yaml"), seconds(tmp_path)) for _ in range(3)
-    ]
-    ours, bare = (min(each) for each in zip(*times, strict=True))
-    # Where Snakemake alone is slow, for an empty workflow, no more than half of its time on top.
-    assert ours < max(2, 1.5 * bare), (ours, bare)
 
 
 def test_a_dry_run_loads_no_torch(finished):

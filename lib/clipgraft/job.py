@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -30,7 +29,10 @@ from pydantic import BaseModel
 from clipgraft import log as logging_setup
 from clipgraft import provenance
 from clipgraft.config import ConfigError, validate
-from clipgraft.versions import deciding, fingerprint
+from clipgraft.integrity import Inputs, to_the_present
+from clipgraft.lock import locked
+from clipgraft.orphan import leave_with_parents
+from clipgraft.versions import MEMORY, deciding, fingerprint
 
 log = logging.getLogger(__name__)
 S = TypeVar("S", bound=BaseModel)
@@ -52,6 +54,7 @@ class Job:
         out: output folder.
         threads: CPU threads this process may use.
         code: fingerprint of the code this script reaches.
+        checked: of the first process: whether the inputs are whole.
         facts: what goes into the manifest beside settings and files; use `record`.
     """
 
@@ -62,8 +65,9 @@ class Job:
     out: Path
     threads: int
     code: str
+    checked: Inputs | None = None
     facts: dict[str, Any] = field(default_factory=dict)
-    started: float = field(default_factory=time.time)
+    started: float = field(default_factory=time.monotonic)
 
     @staticmethod
     def run(main: Callable[[Job], None], doc: str | None) -> None:
@@ -71,13 +75,21 @@ class Job:
         script = Path(sys.argv[0]).resolve()
         arguments = _parse(doc or script.stem)
         logging_setup.set_up(arguments.name or script.stem, arguments.log)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # training takes them over
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+        leave_with_parents()
+        job = None
         try:
             job = _job(script, arguments)
             _limit_threads(job.threads)
             main(job)
         except ConfigError as error:
             log.error("error: %s", error)
+            _look_for_the_cause(job)
+            sys.exit(1)
+        except Exception:
+            sys.excepthook(*sys.exc_info())
+            _look_for_the_cause(job)
             sys.exit(1)
         except KeyboardInterrupt:
             sys.exit(128 + signal.SIGINT)
@@ -135,23 +147,22 @@ class Job:
         if not self.is_first:  # other ranks compute, rank 0 writes
             yield writing
             return
-        self.out.mkdir(parents=True, exist_ok=True)
-        with _locked(self.out / ".lock"):
-            shutil.rmtree(writing, ignore_errors=True)
-            writing.mkdir()
-            try:
-                yield writing
-                self._publish(writing)
-            except (OSError, RuntimeError) as error:
-                if _is_disk_full(error, writing):
-                    raise ConfigError(_disk_full(error, self.out)) from error
-                raise
-            finally:
+        with _disk_trouble(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
+            with locked(self.out / ".lock"):
                 shutil.rmtree(writing, ignore_errors=True)
-            shutil.rmtree(self.resume, ignore_errors=True)
+                writing.mkdir()
+                try:
+                    yield writing
+                    if self.checked is not None:
+                        self.checked.finish()
+                    self._publish(writing)
+                finally:
+                    shutil.rmtree(writing, ignore_errors=True)
+                shutil.rmtree(self.resume, ignore_errors=True)
         log.info(
             "done in %s: wrote %s (%s)",
-            _duration(time.time() - self.started),
+            _duration(time.monotonic() - self.started),
             self.out,
             _size(self.out),
         )
@@ -168,6 +179,7 @@ class Job:
         for name in self._outputs_before() - outputs.keys():
             (self.out / name).unlink(missing_ok=True)
         (self.out / provenance.MANIFEST).unlink(missing_ok=True)
+        to_the_present(self.inputs.values())
         for name in outputs:
             _sync(writing / name)
             target = self.out / name
@@ -192,7 +204,7 @@ class Job:
             "packages": provenance.package_versions(),
             "hardware": provenance.hardware(),
             "threads": self.threads,
-            "seconds": round(time.time() - self.started, 2),
+            "seconds": round(time.monotonic() - self.started, 2),
             "peak_memory_mb": peak_memory_mb(),
             **self.facts,
         }
@@ -268,17 +280,20 @@ def _job(script: Path, arguments: argparse.Namespace) -> Job:
     for name, path in inputs.items():
         # Resolved, because runs/<run>/ holds links, and manifests record relative paths.
         folders[name] = (path.parent if path.name == provenance.MANIFEST else path).resolve()
-        provenance.check_outputs(folders[name], provenance.read_manifest(folders[name]))
     for pair in arguments.set:
         settings = _with(settings, *pair.partition("=")[::2])
+    is_first = os.environ.get("RANK", "0") == "0"
+    checked = Inputs(folders.values(), script.stem) if is_first else None
     code = fingerprint(script)
     name = arguments.name or recorded.get("name") or script.stem
     threads = max(1, arguments.threads // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return Job(script.stem, name, settings, folders, arguments.out, threads, code)
+    return Job(script.stem, name, settings, folders, arguments.out, threads, code, checked)
 
 
 def _with(settings: Mapping[str, Any], key: str, value: str) -> dict[str, Any]:
     """Settings with one value changed; `key` is a dotted path, or its last part where that is unique."""
+    if key in MEMORY:  # of no version, so not among the settings that a job is handed
+        return {**settings, key: _scalar(value)}
     paths = [path for path in _paths(settings) if path == key or path.endswith(f".{key}")]
     exact = [path for path in paths if path == key] or paths
     if len(exact) != 1:
@@ -315,23 +330,26 @@ def _paths(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
     return paths
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock file; the kernel drops it when the process ends, however it ends."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"another process is writing {path.parent}. Hint: wait for it, or end it; two jobs must not share outputs"
-            ) from None
-        yield
-
-
 def _limit_threads(threads: int) -> None:
     """`threads` is per node: processes on a node share them."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
+
+
+@contextmanager
+def _disk_trouble(out: Path) -> Iterator[None]:
+    """A disk that is full or may not be written to is for the user to mend."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if _is_disk_full(error, out):
+            raise ConfigError(_disk_full(error, out)) from error
+        if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise ConfigError(
+                f"{error.filename or out}: {error.strerror}. Hint: is the disk mounted read-only, or are the files "
+                "someone else's?"
+            ) from error
+        raise
 
 
 def _is_disk_full(error: OSError | RuntimeError, out: Path) -> bool:
@@ -339,16 +357,29 @@ def _is_disk_full(error: OSError | RuntimeError, out: Path) -> bool:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     has_reason = isinstance(error, OSError) and error.errno is not None
-    return not has_reason and ("No space left" in str(error) or shutil.disk_usage(out).free < 2**20)
+    return not has_reason and ("No space left" in str(error) or _free_bytes(out) < 2**20)
 
 
 def _disk_full(error: OSError | RuntimeError, out: Path) -> str:
     where = getattr(error, "filename", None) or out
-    free = shutil.disk_usage(out).free / 2**20
     return (
-        f"{where}: no space left on device ({free:,.0f} MB free). Nothing of this job was kept. "
+        f"{where}: no space left on device ({_free_bytes(out) / 2**20:,.0f} MB free). Nothing of this job was kept. "
         "Hint: free some room (`make unused` lists versions that no run uses), then run snakemake again"
     )
+
+
+def _free_bytes(out: Path) -> int:
+    there = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
+    return shutil.disk_usage(there).free
+
+
+def _look_for_the_cause(job: Job | None) -> None:
+    """An input that is damaged explains a failure better."""
+    try:
+        if job is not None and job.checked is not None:
+            job.checked.finish()
+    except ConfigError as error:
+        log.error("error: %s", error)
 
 
 def _duration(seconds: float) -> str:

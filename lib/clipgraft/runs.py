@@ -11,6 +11,7 @@ from pathlib import Path
 
 from clipgraft.compare import LOCK, compare
 from clipgraft.config import ConfigError
+from clipgraft.integrity import to_the_present
 from clipgraft.job import write_json
 from clipgraft.provenance import MANIFEST
 
@@ -33,11 +34,13 @@ def link_run(run: str, versions: Mapping[str, str], results: Path = RESULTS) -> 
         link = folder / name
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(os.path.relpath(results / target, link.parent))
+    to_the_present(results / target for target in versions.values())
     write_json(folder / LOCK, dict(versions))
 
 
 def unused(results: Path = RESULTS) -> Iterator[Path]:
-    """Folders of the store that no run's lock names."""
+    """Folders of the store that no run's lock names; and what evaluations keep for one another, which may always go."""
+    yield from sorted((results / "evaluate").glob(".*"))
     used = set()
     for lock in (results / "runs").glob(f"*/{LOCK}"):
         used |= set(json.loads(lock.read_text()).values())

@@ -31,6 +31,8 @@ T = TypeVar("T")
 
 LIBRARY = Path(__file__).resolve().parent
 WATCHED = "watched"  # the input that has the samples of `watch`
+# Settings of a training that change its memory, not its result, and their defaults.
+MEMORY = {"parallel": "ddp", "grad_checkpointing": False}
 _MEMO = LIBRARY / "__pycache__" / "fingerprints.json"
 
 # Floor 0 and the launcher move settings and bytes, never values: editing them re-runs nothing.
@@ -46,10 +48,14 @@ PLUMBING = {
             "evaluation_settings",
             "baseline_settings",
             "recipes",
+            "resource_settings",
             "config",
             "versions",
             "planning",
             "job",
+            "lock",
+            "orphan",
+            "integrity",
             "provenance",
             "log",
             "runs",
@@ -58,6 +64,8 @@ PLUMBING = {
             "architectures",
             "cost",
             "plan",
+            "footprint",
+            "scale",
         )
     ),
     "clipgraft.evaluation.watch",  # changes no weights: an edit of the evaluation trains nothing again
@@ -86,13 +94,17 @@ class PlannedJob:
     def version(self) -> str:
         """8 hex digits."""
         settings, inputs = deciding(self.settings, self.inputs)
-        versions = {name: of.version for name, of in inputs.items()}
-        return _short_hash(json.dumps([self.stage, settings, versions], sort_keys=True))
+        return version_of(self.stage, settings, {name: of.version for name, of in inputs.items()})
 
     @property
     def folder(self) -> str:
         """Where its outputs are, relative to the results folder."""
         return f"{self.stage}/{self.version}"
+
+
+def version_of(stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """8 hex digits that name a job by its stage, the settings that decide and the versions of its inputs."""
+    return _short_hash(json.dumps([stage, settings, inputs], sort_keys=True))
 
 
 def num_failures(folder: Path) -> int:
@@ -104,10 +116,14 @@ def num_failures(folder: Path) -> int:
 def deciding(
     settings: Mapping[str, Any], inputs: Mapping[str, T]
 ) -> tuple[dict[str, Any], dict[str, T]]:
-    """The settings and inputs that results depend on: all but what watches a training, unless its best model is kept."""
+    """The settings and inputs that results depend on.
+
+    All but how a training fits into memory, and what watches it, unless its best model is kept.
+    """
+    settings = {name: value for name, value in settings.items() if name not in MEMORY}
     watch = settings.get("watch")
     if watch is None or watch.get("best"):
-        return dict(settings), dict(inputs)
+        return settings, dict(inputs)
     others = {name: of for name, of in inputs.items() if name != WATCHED}
     return {**settings, "watch": None}, others
 

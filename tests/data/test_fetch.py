@@ -204,6 +204,10 @@ def processes_in(folder: Path) -> list[int]:
     return found
 
 
+def words_of(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
 @pytest.mark.parametrize("whole_group", [True, False])
 def test_a_killed_fetch_leaves_nothing_running_and_goes_on_where_it_was(
     whole_group, site, out, tmp_path, monkeypatch
@@ -249,6 +253,34 @@ def test_a_killed_fetch_leaves_nothing_running_and_goes_on_where_it_was(
     download(source, whole, 1)
     for path in whole.iterdir():
         assert path.read_bytes() == (out / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("victims", ["the one that fetches", "all"])
+def test_a_killed_child_of_img2dataset_is_said_and_the_next_fetch_goes_on(
+    victims, site, out, tmp_path
+):
+    num_images, work = 12, tmp_path / "work"
+    site.files |= {f"/{number}.jpg": jpeg(seed=number) for number in range(num_images)}
+    site.held = {f"/{number}.jpg" for number in range(num_images // 2, num_images)}
+    source = source_of(tmp_path, [f"{site.address}{path}" for path in site.files])
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = [sys.executable, tmp_path / "program.py", source.table, out, work]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(work.glob("*/finished/*.parquet")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    children = [pid for pid in processes_in(work) if b"spawn_main" in words_of(pid)]
+    if victims != "all":
+        children = [max(children, key=lambda pid: len(os.listdir(f"/proc/{pid}/task")))]
+    for pid in children:
+        os.kill(pid, signal.SIGKILL)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 1 and "was killed by signal 9" in said
+    assert not processes_in(work)
+    site.released.set()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [status for status, _ in told(out)] == ["ok"] * num_images
 
 
 def test_work_on_another_table_is_not_gone_on_with(site, out, tmp_path):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import zlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -44,7 +45,7 @@ from clipgraft.data.found import (
 from clipgraft.data.images import SUFFIXES, BadImage, decode_whole, open_image
 from clipgraft.data.parallel import Progress, parallel_map
 from clipgraft.data.samples import SCHEMA, samples_id_of
-from clipgraft.data.tars import read_range
+from clipgraft.data.tars import read_range, too_large
 from clipgraft.data.wordpiece import WordPieces
 from clipgraft.data.words import load_tagger
 from clipgraft.job import WRITING
@@ -69,6 +70,7 @@ class Accepted:
     tar: str
     image_offset: int
     image_bytes: int
+    image_crc: int
     width: int
     height: int
     labels: str
@@ -212,6 +214,8 @@ def _check(settings: IndexJob, class_names: ClassNames, found: Found) -> Accepte
     if file is None or offset is None or size is None:
         files = ", ".join(sorted(found.members))
         return Rejected(found.uid, "no image", f"its files: {files}")
+    if detail := too_large(found.members):
+        return Rejected(found.uid, "too large", detail)
     labels = read_labels(class_names, found)
     captions, kinds = read_captions(found)
     needs_caption = settings.tokenize or not labels
@@ -236,6 +240,7 @@ def _check(settings: IndexJob, class_names: ClassNames, found: Found) -> Accepte
         file,
         offset,
         size,
+        zlib.crc32(data),
         pixels.shape[1],
         pixels.shape[0],
         json.dumps(labels, sort_keys=True),
@@ -250,7 +255,7 @@ def _why_no_caption(class_names: ClassNames, found: Found) -> tuple[str, str]:
     if "cls" in found.members and not read_labels(class_names, found):
         return (
             "unknown class",
-            f"{read_text(found, 'cls')!r}: the data has {len(class_names['class'])} classes",
+            f"{(read_text(found, 'cls') or '')[:40]!r}: the data has {len(class_names['class'])} classes",
         )
     if found.captions is not None:
         return "empty caption", "none of its captions has a letter"

@@ -16,9 +16,12 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import connection
 from typing import TypeVar
+
+from clipgraft.config import ConfigError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -27,11 +30,20 @@ R = TypeVar("R")
 
 @contextmanager
 def worker_pool(num_workers: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool of processes; on an error what has not begun is dropped."""
+    """A pool of processes; on an error what has not begun is dropped.
+
+    Raises:
+        ConfigError: if a worker was killed.
+    """
     context = multiprocessing.get_context("forkserver")
     pool = ProcessPoolExecutor(max(1, num_workers), mp_context=context, initializer=_start_worker)
     try:
         yield pool
+    except BrokenProcessPool:
+        raise ConfigError(
+            f"one of {num_workers} worker processes was killed. Hint: most often memory has run out (`dmesg` says so): "
+            "fewer threads of this stage under `resources` need less; then run snakemake again"
+        ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

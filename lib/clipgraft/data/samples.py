@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from clipgraft.config import ConfigError
-from clipgraft.data.images import BadImage, decode
+from clipgraft.data.images import decode
 from clipgraft.data.tars import read_range
 
 SCHEMA = pa.schema(
@@ -25,6 +25,7 @@ SCHEMA = pa.schema(
         "tar": pa.string(),
         "image_offset": pa.int64(),
         "image_bytes": pa.int64(),
+        "image_crc": pa.uint32(),
         "width": pa.int32(),
         "height": pa.int32(),
         "labels": pa.string(),
@@ -54,6 +55,7 @@ class Samples:
         self._captions = self._table["captions"]
         self._offset = self._table["image_offset"].to_numpy()
         self._size = self._table["image_bytes"].to_numpy()
+        self._crc = self._table["image_crc"].to_numpy()
 
     @classmethod
     def open(cls, index_folder: Path) -> Samples:
@@ -67,7 +69,12 @@ class Samples:
             raise ConfigError(
                 f"{folder} is no index: it has no samples.json. Hint: run the stage `index` first"
             )
-        samples = cls(folder)
+        try:
+            samples = cls(folder)
+        except KeyError as error:
+            raise ConfigError(
+                f"{folder}/samples.parquet has no column {error}: it is of another version. Hint: run snakemake again"
+            ) from None
         if samples_id_of(samples.uids()) != samples.samples_id:
             raise ConfigError(
                 f"{folder}/samples.parquet does not belong to samples.json. Hint: run `index` again"
@@ -111,26 +118,24 @@ class Samples:
         return np.array([numbers.get(row.get(name), -1) for row in rows], np.int64)
 
     def image_bytes(self, row: int) -> bytes:
-        """The image file as it came: JPEG, PNG or another format."""
-        return read_range(*self.place(row))
-
-    def pixels(self, row: int) -> np.ndarray:
-        """The decoded image, uint8 RGB [height, width, 3].
+        """The image file as it came: JPEG, PNG or another format.
 
         Raises:
-            ConfigError: if it can no longer be decoded.
+            ConfigError: if it is not what was indexed; names its file.
         """
-        try:
-            return decode(self.image_bytes(row))
-        except BadImage as error:
-            raise ConfigError(
-                f"image of sample {row:,} in {self.place(row)[0]} cannot be decoded: {error}. Hint: it could when it was "
-                "indexed; has the file changed? Then run its stage `download` again"
-            ) from None
+        return read_range(*self.place(row), self.checksum(row))
+
+    def pixels(self, row: int) -> np.ndarray:
+        """The decoded image, uint8 RGB [height, width, 3]."""
+        return decode(self.image_bytes(row))
 
     def image(self, row: int) -> Image.Image:
         """The picture: upright, RGB."""
         return Image.fromarray(self.pixels(row))
+
+    def checksum(self, row: int) -> int:
+        """CRC-32 of a sample's image."""
+        return int(self._crc[row])
 
     def place(self, row: int) -> tuple[Path, int, int]:
         """File, offset and length of a sample's image."""

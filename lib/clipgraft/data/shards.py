@@ -4,7 +4,8 @@ Two formats behind one interface. `jpeg`: plain WebDataset tars that `tar` and `
 decoded and shrunk once here instead of once per epoch, a JPEG that is small enough keeps its bytes. `raw`: one npy
 array of squares, to which pictures are squeezed (their true shape is kept beside, and crops undo the squeezing), so
 that reading needs no decoder. A table of offsets, mapped from disk, finds a row without reading the rows before it.
-Everything is byte for byte reproducible.
+Everything is byte for byte reproducible, and each image has a checksum, which is checked whenever it is read: hashing
+all shards at the start of a job would take as long as reading them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import resource
 import tarfile
 import weakref
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,9 +42,11 @@ _RAW = "images.npy"
 _OTHER_FILES = 512  # what a process may have open beside the shards
 _REDUCTION_LEFT = 1.5  # after halving: enough for a crop to begin and end where it should
 
-# One row per image. Width and height are those of the picture, or what they are in proportion to.
+# One row per image. Width and height are those of the picture, or what they are in proportion to; `crc` is of the
+# stored bytes and of these two.
 _PLACE = np.dtype(
-    [("file", "<u4"), ("offset", "<u8"), ("length", "<u4"), ("width", "<u4"), ("height", "<u4")]
+    [("file", "<u4"), ("offset", "<u8")]
+    + [(name, "<u4") for name in ("length", "width", "height", "crc")]
 )
 
 
@@ -63,6 +67,7 @@ class Shards:
         self.format: str = about["format"]
         self._places = np.load(folder / "offsets.npy", mmap_mode="r")
         _allow_files(len(about["file_bytes"]))
+        self._paths = [folder / name for name in about["file_bytes"]]
         # Read by offset, not mapped: resident memory stays small, and a slow disk does not hold other threads up.
         self._files: list[int] = []
         weakref.finalize(self, _close, self._files)
@@ -81,7 +86,12 @@ class Shards:
             raise ConfigError(
                 f"{folder} holds no shards: it has no shard.json. Hint: run the stage `shard` first"
             )
-        return cls(folder)
+        shards = cls(folder)
+        if shards._places.dtype != _PLACE:
+            raise ConfigError(
+                f"{folder}/offsets.npy is of another version. Hint: run snakemake again"
+            )
+        return shards
 
     def __len__(self) -> int:
         return len(self._places)
@@ -93,7 +103,7 @@ class Shards:
 
     def jpeg(self, row: int) -> bytes:
         """The stored file of a sample (format jpeg)."""
-        return self._read(self._places[row])
+        return self._read(*self._places[row].item())
 
     def squares(self, rows_B: np.ndarray, box_B4: np.ndarray, out_BHWC: np.ndarray) -> None:
         """Cut a part out of each of some pictures.
@@ -104,28 +114,37 @@ class Shards:
             out_BHWC: uint8 [B, S, S, 3], filled.
 
         Raises:
-            ValueError: if an image is damaged; names the row.
+            ConfigError: if an image is damaged; names its file and the row.
         """
         places_B = self._places[rows_B]
-        if self.format == "raw":
-            shape = (self.short_side, self.short_side, 3)
-            for place, box, out in zip(places_B, box_B4.tolist(), out_BHWC, strict=True):
-                cut(np.frombuffer(self._read(place), np.uint8).reshape(shape), box, out)
-            return
         halvings_B = _halvings(places_B, box_B4, out_BHWC.shape[1])
-        columns = (places_B["file"], places_B["offset"], places_B["length"], places_B["height"])
-        items = zip(
-            *(each.tolist() for each in (*columns, halvings_B, box_B4)), out_BHWC, strict=True
-        )
-        for i, (file, offset, length, height, halvings, box, out) in enumerate(items):
-            data = os.pread(self._files[file], length, offset)
+        items = zip(places_B.tolist(), halvings_B.tolist(), box_B4.tolist(), out_BHWC, strict=True)
+        shape, is_raw = (self.short_side, self.short_side, 3), self.format == "raw"
+        for i, (place, halvings, box, out) in enumerate(items):
             try:
-                cut(_decode(data, height, halvings), box, out)
+                data = self._read(*place)
+                if is_raw:
+                    cut(np.frombuffer(data, np.uint8).reshape(shape), box, out)
+                else:
+                    cut(_decode(data, place[4], halvings), box, out)
             except ValueError as error:
-                raise ValueError(f"image of row {rows_B[i]}: {error}") from None
+                raise ConfigError(
+                    f"{self._paths[place[0]]}: image of row {rows_B[i]}: {error}. "
+                    "Hint: delete manifest.json beside it and run snakemake again"
+                ) from None
 
-    def _read(self, place: np.void) -> bytes:
-        return os.pread(self._files[place["file"]], int(place["length"]), int(place["offset"]))
+    def _read(
+        self, file: int, offset: int, length: int, width: int, height: int, crc: int
+    ) -> bytes:
+        data = os.pread(self._files[file], length, offset)
+        if zlib.crc32(data, _crc_of_size(width, height)) != crc:
+            raise ValueError("it is damaged (its checksum differs)")
+        return data
+
+
+def _crc_of_size(width: int, height: int) -> int:
+    """What the checksum of an image begins with, so that it covers all of a row of the table."""
+    return zlib.crc32(width.to_bytes(4, "little") + height.to_bytes(4, "little"))
 
 
 def _halvings(places_B: np.ndarray, box_B4: np.ndarray, size: int) -> np.ndarray:
@@ -198,7 +217,7 @@ class _Stored:
 class _Task:
     """Images for one worker."""
 
-    places: list[tuple[Path, int, int]]
+    places: list[tuple[Path, int, int, int]]
     format: str
     short_side: int
     quality: int
@@ -256,7 +275,9 @@ def write_shards(settings: ShardJob, index_folder: Path, out: Path, threads: int
 
 def _task(samples: Samples, first: int, form: str, short_side: int, quality: int) -> _Task:
     rows = range(first, min(first + _CHUNK, len(samples)))
-    return _Task([samples.place(row) for row in rows], form, short_side, quality)
+    return _Task(
+        [(*samples.place(row), samples.checksum(row)) for row in rows], form, short_side, quality
+    )
 
 
 def _store(task: _Task) -> list[_Stored]:
@@ -288,7 +309,7 @@ def _write_raw(samples: Samples, images: Iterator[_Stored], side: int, out: Path
         np.lib.format.write_array_header_1_0(file, about)
         for row in range(len(samples)):
             image = next(images)
-            places[row] = 0, file.tell(), len(image.data), image.width, image.height
+            places[row] = _place(0, file.tell(), image)
             file.write(image.data)
             progress.add(1)
     progress.done()
@@ -307,13 +328,18 @@ def _write_tars(
             for row in range(first, min(first + samples_per_tar, len(samples))):
                 image = next(images)
                 offset = add_member(tar, f"{row:09d}.jpg", image.data)
-                places[row] = number, offset, len(image.data), image.width, image.height
+                places[row] = _place(number, offset, image)
                 about = {"captions": samples.captions(row), "uid": uids[row]}
                 text = json.dumps(about, ensure_ascii=False)
                 add_member(tar, f"{row:09d}.json", text.encode())
                 progress.add(1)
     progress.done()
     return places
+
+
+def _place(file: int, offset: int, image: _Stored) -> tuple[int, ...]:
+    crc = zlib.crc32(image.data, _crc_of_size(image.width, image.height))
+    return file, offset, len(image.data), image.width, image.height, crc
 
 
 def _tar_name(number: int) -> str:

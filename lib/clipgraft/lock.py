@@ -1,0 +1,112 @@
+"""Locks: one process at a time. The kernel drops a lock when its process ends, however it ends."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from clipgraft.config import ConfigError
+
+log = logging.getLogger(__name__)
+
+# A job that was left alone by its Snakemake saves and leaves within this time; the next one waits for it.
+WAIT_SECONDS = float(os.environ.get("CLIPGRAFT_WAIT_SECONDS", "300"))
+
+
+def try_lock(path: Path) -> IO[str] | None:
+    """Lock a file, made if need be, until what is returned is closed; None if another process holds it."""
+    while True:
+        file = path.open("w")
+        if not _is_free(file):
+            file.close()
+            return None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # the process that held it has removed it
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file, which is removed afterwards.
+
+    Args:
+        path: in the folder that is written.
+
+    Raises:
+        ConfigError: if another process still holds it after `WAIT_SECONDS`.
+    """
+    deadline = time.monotonic() + WAIT_SECONDS
+    is_told = False
+    while (file := try_lock(path)) is None:
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"another process is writing {path.parent}. Hint: wait for it, or end it; two jobs must not share outputs"
+            )
+        if not is_told:
+            log.warning("another process is writing %s: waiting for it to leave", path.parent)
+            is_told = True
+        time.sleep(0.2)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+def be_present(folder: Path, temporary: Path) -> bool:
+    """Say that a Snakemake is at work in a folder, until this process ends; clear up after those that were killed.
+
+    Args:
+        folder: its `.snakemake`.
+        temporary: its own folder for temporary files.
+
+    Returns:
+        Whether no other is at work: what locks there are then were left by one that was killed. Only the word of this
+        machine counts, since not all network file systems tell of locks on others.
+    """
+    try:
+        folder.mkdir(exist_ok=True)
+        file = (folder / "present").open("a+")
+        file.seek(0)
+        machine, *left = file.read().splitlines() or [socket.gethostname()]
+        is_known = machine == socket.gethostname() or not any((folder / "locks").glob("*"))
+        is_alone = _is_free(file) and is_known
+        fcntl.flock(file, fcntl.LOCK_SH)
+        if is_alone:
+            for each in filter(_is_own_temporary, map(Path, left)):
+                shutil.rmtree(each, ignore_errors=True)
+            file.truncate(0)
+            file.write(f"{socket.gethostname()}\n")
+        file.write(f"{temporary}\n")
+        file.flush()
+    except OSError:  # not ours to write, or no locks here
+        return False
+    _present.append(file)
+    return is_alone
+
+
+_present: list[IO[str]] = []  # keeps the file open
+
+
+def _is_own_temporary(folder: Path) -> bool:
+    """The list may have come with the folder, from anyone: it must not have other things removed."""
+    is_named = folder.parent == Path(tempfile.gettempdir()) and folder.name.startswith("snakemake")
+    return is_named and folder.is_dir() and folder.lstat().st_uid == os.getuid()
+
+
+def _is_free(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

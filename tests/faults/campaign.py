@@ -1,0 +1,115 @@
+"""What tests and the long campaign (`benchmarks/faults.py`) share: start, watch, kill, and look at what is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+MARK = "CLIPGRAFT_CAMPAIGN"  # in the environment of every process that a run starts
+UNFINISHED = (".writing", ".resume", ".lock", "*.tmp", ".*.tmp")
+# After every run, without a fault too: a cache of torch, and of each start of torchrun a folder for logs that has none.
+OF_TORCH = ("torchinductor_*", "torchelastic_*")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A checkout in which commands are run, killed and run again.
+
+    Attributes:
+        root: the checkout.
+        tmp: where all its processes put their temporary files.
+        save_seconds: how often training saves its state.
+    """
+
+    root: Path
+    tmp: Path
+    save_seconds: float = 0.0
+
+    def start(self, command: list[str | Path], log: Path) -> subprocess.Popen[bytes]:
+        """Start a command in a session of its own."""
+        self.tmp.mkdir(parents=True, exist_ok=True)
+        environment = {
+            **os.environ,
+            MARK: str(self.root),
+            "TMPDIR": str(self.tmp),
+            "CLIPGRAFT_SAVE_SECONDS": str(self.save_seconds),
+        }
+        with log.open("ab") as file:
+            return subprocess.Popen(
+                command,
+                cwd=self.root,
+                env=environment,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+
+    def snakemake(self, *words: str) -> list[str | Path]:
+        """A call of snakemake in this checkout."""
+        return [sys.executable, "-m", "snakemake", "--nocolor", *words]
+
+    def processes(self) -> dict[int, str]:
+        """All that was started here and is still alive, with their command lines."""
+        found = {}
+        mark = f"{MARK}={self.root}".encode()
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                if mark in (path / "environ").read_bytes().split(b"\0"):
+                    words = (
+                        (path / "cmdline")
+                        .read_bytes()
+                        .replace(b"\0", b" ")
+                        .decode(errors="replace")
+                    )
+                    if words:  # a zombie has none
+                        found[int(path.name)] = words
+            except OSError:
+                continue
+        return found
+
+    def wait_until_empty(self, seconds: float) -> dict[int, str]:
+        """Wait for all processes to leave; returns those that have not."""
+        wait_for(lambda: not self.processes(), seconds)
+        return self.processes()
+
+    def unfinished(self) -> list[str]:
+        """Files that only a job at work has, and temporary files."""
+        results = self.root / "results"
+        left = [path for pattern in UNFINISHED for path in results.rglob(pattern)]
+        others = [path for path in self.tmp.iterdir() if not any(map(path.match, OF_TORCH))]
+        return sorted(str(path) for path in [*left, *others])
+
+
+def wait_for(condition: Callable[[], object], seconds: float) -> bool:
+    """Look again and again; returns whether it came true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def kill(pid: int) -> None:
+    """SIGKILL; who is gone already is dead, too."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def bits(results: Path) -> dict[str, str]:
+    """sha256 of all weights, arrays and tars, by path, as the manifests have them."""
+    return {
+        str(path.parent.relative_to(results) / name): about["sha256"]
+        for path in sorted(results.glob("*/*/manifest.json"))
+        for name, about in json.loads(path.read_text())["outputs"].items()
+        if name.endswith((".safetensors", ".npy", ".tar"))
+    }

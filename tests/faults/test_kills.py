@@ -1,0 +1,118 @@
+"""Laws of SIGKILL: the same command again ends with the same bits, and nothing is left running or lying about."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from campaign import Place, bits, kill, wait_for
+
+from clipgraft.config import load_config
+from clipgraft.planning import plan_runs
+
+pytestmark = pytest.mark.skipif(
+    not os.environ.get("CLIPGRAFT_LONG_TESTS"), reason="takes minutes: make test LONG=1"
+)
+SECONDS = 180  # for what takes five on an idle machine
+
+
+@pytest.fixture(scope="module")
+def place(copy_to, tmp_path_factory) -> Place:
+    """A checkout whose first phase is long enough to be killed in the middle."""
+    tmp = tmp_path_factory.mktemp("killed")
+    workflow = copy_to(tmp / "root")
+    workflow.edit("small.yaml", "samples_seen: 96,", "samples_seen: 6400,")
+    return Place(workflow.root, tmp / "tmp")
+
+
+@pytest.fixture(scope="module")
+def phase(place) -> Path:
+    """Folder of the first phase, trained without a fault."""
+    settings = load_config(yaml.safe_load((place.root / "small.yaml").read_text()))
+    job = next(job for job in plan_runs(settings, {})["small"] if job.name == "pretrain/short")
+    folder = place.root / "results" / job.folder
+    run_to_the_end(place, command_for(place, folder))
+    return folder
+
+
+def command_for(place: Place, folder: Path) -> list[str | Path]:
+    target = str((folder / "manifest.json").relative_to(place.root))
+    return place.snakemake("--configfile", "small.yaml", "--cores", "2", target)
+
+
+def run_to_the_end(place: Place, command: list[str | Path]) -> None:
+    log = place.tmp.parent / "log.txt"
+    code = place.start(command, log).wait(timeout=SECONDS)
+    assert code == 0, log.read_text()[-3000:]
+
+
+def trainers(place: Place) -> list[int]:
+    words = place.processes().items()
+    return [
+        pid
+        for pid, each in words
+        if "scripts/pretrain.py" in each and "torch.distributed" not in each
+    ]
+
+
+def moments(place: Place, folder: Path) -> dict[str, Callable[[], object]]:
+    return {
+        "begins": lambda: trainers(place),
+        "trains": lambda: list(folder.glob(".resume/*.pt")),
+        "writes": lambda: list(folder.glob(".writing/model.safetensors")),
+    }
+
+
+@pytest.mark.parametrize(
+    ("victim", "moment"),
+    [
+        ("snakemake", "begins"),
+        ("snakemake", "trains"),
+        ("the trainer", "trains"),
+        ("the trainer", "writes"),
+        ("both", "trains"),
+    ],
+)
+def test_the_same_command_again_ends_with_the_same_bits(place, phase, victim, moment):
+    before = bits(place.root / "results")
+    shutil.rmtree(phase)
+    command = command_for(place, phase)
+    process = place.start(command, place.tmp.parent / "killed.txt")
+    assert wait_for(moments(place, phase)[moment], SECONDS)
+    if victim != "the trainer":
+        process.kill()
+    if victim != "snakemake":
+        for pid in trainers(place):
+            kill(pid)
+    assert process.wait(timeout=SECONDS) != 0
+    assert place.wait_until_empty(SECONDS) == {}
+    assert not (phase / "manifest.json").exists()
+    run_to_the_end(place, command)
+    assert bits(place.root / "results") == before
+    assert place.unfinished() == [] and place.wait_until_empty(SECONDS) == {}
+
+
+@pytest.mark.parametrize("victim", ["a worker", "torchrun"])
+def test_of_several_processes_none_is_left_and_all_go_on(place, phase, victim, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+    def command(out: Path) -> list[str | Path]:
+        return [*torchrun, "scripts/pretrain.py", phase / "manifest.json", "--out", out]
+
+    whole, out = place.root / "results/try/whole", place.root / "results/try/killed"
+    if not whole.exists():
+        run_to_the_end(place, command(whole))
+    process = place.start(command(out), tmp_path / "killed.txt")
+    assert wait_for(lambda: list(out.glob(".resume/*.pt")), SECONDS)
+    kill(process.pid if victim == "torchrun" else max(trainers(place)))
+    assert process.wait(timeout=SECONDS) != 0
+    assert place.wait_until_empty(SECONDS) == {}
+    run_to_the_end(place, command(out))
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert place.unfinished() == []
+    shutil.rmtree(out)
