@@ -1,6 +1,7 @@
 # make demo   set up, run the whole DAG on the built-in data set, print the results
 # make explore RUN=demo   try the models of a finished run in the browser, on this machine alone
-# make test   set up, run all tests
+# make test   set up, run all tests (LONG=1: also those that take minutes each, on a SLURM of two nodes and with kills)
+# make slurm  have snakemake submit to SLURM: workflow/docs/slurm.md
 # make bench  all benchmarks, results to benchmarks/results/ (QUICK=--quick: under a minute each)
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,8 +9,11 @@ SETUP := .venv/.installed
 CORES ?= all
 QUICK ?=
 RUN ?=
+LONG ?=
+# One more than cores: tests on a SLURM of two nodes mostly wait.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count() + 1)')
 
-.PHONY: demo explore test bench lint format schema lock unused clean
+.PHONY: demo explore test slurm bench lint format schema lock unused clean
 
 demo: $(SETUP)
 	$(BIN)/snakemake --cores $(CORES)
@@ -19,7 +23,13 @@ explore: $(SETUP)
 	$(BIN)/python -m clipgraft.explore $(RUN)
 
 test: $(SETUP)
-	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
+	CLIPGRAFT_LONG_TESTS=$(LONG) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# The plugin, from its own folder of .venv: installed for all, it adds a second to every start of snakemake.
+slurm: $(SETUP)
+	@$(BIN)/python -c 'import sys, sysconfig, pathlib; \
+	  (pathlib.Path(sysconfig.get_path("purelib")) / "slurm.pth").write_text(f"{sys.prefix}/slurm\n")'
+	@echo "now: snakemake --workflow-profile workflow/profiles/slurm   (workflow/docs/slurm.md; undone by rm .venv/lib/*/site-packages/slurm.pth)"
 
 bench: $(SETUP)
 	@mkdir -p benchmarks/results
@@ -50,6 +60,8 @@ unused: $(SETUP)
 lock:
 	cd envs && for name in bootstrap cpu dev s3; do ../$(BIN)/uv pip compile -q --universal --python-version 3.11 \
 	  --generate-hashes --no-emit-index-url --no-header $$name.in -o $$name.txt; done
+	cd envs && ../$(BIN)/uv pip compile -q --universal --python-version 3.11 --no-deps \
+	  --generate-hashes --no-emit-index-url --no-header slurm.in -o slurm.txt
 
 $(BIN)/uv: envs/bootstrap.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
@@ -59,9 +71,10 @@ $(BIN)/uv: envs/bootstrap.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r envs/bootstrap.txt
 	@touch $@
 
-$(SETUP): $(BIN)/uv envs/dev.txt envs/s3.txt pyproject.toml
+$(SETUP): $(BIN)/uv envs/dev.txt envs/s3.txt envs/slurm.txt pyproject.toml
 	$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python --require-hashes -r envs/dev.txt
 	$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python --target .venv/s3 --require-hashes -r envs/s3.txt
+	$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python --target .venv/slurm --no-deps --require-hashes -r envs/slurm.txt
 	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e .
 	@touch $@
 

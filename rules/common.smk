@@ -9,12 +9,13 @@ import json
 from shlex import quote
 
 from snakemake.exceptions import WorkflowError
+from snakemake.settings.types import DeploymentMethod
 
 from clipgraft.config import ConfigError, load_config, sweep_points
 from clipgraft.planning import SWEEP, plan_runs
 from clipgraft.runs import show
 from clipgraft.settings import STAGES
-from clipgraft.versions import WATCHED, deciding, fingerprint, num_failures
+from clipgraft.versions import MEMORY, WATCHED, deciding, fingerprint, num_failures
 
 try:
     SETTINGS = load_config(config)
@@ -30,8 +31,10 @@ WISHES = {
     for run, jobs in reversed(RUNS.items())
     for job in jobs
 }
+SITE = next(iter(SETTINGS.values())).slurm
 CODE = {stage: fingerprint(ROOT / "scripts" / f"{stage}.py") for stage in STAGES}
-PYTHON = quote(sys.executable)
+IN_IMAGE = DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method
+PYTHON = "python3" if IN_IMAGE else quote(sys.executable)
 LAUNCH = f"{PYTHON} -m clipgraft.launch"
 SCRIPTS = quote(str(ROOT / "scripts"))
 
@@ -92,13 +95,17 @@ def watched(stage):
 
 
 def watch(stage):
-    """The words that have a training watched. They depend on the input, so a change of them re-runs nothing."""
+    """How a training fits into memory, and is watched. These words depend on the input, so a change re-runs nothing."""
 
     def words(wildcards, input):
-        if WATCHED not in input.keys() or WATCHED in decides(stage, wildcards)[1]:
-            return ""
-        how = json.dumps(planned(stage, wildcards).settings["watch"], sort_keys=True)
-        return f"--set {quote(f'watch={how}')} --input {WATCHED}={input[WATCHED]}"
+        given = planned(stage, wildcards).settings
+        chosen = {key: given[key] for key in MEMORY if given[key] != MEMORY[key]}
+        said = [f"--set {key}={json.dumps(value)}" for key, value in chosen.items()]
+        if WATCHED in input.keys() and WATCHED not in decides(stage, wildcards)[1]:
+            how = json.dumps(given["watch"], sort_keys=True)
+            said += [f"--set {quote(f'watch={how}')}"]
+            said += [f"--input {WATCHED}={input[WATCHED]}"]
+        return " ".join(said)
 
     return words
 
@@ -157,14 +164,16 @@ def wish(stage, key):
     return lambda wildcards: getattr(WISHES[stage, wildcards.version], key)
 
 
-def gres(stage):
-    """Devices per node, for SLURM."""
+def embed_parts(wildcards):
+    """What says that the jobs which share an embedding are done; the job that gathers fills what they left out."""
+    num = WISHES["embed", wildcards.version].jobs
+    folder = f"results/embed/{wildcards.version}"
+    return [f"{folder}/.part-{k}-of-{num}" for k in range(num)] if num > 1 else []
 
-    def per_node(wildcards):
-        wished = WISHES[stage, wildcards.version]
-        return f"gpu:{max(1, wished.gpu // wished.nodes)}" if wished.gpu else ""
 
-    return per_node
+def slurm(stage, key):
+    """How SLURM is asked for the devices of a job (`SlurmSettings`). Resources alone, so a site re-runs nothing."""
+    return lambda wildcards: getattr(SITE, key)(WISHES[stage, wildcards.version])
 
 
 def run_page(wildcards):

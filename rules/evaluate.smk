@@ -16,7 +16,10 @@ rule evaluate:
         "logs/evaluate/{version}.tsv"
     threads: wish("evaluate", "threads")
     resources:
-        gpu=wish("evaluate", "gpu"),
+        gpu=slurm("evaluate", "gpu"),
+        gpus_per_node=slurm("evaluate", "per_node"),
+        gres=slurm("evaluate", "gres"),
+        gpu_model=slurm("evaluate", "model"),
         job=name("evaluate"),
         mem_mb=wish("evaluate", "mem_mb"),
         runtime=wish("evaluate", "runtime"),
@@ -29,6 +32,6 @@ rule evaluate:
     message:
         "{resources.job}"
     shell:
-        "{LAUNCH} --gpu {resources.gpu} --threads {threads} -- "
+        "{LAUNCH} --gpu {resources.gpu} --gpus-per-node {resources.gpus_per_node} --threads {threads} -- "
         "{SCRIPTS}/evaluate.py --name {resources.job} --settings {params.settings:q} "
         "{params.inputs} --out results/evaluate/{wildcards.version} --threads {threads} --log {log}"

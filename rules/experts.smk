@@ -9,6 +9,7 @@ rule embed:
     """Embed the training set with one expert, or with a reference."""
     input:
         unpack(manifests("embed")),
+        embed_parts,
     output:
         "results/embed/{version}/manifest.json",
     log:
@@ -17,11 +18,15 @@ rule embed:
         "logs/embed/{version}.tsv"
     threads: wish("embed", "threads")
     resources:
-        gpu=wish("embed", "gpu"),
+        gpu=slurm("embed", "gpu"),
         nodes=wish("embed", "nodes"),
-        gres=gres("embed"),
+        tasks=wish("embed", "nodes"),
+        tasks_per_gpu=0,
+        gpus_per_node=slurm("embed", "per_node"),
+        gres=slurm("embed", "gres"),
+        gpu_model=slurm("embed", "model"),
         mpi="",
-        slurm_extra="--signal=TERM@600",
+        slurm_extra=slurm("embed", "words"),
         job=name("embed"),
         mem_mb=wish("embed", "mem_mb"),
         runtime=wish("embed", "runtime"),
@@ -31,12 +36,34 @@ rule embed:
         code=CODE["embed"],
         inputs=arguments("embed"),
         batch_size=batch_size("embed"),
+        part="",
     message:
         "{resources.job}"
     shell:
-        "{LAUNCH} --gpu {resources.gpu} --nodes {resources.nodes} --threads {threads} --batch-size {params.batch_size} -- "
+        "{LAUNCH} --gpu {resources.gpu} --gpus-per-node {resources.gpus_per_node} --nodes {resources.nodes} "
+        "--threads {threads} --batch-size {params.batch_size} {params.part} -- "
         "{SCRIPTS}/embed.py --name {resources.job} --settings {params.settings:q} "
         "{params.inputs} --out results/embed/{wildcards.version} --threads {threads} --log {log}"
+
+
+use rule embed as embed_part with:
+    input:
+        unpack(manifests("embed")),
+    output:
+        temp(touch("results/embed/{version}/.part-{k}-of-{num}")),
+    log:
+        "logs/embed/{version}-{k}-of-{num}.log",
+    benchmark:
+        "logs/embed/{version}-{k}-of-{num}.tsv"
+    params:
+        settings=settings("embed"),
+        sources=sources("embed"),
+        code=CODE["embed"],
+        inputs=arguments("embed"),
+        batch_size=0,
+        part=lambda wildcards: f"--part {wildcards.k}-of-{wildcards.num}",
+    message:
+        "{resources.job} part {wildcards.k} of {wildcards.num}"
 
 
 rule cluster:
@@ -78,11 +105,15 @@ rule finetune_expert:
         "logs/finetune_expert/{version}.tsv"
     threads: wish("finetune_expert", "threads")
     resources:
-        gpu=wish("finetune_expert", "gpu"),
+        gpu=slurm("finetune_expert", "gpu"),
         nodes=wish("finetune_expert", "nodes"),
-        gres=gres("finetune_expert"),
+        tasks=wish("finetune_expert", "nodes"),
+        tasks_per_gpu=0,
+        gpus_per_node=slurm("finetune_expert", "per_node"),
+        gres=slurm("finetune_expert", "gres"),
+        gpu_model=slurm("finetune_expert", "model"),
         mpi="",
-        slurm_extra="--signal=TERM@600",
+        slurm_extra=slurm("finetune_expert", "words"),
         job=name("finetune_expert"),
         mem_mb=wish("finetune_expert", "mem_mb"),
         runtime=wish("finetune_expert", "runtime"),
@@ -95,6 +126,7 @@ rule finetune_expert:
     message:
         "{resources.job}"
     shell:
-        "{LAUNCH} --gpu {resources.gpu} --nodes {resources.nodes} --threads {threads} --batch-size {params.batch_size} -- "
+        "{LAUNCH} --gpu {resources.gpu} --gpus-per-node {resources.gpus_per_node} --nodes {resources.nodes} "
+        "--threads {threads} --batch-size {params.batch_size} -- "
         "{SCRIPTS}/finetune_expert.py --name {resources.job} --settings {params.settings:q} "
         "{params.inputs} {params.watch} --out results/finetune_expert/{wildcards.version} --threads {threads} --log {log}"

@@ -16,7 +16,10 @@ rule assemble:
         "logs/assemble/{version}.tsv"
     threads: wish("assemble", "threads")
     resources:
-        gpu=wish("assemble", "gpu"),
+        gpu=slurm("assemble", "gpu"),
+        gpus_per_node=slurm("assemble", "per_node"),
+        gres=slurm("assemble", "gres"),
+        gpu_model=slurm("assemble", "model"),
         job=name("assemble"),
         mem_mb=wish("assemble", "mem_mb"),
         runtime=wish("assemble", "runtime"),
@@ -27,7 +30,7 @@ rule assemble:
     message:
         "{resources.job}"
     shell:
-        "{LAUNCH} --gpu {resources.gpu} --threads {threads} -- "
+        "{LAUNCH} --gpu {resources.gpu} --gpus-per-node {resources.gpus_per_node} --threads {threads} -- "
         "{SCRIPTS}/assemble.py --name {resources.job} --settings {params.settings:q} "
         "{params.inputs} --out results/assemble/{wildcards.version} --threads {threads} --log {log}"
 
@@ -45,11 +48,15 @@ rule finetune_router:
         "logs/finetune_router/{version}.tsv"
     threads: wish("finetune_router", "threads")
     resources:
-        gpu=wish("finetune_router", "gpu"),
+        gpu=slurm("finetune_router", "gpu"),
         nodes=wish("finetune_router", "nodes"),
-        gres=gres("finetune_router"),
+        tasks=wish("finetune_router", "nodes"),
+        tasks_per_gpu=0,
+        gpus_per_node=slurm("finetune_router", "per_node"),
+        gres=slurm("finetune_router", "gres"),
+        gpu_model=slurm("finetune_router", "model"),
         mpi="",
-        slurm_extra="--signal=TERM@600",
+        slurm_extra=slurm("finetune_router", "words"),
         job=name("finetune_router"),
         mem_mb=wish("finetune_router", "mem_mb"),
         runtime=wish("finetune_router", "runtime"),
@@ -62,7 +69,8 @@ rule finetune_router:
     message:
         "{resources.job}"
     shell:
-        "{LAUNCH} --gpu {resources.gpu} --nodes {resources.nodes} --threads {threads} --batch-size {params.batch_size} -- "
+        "{LAUNCH} --gpu {resources.gpu} --gpus-per-node {resources.gpus_per_node} --nodes {resources.nodes} "
+        "--threads {threads} --batch-size {params.batch_size} -- "
         "{SCRIPTS}/finetune_router.py --name {resources.job} --settings {params.settings:q} "
         "{params.inputs} {params.watch} --out results/finetune_router/{wildcards.version} --threads {threads} --log {log}"
 

@@ -17,11 +17,15 @@ rule pretrain:
         "logs/pretrain/{version}.tsv"
     threads: wish("pretrain", "threads")
     resources:
-        gpu=wish("pretrain", "gpu"),
+        gpu=slurm("pretrain", "gpu"),
         nodes=wish("pretrain", "nodes"),
-        gres=gres("pretrain"),
+        tasks=wish("pretrain", "nodes"),
+        tasks_per_gpu=0,
+        gpus_per_node=slurm("pretrain", "per_node"),
+        gres=slurm("pretrain", "gres"),
+        gpu_model=slurm("pretrain", "model"),
         mpi="",
-        slurm_extra="--signal=TERM@600",
+        slurm_extra=slurm("pretrain", "words"),
         job=name("pretrain"),
         mem_mb=wish("pretrain", "mem_mb"),
         runtime=wish("pretrain", "runtime"),
@@ -35,6 +39,7 @@ rule pretrain:
     message:
         "{resources.job}"
     shell:
-        "{LAUNCH} --gpu {resources.gpu} --nodes {resources.nodes} --threads {threads} --batch-size {params.batch_size} -- "
+        "{LAUNCH} --gpu {resources.gpu} --gpus-per-node {resources.gpus_per_node} --nodes {resources.nodes} "
+        "--threads {threads} --batch-size {params.batch_size} -- "
         "{SCRIPTS}/pretrain.py --name {resources.job} --settings {params.settings:q} "
         "{params.inputs} {params.watch} --out results/pretrain/{wildcards.version} --threads {threads} --log {log}"

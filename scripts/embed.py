@@ -1,14 +1,17 @@
 """Embed the training set with one model: an expert of this workflow, or a reference from outside of it."""
 
+from contextlib import nullcontext
+
 from clipgraft.job import Job
 from clipgraft.settings import EmbedSettings, ReferenceJob
 
 
 def main(job: Job) -> None:
-    """One library call."""
+    """One library call; a job that has a part only leaves its outputs to the one that gathers."""
+    from clipgraft import dist
     from clipgraft.embed import embed, embed_reference
 
-    with job.outputs() as out:
+    with nullcontext(job.out) if dist.part() else job.outputs() as out:
         index, shard = job.folder("index"), job.folder("shard")
         options = {"threads": job.threads, "resume": job.resume, "tag": job.tag}
         if "model" in job.raw_settings:

@@ -260,6 +260,13 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("finetune_expert.optim.lr", float("inf"), ["finetune_expert.optim.lr", "finite"]),
         ("resources.evaluate", {"gpu": 2}, ["resources.evaluate.gpu", "one device"]),
         ("resources.assemble", {"gpu": 2}, ["resources.assemble.gpu", "one device"]),
+        ("resources.cluster", {"gpu": 1}, ["resources.cluster.gpu", "uses no devices"]),
+        ("resources.shard", {"nodes": 2}, ["resources.shard.nodes", "runs on one node"]),
+        ("resources.pretrain", {"jobs": 2}, ["resources.pretrain.jobs", "only embed"]),
+        ("resources.pretrain", {"gpu": 3, "nodes": 2}, ["gpu = 3 does not divide", "gpu: 2"]),
+        ("resources.index", {"mem_mb": 500}, ["resources.index.mem_mb = 500", "1000"]),
+        ("slurm", {"devices": "gpu"}, ['slurm.devices = "gpu"', "'gpus'"]),
+        ("slurm", {"device_type": "a 1"}, ['slurm.device_type = "a 1"']),
         ("finetune_expert.samples_seen", None, ["missing key `finetune_expert.samples_seen`"]),
     ],
 )

@@ -101,7 +101,7 @@ def test_a_scheduler_that_chose_devices_is_obeyed(tmp_path):
 
 def test_several_devices_mean_one_process_each():
     assert local_command(1, ["x.py"]) == [sys.executable, "x.py"]
-    assert local_command(4, ["x.py", "--y"])[-3:] == ["--nproc-per-node=4", "x.py", "--y"]
+    assert local_command(4, ["x.py", "--y"])[-4:] == ["--nproc-per-node=4", "--", "x.py", "--y"]
 
 
 def test_slurm_is_given_the_whole_geometry(monkeypatch):

@@ -38,12 +38,13 @@ from clipgraft.data.sampler import Rows
 from clipgraft.data.samples import Captions, picture_sizes
 from clipgraft.data.tokens import Tokenizer, Tokens
 from clipgraft.data.vocabulary import is_same_vocabulary
+from clipgraft.devices import device_name
 from clipgraft.meter import LOG_SECONDS
 from clipgraft.models.build import normalize, trimmed
 from clipgraft.models.public import Encode
 from clipgraft.recipes import AugmentationSettings
 from clipgraft.settings import EmbedSettings, ReferenceJob
-from clipgraft.train import Data, device_name
+from clipgraft.training_data import Data
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,8 @@ def embed(
     """Write `image.npy` and `text.npy` [N, D] float16, L2-normalised, and `embed.json`.
 
     Images come from the shards, resized as in training; their middle or the whole, as the model wants, never augmented; in float32, so that clusters do not depend on the hardware's bf16.
-    With several processes each fills its own rows of the same files.
+    With several processes each fills its own rows of the same files, and so does each job of several (`dist.part`): what
+    gathers them is the one that runs after them, which finds no rows left to fill.
 
     Args:
         settings: what the text embedding of a sample with several captions is.
@@ -87,13 +89,16 @@ def embed(
         encoder = _Encoder.of(load_model(model), world.device)
         num, dim = len(data.shards), encoder.dim
         shapes = {"image.npy": (num, dim), "text.npy": (num, dim)}
-        filling = Filling(resume or out / ".filling", tag, shapes, _num_chunks(num), world)
+        filling = _filling(resume or out / ".filling", tag, shapes, num, world)
 
         def texts(first: int, stop: int) -> tuple[int, Tensor]:
             rows_B = np.arange(first, stop)
             return first, _mean_texts(encoder, data.tokens, rows_B, settings.captions)
 
         _fill(filling, encoder, data, texts, _WHOLE, threads=threads)
+        if dist.part():
+            filling.leave()
+            return {}
         filling.finish(out, world)
         if world.is_first:
             about = {"samples_id": data.shards.samples_id, "num_samples": num, "dim": dim}
@@ -133,7 +138,7 @@ def embed_reference(
             "image.npy": (num, settings.crops, encoder.dim),
             "text.npy": (num_captions, encoder.dim),
         }
-        filling = Filling(resume or out / ".filling", tag, shapes, _num_chunks(num), world)
+        filling = _filling(resume or out / ".filling", tag, shapes, num, world)
         read = caption_reader(data, loaded.tokenizer, encoder.text_length)
 
         def texts(first: int, stop: int) -> tuple[int, Tensor]:
@@ -151,6 +156,9 @@ def embed_reference(
             sizes_N2=picture_sizes(index) if settings.crops > 1 else None,
             threads=threads,
         )
+        if dist.part():
+            filling.leave()
+            return {}
         filling.finish(out, world)
         about = settings.model_dump(mode="json") | {
             "samples_id": data.shards.samples_id,
@@ -307,8 +315,11 @@ class _Progress:
             log.info("%s of %s samples  %s/s", f"{self.done:,}", f"{self.num:,}", f"{rate:,.0f}")
 
 
-def _num_chunks(num_samples: int) -> int:
-    return -(-num_samples // BATCH)
+def _filling(
+    folder: Path, tag: str, shapes: dict[str, tuple[int, ...]], num_samples: int, world: dist.World
+) -> Filling:
+    num_chunks = -(-num_samples // BATCH)
+    return Filling(folder, tag, shapes, num_chunks, world, dist.part() or (0, 1))
 
 
 def _span(chunk: int, num_samples: int) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """The launcher: starts a script as one process or many, on devices leased for it.
 
-Rules call `python -m clipgraft.launch --gpu WISH --nodes N --threads T -- scripts/x.py ...`. Snakemake counts devices
+Rules call `python -m clipgraft.launch --gpu WISH ... --threads T -- scripts/x.py ...`. Snakemake counts devices
 but hands out no ids, so each job leases its devices with one file lock per device, which the kernel drops when the
 job ends, however it ends. A scheduler that sets CUDA_VISIBLE_DEVICES has chosen already.
 
@@ -15,6 +15,8 @@ import fcntl
 import os
 import re
 import socket
+import stat
+import subprocess
 import sys
 import tempfile
 import time
@@ -22,37 +24,107 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
+from clipgraft.orphan import leave_with_parents
+
+# `--`: torchrun would take the script's `--log` for an abbreviation of its own options.
 NODE_SCRIPT = (
     'exec "$PYTHON" -m torch.distributed.run --nnodes="$SLURM_NNODES" --node-rank="$SLURM_NODEID" --nproc-per-node="$0" '
-    '--master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" "$@"'
+    '--master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" -- "$@"'
 )
+_QUESTIONS = 150
 SECONDS_TO_SAVE = 300  # torchrun kills workers this long after SIGTERM
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Replace this process by the script, or by what starts the script on all devices."""
+    given = _parse(arguments)
+    leave_with_parents()  # also while it waits for devices
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))
+    # What torchrun passes on to its workers; of a signal that it does not know it would die alone.
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+    if given.part:
+        os.environ["CLIPGRAFT_PART"] = given.part
+    on_slurm = "SLURM_JOB_ID" in os.environ
+    if is_slurm_allocation():
+        end_twins(int(os.environ["SLURM_JOB_ID"]))
+        os.environ |= {
+            "PYTHON": sys.executable,
+            "MASTER_ADDR": socket.gethostname(),
+            "MASTER_PORT": str(_free_port()),
+        }
+        processes = max(1, given.gpus_per_node)
+        command = srun_command(given.nodes, processes, given.threads, given.command)
+    elif given.gpus_per_node and not given.gpu and not on_slurm:
+        sys.exit(
+            "launch: error: slurm.devices = gres is for SLURM alone, and this is none. "
+            "Hint: set it in workflow/profiles/slurm/config.yaml, not in your config"
+        )
+    elif given.gpus_per_node or given.nodes == 1:
+        wish = given.gpus_per_node if on_slurm else given.gpu
+        devices = lease_wish(wish, given.batch_size)
+        command = local_command(len(devices), given.command)
+    else:
+        command = local_command(given.nodes, given.command)  # the processes that SLURM would start
+    os.execvp(command[0], command)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--gpu", type=int, default=0, help="devices wished for, over all nodes")
+    parser.add_argument("--gpus-per-node", type=int, default=0, help="of them, on SLURM")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads per node")
     parser.add_argument("--batch-size", type=int, default=0, help="global; devices must divide it")
+    parser.add_argument("--part", help="K-of-N: the share of the work that is this job's")
     parser.add_argument("command", nargs="+", help="script and its arguments")
-    given = parser.parse_args(arguments)
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))
-    if is_slurm_allocation():
-        per_node = max(1, given.gpu // given.nodes)
-        job = int(os.environ["SLURM_JOB_ID"])
-        os.environ |= {
-            "MASTER_ADDR": socket.gethostname(),
-            "MASTER_PORT": str(20_000 + job % 20_000),
-        }
-        command = srun_command(given.nodes, per_node, given.threads, given.command)
-    else:
-        devices = lease_wish(given.gpu, given.batch_size)
-        command = local_command(len(devices), given.command)
-    os.execvp(command[0], command)
+    return parser.parse_args(arguments)
+
+
+def end_twins(job: int) -> None:
+    """Have an older job of the same rule, wildcards and folder save and leave, and wait until it has.
+
+    There is one if its Snakemake was killed: the next one knows nothing of it and submits the same again.
+    """
+    rows = {row[0]: row[1:] for row in _queue(f"--user={os.getuid()}")}
+    own = rows.get(str(job), ("", ""))
+    if not own[1].startswith("rule_"):  # not of Snakemake, which may itself run in a job
+        return
+    twins = [name for name, row in rows.items() if row == own and int(name) < job]
+    if not twins:
+        return
+    jobs = ",".join(twins)
+    print(f"launch: job {jobs} is at this work, too: told to save and leave", file=sys.stderr)
+    subprocess.run(["scancel", "--state=PENDING", *twins], check=False)
+    subprocess.run(["scancel", "--signal=TERM", *twins], check=False)
+    begun = time.monotonic()
+    while _queue(f"--jobs={jobs}"):
+        if time.monotonic() - begun > 2 * SECONDS_TO_SAVE:
+            sys.exit(f"launch: error: job {jobs} does not end. Hint: squeue --jobs={jobs}, scancel")
+        if time.monotonic() - begun > SECONDS_TO_SAVE:
+            subprocess.run(["scancel", *twins], check=False)
+        time.sleep(2)
+
+
+def _queue(which: str) -> list[tuple[str, ...]]:
+    """Id, folder and comment (the rule and its wildcards) of jobs that are not over; waits while nobody answers."""
+    command = ["squeue", "--noheader", "--format=%A|%Z|%k", which]
+    for _ in range(_QUESTIONS):
+        asked = subprocess.run(command, capture_output=True, text=True, check=False)
+        if asked.returncode == 0:
+            return [tuple(line.split("|", 2)) for line in asked.stdout.splitlines()]
+        if "Invalid job id" in asked.stderr:  # over, and forgotten
+            return []
+        time.sleep(2)
+    sys.exit(f"launch: error: squeue does not answer: {asked.stderr.strip()}")
+
+
+def _free_port() -> int:
+    """A port that nobody has on this node, the first of the allocation, where the first process will be."""
+    with socket.socket() as found:
+        found.bind(("", 0))
+        return int(found.getsockname()[1])
 
 
 def is_slurm_allocation() -> bool:
@@ -80,12 +152,12 @@ def srun_command(nodes: int, per_node: int, threads: int, command: Sequence[str]
     ]
 
 
-def local_command(num_devices: int, command: Sequence[str]) -> list[str]:
+def local_command(num_processes: int, command: Sequence[str]) -> list[str]:
     """Plain python for one process, torchrun for several."""
-    if num_devices <= 1:
+    if num_processes <= 1:
         return [sys.executable, *command]
     torchrun = [sys.executable, "-m", "torch.distributed.run"]
-    return [*torchrun, "--standalone", f"--nproc-per-node={num_devices}", *command]
+    return [*torchrun, "--standalone", f"--nproc-per-node={num_processes}", "--", *command]
 
 
 def lease_wish(wish: int, batch_size: int = 0) -> list[str]:
@@ -142,6 +214,12 @@ def lease(devices: Sequence[str], count: int, folder: Path, poll_seconds: float 
     if not count:
         return []
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    about = folder.lstat()
+    if about.st_uid != os.getuid() or not stat.S_ISDIR(about.st_mode):
+        # Its locks are opened for writing: links that another user has put there would lead to files of this one.
+        sys.exit(
+            f"launch: {folder} is no folder of this user. Hint: remove it, or set TMPDIR to a folder of your own"
+        )
     told = False
     while True:
         held = [

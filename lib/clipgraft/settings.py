@@ -1,8 +1,8 @@
 """The settings: one pydantic model of `config.yaml`, section by section, and of what each job is handed.
 
 Three decisions shape it. Sections carry the names of the stages, and a stage's job is handed its own section
-only. Everything here is science: it changes results, so it is hashed into versions; the one exception is
-`resources` (devices, threads, memory, time), which never is. Unknown keys are errors (`config` words them).
+only. Everything here is science: it changes results, so it is hashed into versions; the exceptions are
+`resources` (devices, threads, memory, time) and `slurm`, which never are. Unknown keys are errors (`config` words them).
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ from clipgraft.recipes import (
     vocabulary_misfit,
 )
 from clipgraft.reductions import TEXT_MASKS, num_kept, text_mask_of
+from clipgraft.resource_settings import ResourceSettings, SlurmSettings
 from clipgraft.sources import (
     Attribute,
     MixedSource,
@@ -72,7 +73,7 @@ class IndexSettings(Settings):
     min_side: PositiveInt = Field(16, description="Reject images with a shorter side, in pixels.")
     max_aspect_ratio: PositiveFloat = 5.0
     max_megapixels: PositiveFloat = Field(
-        100.0, description="Reject larger images before decoding."
+        100.0, le=200, description="Reject larger images before decoding."
     )
     vocabulary: Literal["corpus", "full", "wordpiece"] = Field(
         "corpus",
@@ -134,16 +135,6 @@ class EmbedSettings(Settings):
     )
 
 
-class ResourceSettings(Settings):
-    """What a job of a stage wishes for. Never part of a version: results do not depend on it."""
-
-    gpu: NonNegativeInt = Field(0, description="Devices in all; fewer are used where fewer are.")
-    nodes: PositiveInt = 1
-    threads: PositiveInt = Field(1, description="CPU threads per node.")
-    mem_mb: PositiveInt = Field(4000, description="Memory per node.")
-    runtime: PositiveInt = Field(120, description="Minutes.")
-
-
 Stage = Literal[
     "download",
     "index",
@@ -187,6 +178,7 @@ class RunSettings(Settings):
     report: ReportSettings = ReportSettings()
     scaling: ScalingSettings = ScalingSettings()
     resources: dict[Stage, ResourceSettings] = Field(default_factory=dict)
+    slurm: SlurmSettings = SlurmSettings()
 
     @field_validator("baselines", mode="before")
     @classmethod
@@ -232,9 +224,8 @@ class RunSettings(Settings):
                     f"evaluate.tasks.{name}.data = {task.data!r} is not under download "
                     f"({', '.join(self.download)}){hint(task.data, self.download)}"
                 )
-        for stage in ("assemble", "evaluate"):
-            if self.resources_of(stage).gpu > 1:
-                raise ValueError(f"resources.{stage}.gpu: a job uses one device. Hint: 0 or 1")
+        for stage, wish in self.resources.items():
+            wish.check(stage)
         self._check_sections()
         self._check_names()
         self._check_tasks()
@@ -249,6 +240,7 @@ class RunSettings(Settings):
         self._check_batches()
         self._check_source_weights()
         self._check_watches()
+        self._check_parallel()
         return self
 
     @property
@@ -496,6 +488,18 @@ class RunSettings(Settings):
                 raise ValueError(
                     f"{where}.watch.task = {watch.task!r} has neither retrieval nor zero_shot, the quick measures. "
                     f"Hint: evaluate.tasks.{watch.task}.retrieval: true, or another task"
+                )
+
+    def _check_parallel(self) -> None:
+        trainings = [(f"pretrain.{phase.name}", "pretrain", phase) for phase in self.pretrain]
+        for where, stage, section in trainings + [
+            (name, name, each) for name, each in self.tuned.items()
+        ]:
+            wish = self.resources_of(stage)
+            if section.parallel == "fsdp" and wish.gpu < 2 and wish.nodes < 2:
+                raise ValueError(
+                    f"{where}.parallel = fsdp has no effect on one device: resources.{stage} wishes for gpu: {wish.gpu}, "
+                    f"nodes: {wish.nodes}. Hint: more devices, or parallel: ddp"
                 )
 
     def watched(self, watch: WatchSettings | None) -> WatchJob | None:

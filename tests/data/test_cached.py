@@ -38,7 +38,7 @@ from clipgraft.pretrain import pretrain
 from clipgraft.recipes import AugmentationSettings
 from clipgraft.references import CachedReference, OnlineReference, open_references
 from clipgraft.settings import PretrainJob, ReferenceJob, ShardJob
-from clipgraft.train import Data
+from clipgraft.training_data import Data
 
 N, SIZE, CROPS = 20, 16, 3
 IMAGES = [jpeg(24 + i, 18 + i % 5, i, subsampling=0) for i in range(N)]
@@ -397,6 +397,31 @@ def test_two_processes_end_what_one_began_before_it_was_killed_as_if_nothing_wer
     assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
     for path in one.iterdir():
         assert (two / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_jobs_that_share_the_work_leave_the_last_one_only_what_none_of_them_did(
+    data, model, tmp_path, monkeypatch
+):
+    one, parts = folder(tmp_path / "one"), folder(tmp_path / "parts")
+    embed_reference(job(model), *data, one)
+    filled = []
+
+    def mark(self, chunk, original=filling.Filling.mark):
+        filled.append(chunk)
+        original(self, chunk)
+
+    monkeypatch.setattr(filling.Filling, "mark", mark)
+    by_job = {"2-of-3": [2], "0-of-3": [0, 3], "": [1]}  # job 1 never ran
+    for part, chunks in by_job.items():
+        monkeypatch.setenv("CLIPGRAFT_PART", part)
+        embed_reference(job(model), *data, parts, resume=tmp_path / "resume", tag="a")
+        assert filled == chunks
+        assert bool(list(parts.iterdir())) == (part == "")
+        filled.clear()
+    assert {path.name for path in one.iterdir()} == {path.name for path in parts.iterdir()}
+    for path in one.iterdir():
+        assert (parts / path.name).read_bytes() == path.read_bytes(), path.name
+    assert not list(tmp_path.glob("resume*"))
 
 
 def test_training_from_a_cache_does_not_depend_on_threads_and_follows_its_numbers(

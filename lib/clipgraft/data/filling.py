@@ -1,8 +1,8 @@
 """Arrays on disk that several processes fill, chunk by chunk, and that a kill leaves as far as they are.
 
 Which chunks are done stands in a file beside them, marked only after what they hold is on the disk. What is done does
-not depend on who did it: the next start may have another number of processes. Written by offset, not mapped, so that
-processes of several nodes never write the same page.
+not depend on who did it: the next start may have another number of processes, and several jobs may fill a part each.
+Written by offset, not mapped, so that processes of several nodes never write the same page.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 
 from clipgraft import dist
 from clipgraft.job import write_json
+from clipgraft.lock import locked
 
 SAVE_SECONDS = 60.0
 _ABOUT, _DONE = "filling.json", "done"
@@ -28,7 +29,7 @@ class Filling:
     """Float16 arrays in a folder of their own; all processes open it together.
 
     Attributes:
-        num_done: chunks that were done before.
+        num_done: chunks of this job's part that were done before.
         own_todo: numbers of the chunks that this process is to fill.
     """
 
@@ -39,6 +40,7 @@ class Filling:
         shapes: Mapping[str, tuple[int, ...]],
         num_chunks: int,
         world: dist.World,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         """Open the arrays; they are made anew unless those of the same tag are there.
 
@@ -48,18 +50,23 @@ class Filling:
             shapes: of the arrays, by the names of their files.
             num_chunks: how many chunks of work there are.
             world: this process.
+            part: of jobs that fill the same arrays, which one this is, and how many they are.
         """
         self._folder, self._names = folder, list(shapes)
         if world.is_first:
             about = {"tag": tag, "shapes": {name: list(shape) for name, shape in shapes.items()}}
-            if _read(folder / _ABOUT) != about:
-                _make(folder, shapes, num_chunks)
-                write_json(folder / _ABOUT, about)  # the last: all is there
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with locked(folder.with_name(f"{folder.name}.lock")):  # several jobs may open it
+                if _read(folder / _ABOUT) != about:
+                    _make(folder, shapes, num_chunks)
+                    write_json(folder / _ABOUT, about)  # the last: all is there
         dist.barrier()
         done = np.frombuffer((folder / _DONE).read_bytes(), np.uint8)
         dist.barrier()  # nobody marks before all have read
-        todo = np.flatnonzero(done == 0)
-        self.num_done, self.own_todo = num_chunks - len(todo), todo[world.rank :: world.size]
+        k, num_parts = part
+        share = np.arange(num_chunks)[k::num_parts]  # the same whenever a job of the others begins
+        todo = share[done[share] == 0]
+        self.num_done, self.own_todo = len(share) - len(todo), todo[world.rank :: world.size]
         self._files = {name: os.open(folder / name, os.O_WRONLY) for name in [*shapes, _DONE]}
         self._close = weakref.finalize(self, _close, list(self._files.values()))
         self._begin = {name: np.load(folder / name, mmap_mode="r").offset for name in shapes}
@@ -89,6 +96,11 @@ class Filling:
             os.pwrite(self._files[_DONE], b"\1", chunk)
         os.fsync(self._files[_DONE])
         self._unmarked, self._saved = [], time.monotonic()
+
+    def leave(self) -> None:
+        """Save, and let the jobs of the other parts and the one that gathers go on."""
+        self.save()
+        self._close()
 
     def finish(self, out: Path, world: dist.World) -> None:
         """Move the arrays, when all processes have filled theirs, to another folder of the same disk."""
