@@ -7,7 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,10 @@ runpy.run_path(str(NO_NETWORK / "sitecustomize.py"))  # children get it by PYTHO
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file that takes longest begins first, beside all the others."""
-    items.sort(key=lambda item: item.path.name != "test_workflow.py")
+    """The files that take longest begin first, beside all the others; those on a SLURM of two nodes mostly wait."""
+    items.sort(
+        key=lambda item: item.path.name != "test_workflow.py" and "slurm" not in item.path.parts
+    )
 
 
 # All jobs but the last ones, as their rules would start them, in one process: torch is imported once.
@@ -51,6 +53,8 @@ if __name__ == "__main__":
             sys.argv = [f"scripts/{job.stage}.py", *words, "--out", f"results/{job.folder}"]
             runpy.run_path(sys.argv[0], run_name="__main__")
 """
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,12 @@ def workflow(tmp_path: Path) -> Workflow:
 
 
 @pytest.fixture(scope="session")
+def copy_to() -> Callable[[Path], Workflow]:
+    """What makes such a copy, for fixtures of larger scope."""
+    return copy_workflow
+
+
+@pytest.fixture(scope="session")
 def _finished_once(tmp_path_factory: pytest.TempPathFactory) -> Workflow:
     finished = copy_workflow(tmp_path_factory.mktemp("finished"))
     finished.snakemake("--cores", "2")
@@ -149,3 +159,18 @@ def tiny_config() -> dict[str, Any]:
         },
         "text_cfg": {"context_length": 8, "vocab_size": 40, "width": 32, "heads": 2, "layers": 2},
     }
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """Debian's Chromium, driven by Playwright, one for all tests of a process; skipped with its reason elsewhere."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip(f"no {' or '.join(BROWSERS)} on this machine: apt-get install chromium")
+    with sync_api.sync_playwright() as playwright:
+        # Root, as in a container, gets no sandbox; /dev/shm is often small there.
+        flags = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
+        chromium = playwright.chromium.launch(executable_path=path, args=flags)
+        yield chromium
+        chromium.close()

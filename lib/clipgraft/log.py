@@ -4,8 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from pathlib import Path
+
+# Names and captions of others are logged; a terminal would take some of their characters for commands.
+_COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+class _Harmless(logging.Formatter):
+    """Shows control characters as they are written in Python."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        return _COMMANDS.sub(lambda found: f"\\x{ord(found[0]):02x}", super().format(record))
 
 
 def set_up(name: str, file: Path | None = None) -> None:
@@ -20,9 +32,10 @@ def set_up(name: str, file: Path | None = None) -> None:
     if file is not None and is_first:
         file.parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(file, mode="w"))
+    for handler in handlers:
+        handler.setFormatter(_Harmless(f"[{name}] %(message)s"))
     logging.basicConfig(
         level=logging.INFO if is_first else logging.WARNING,
-        format=f"[{name}] %(message)s",
         handlers=handlers,
         force=True,
     )

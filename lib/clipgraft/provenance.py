@@ -37,8 +37,11 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     path = path if path.name == MANIFEST else path / MANIFEST
     try:
         manifest = json.loads(path.read_text())
-        manifest["stage"], manifest["outputs"]
-    except FileNotFoundError:
+        manifest["stage"]
+        for name in manifest["outputs"]:  # files of these names are replaced and deleted
+            if os.path.isabs(name) or ".." in Path(name).parts:
+                raise ValueError(f"its output {name!r} leads out of its folder")
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(
             f"{path} does not exist: the job that writes it has not finished"
         ) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 
 PHONE, DESK = {"width": 360, "height": 740}, {"width": 1280, "height": 900}
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 @dataclass
@@ -72,23 +70,9 @@ class Browser:
             context.close()
 
 
-@pytest.fixture(scope="session")
-def _chromium() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip(f"no {' or '.join(BROWSERS)} on this machine: apt-get install chromium")
-    with sync_api.sync_playwright() as playwright:
-        # Root, as in a container, gets no sandbox; /dev/shm is often small there.
-        flags = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
-        chromium = playwright.chromium.launch(executable_path=path, args=flags)
-        yield chromium
-        chromium.close()
-
-
 @pytest.fixture
-def browser(_chromium: Any) -> Iterator[Browser]:
+def browser(chromium: Any) -> Iterator[Browser]:
     """A browser; its tabs are closed after each test."""
-    opened = Browser(_chromium)
+    opened = Browser(chromium)
     yield opened
     opened.close_tabs()

@@ -48,7 +48,7 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(_chromium, tmp_path_factory):
+def server(chromium, tmp_path_factory):
     folder = tmp_path_factory.mktemp("explore")
     make_run(folder / "results")
     server = Server(folder)

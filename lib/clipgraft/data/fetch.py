@@ -47,7 +47,6 @@ SHARD = 2_000
 
 _THREADS = 8  # of one img2dataset process; more were slower
 _JPEG_QUALITY = 95
-_MAX_MEGAPIXELS = 200.0  # a small file can claim to be a huge picture
 _POLL_SECONDS = 0.2
 _PATIENCE = 6  # an image may take this many times as long as one socket operation
 
@@ -327,9 +326,7 @@ def _rewrite(
                 outcomes.append(Outcome(key, path.name, "failed", message))
                 continue
             try:
-                image = shrink(
-                    read_range(source, *place), short_side, _JPEG_QUALITY, _MAX_MEGAPIXELS
-                )
+                image = shrink(read_range(source, *place), short_side, _JPEG_QUALITY)
             except BadImage as error:
                 outcomes.append(Outcome(key, path.name, "failed", str(error)))
                 continue

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import http.client
 import ipaddress
+import multiprocessing.pool
 import os
 import socket
 import sys
@@ -30,6 +31,8 @@ SECONDS = "CLIPGRAFT_SECONDS_PER_IMAGE"
 MAX_BYTES = 64 * 2**20  # of one answer
 _CHUNK = 2**18
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_UNICAST = ipaddress.ip_network("2000::/3")  # of IPv6, the only one that is handed out
+_PROTOCOLS = ipaddress.ip_network("192.0.0.0/24")  # which Python takes for global
 
 REFUSED = (
     "refused: the address is loopback, private or link-local (allow_private_addresses: true lets "
@@ -40,15 +43,18 @@ REFUSED = (
 def is_public(host: str) -> bool:
     """Whether an IP address is one of the open internet, seen through IPv6 wrappings of IPv4."""
     address = ipaddress.ip_address(host.split("%")[0])
-    inner: Any = None
     if isinstance(address, ipaddress.IPv6Address):
         inner = address.ipv4_mapped or address.sixtofour
         if address in _NAT64:
             inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-    return bool((inner or address).is_global and not (inner or address).is_multicast)
+        if inner is None:
+            return address in _UNICAST and address.is_global
+        address = inner
+    return address.is_global and not address.is_multicast and address not in _PROTOCOLS
 
 
-def _addresses(host: str, port: int | None) -> set[str]:
+def addresses_of(host: str, port: int | None = None) -> set[str]:
+    """All addresses that a name has now."""
     return {str(found[4][0]) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
 
 
@@ -61,7 +67,7 @@ def _proxies() -> set[tuple[str, int]]:
             continue
         port = parts.port or (443 if parts.scheme == "https" else 80)
         try:
-            found |= {(each, port) for each in _addresses(parts.hostname, port)}
+            found |= {(each, port) for each in addresses_of(parts.hostname, port)}
         except OSError:
             continue
     return found
@@ -75,10 +81,10 @@ def _guard_sockets() -> None:
             return
         host, port = str(address[0]), int(address[1])
         try:
-            hosts = {host} if ipaddress.ip_address(host.split("%")[0]) else set()
-        except ValueError:
-            hosts = _addresses(host, port)
-        if not all(is_public(each) or (each, port) in proxies for each in hosts):
+            is_allowed = is_public(host) or (host, port) in proxies
+        except ValueError:  # a name, which may mean another address when the kernel is given it
+            is_allowed = False
+        if not is_allowed:
             raise PermissionError(REFUSED)
 
     for name in ("connect", "connect_ex"):
@@ -111,6 +117,8 @@ def _guard_urls(schemes: set[str], allow_private: bool, seconds: float) -> None:
         response = original(self, request, data, timeout)
         if isinstance(response, http.client.HTTPResponse):
             response.read = functools.partial(_read, response, seconds)  # type: ignore[method-assign]
+        else:
+            response.read = functools.partial(_read_file, response.read)
         return response
 
     urllib.request.OpenerDirector.open = open_checked  # type: ignore[method-assign]
@@ -119,7 +127,7 @@ def _guard_urls(schemes: set[str], allow_private: bool, seconds: float) -> None:
 def _check_behind_proxy(host: str) -> None:
     """The proxy will connect, not this process; names that only the proxy knows are its affair."""
     try:
-        addresses = _addresses(host, None)
+        addresses = addresses_of(host)
     except OSError:
         return
     if not all(map(is_public, addresses)):
@@ -141,6 +149,14 @@ def _read(response: http.client.HTTPResponse, seconds: float) -> bytes:
     return b"".join(parts)
 
 
+def _read_file(read: Callable[[int], bytes]) -> bytes:
+    """What a `file://` URL names, which may have no end (`/dev/zero`)."""
+    data = read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise OSError(f"refused: more than {MAX_BYTES // 2**20} MB")
+    return data
+
+
 def _leave_with_parent() -> None:
     parent = int(os.environ.pop(PARENT, 0)) or os.getppid()
 
@@ -150,6 +166,20 @@ def _leave_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _end_with_a_killed_worker() -> None:
+    """A pool of multiprocessing replaces a worker that was killed, and then waits for its task for ever."""
+    join = multiprocessing.pool.Pool._join_exited_workers  # type: ignore[attr-defined]
+
+    def checked(workers: list[Any]) -> Any:
+        for worker in workers:
+            if (worker.exitcode or 0) < 0:
+                print(f"worker {worker.pid} was killed by signal {-worker.exitcode}", flush=True)
+                os._exit(1)
+        return join(workers)
+
+    multiprocessing.pool.Pool._join_exited_workers = staticmethod(checked)  # type: ignore[attr-defined]
 
 
 def _skip_idle_imports() -> None:
@@ -178,4 +208,5 @@ if __name__ in ("__main__", "__mp_main__"):
 if __name__ == "__main__":
     from img2dataset import main
 
+    _end_with_a_killed_worker()
     main()

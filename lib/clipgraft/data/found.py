@@ -12,8 +12,9 @@ from typing import Any
 
 from clipgraft.config import ConfigError
 from clipgraft.data.captions import clean_caption
+from clipgraft.data.images import BadImage
 from clipgraft.data.outcomes import OUTCOMES, Outcome, read_outcomes
-from clipgraft.data.tars import Members, list_tars, read_range
+from clipgraft.data.tars import Members, list_tars, read_range, too_large
 from clipgraft.data.utf8 import clean
 
 log = logging.getLogger(__name__)
@@ -145,7 +146,7 @@ def read_labels(class_names: ClassNames, found: Found) -> dict[str, str]:
     }
     number = (read_text(found, "cls") or "").strip()
     names = class_names.get("class", [])
-    if number.isdecimal() and int(number) < len(names):
+    if number.isdecimal() and len(number) < 10 and int(number) < len(names):
         labels["class"] = names[int(number)]
     return labels
 
@@ -161,7 +162,11 @@ def read_json(found: Found) -> dict[str, Any]:
 
 
 def read_text(found: Found, extension: str) -> str | None:
-    """A text file of a sample: of the same tar, or beside its image."""
+    """A text file of a sample: of the same tar, or beside its image.
+
+    Raises:
+        BadImage: if it is larger than a text of a sample can be.
+    """
     if found.path.suffix == ".tar":
         place = found.members.get(extension)
         return (
@@ -170,6 +175,8 @@ def read_text(found: Found, extension: str) -> str | None:
     beside = found.path.with_suffix(f".{extension}")
     if extension not in ("txt", "json") or not beside.is_file():
         return None
+    if detail := too_large({extension: (0, beside.stat().st_size)}):
+        raise BadImage("too large", detail)
     return beside.read_text("utf-8-sig", "replace")
 
 

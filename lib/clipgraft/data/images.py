@@ -7,7 +7,6 @@ palettes mean the same in every stage. Pictures are cropped first and resized on
 from __future__ import annotations
 
 import io
-import math
 import re
 from contextlib import suppress
 
@@ -20,6 +19,8 @@ from PIL import Image, ImageOps
 cv2.setNumThreads(0)
 # Pillow's guard is global and only warns; `open_image` takes the limit of the stage instead.
 Image.MAX_IMAGE_PIXELS = None
+
+MAX_MEGAPIXELS = 200.0  # a small file can claim to be a huge picture; no setting allows more
 
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 
@@ -41,7 +42,7 @@ class BadImage(ValueError):
         self.reason, self.detail = reason, detail
 
 
-def open_image(data: bytes, max_megapixels: float = math.inf) -> Image.Image:
+def open_image(data: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
     """Read an image's header; its pixels are decoded later.
 
     Raises:
@@ -79,7 +80,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise _bad(_short(error)) from None
 
 
-def decode_whole(data: bytes, max_megapixels: float = math.inf) -> np.ndarray:
+def decode_whole(data: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> np.ndarray:
     """Pixels of an image of which nothing is missing: uint8 HWC RGB, upright; the same as `decode` gives.
 
     A JPEG must hold all its pixels; that it lacks its end marker alone is forgiven, unless it is progressive,
@@ -101,7 +102,9 @@ def decode_whole(data: bytes, max_megapixels: float = math.inf) -> np.ndarray:
         raise _bad(error.detail, data) from None
 
 
-def shrink(data: bytes, short_side: int, quality: int, max_megapixels: float = math.inf) -> bytes:
+def shrink(
+    data: bytes, short_side: int, quality: int, max_megapixels: float = MAX_MEGAPIXELS
+) -> bytes:
     """JPEG bytes whose short side is at most `short_side`; never enlarges.
 
     A JPEG that is small enough, upright and of an ordinary colour space stays as it is, byte for byte; if it lacks
@@ -140,8 +143,10 @@ def decode(data: bytes) -> np.ndarray:
     if data[:2] != _START:
         return np.asarray(to_rgb(open_image(data)))
     if b"Exif\0" not in data[:65536]:
-        with suppress(ValueError):  # Pillow gives a better account of damage
-            return np.asarray(simplejpeg.decode_jpeg(data, colorspace="RGB", strict=False))
+        with suppress(ValueError, KeyError):  # Pillow gives a better account of damage
+            height, width, *_ = simplejpeg.decode_jpeg_header(data, strict=False)
+            if height * width <= MAX_MEGAPIXELS * 1e6:
+                return np.asarray(simplejpeg.decode_jpeg(data, colorspace="RGB", strict=False))
     return np.asarray(to_rgb(open_image(data + _END)))
 
 

@@ -6,9 +6,13 @@ S3 is read with pyarrow, which takes keys, region and endpoint from the usual `A
 
 from __future__ import annotations
 
+import errno
+import functools
 import hashlib
+import io
 import logging
 import os
+import socket
 import threading
 import time
 from collections import Counter
@@ -23,7 +27,9 @@ from fsspec.implementations.arrow import ArrowFSWrapper
 from pyarrow import fs as arrow_fs
 
 from clipgraft.config import ConfigError
+from clipgraft.data import fetch_process
 from clipgraft.data.parallel import Progress
+from clipgraft.data.unpacked import Unpacked
 from clipgraft.sources import Patterns
 from clipgraft.versions import local_files, spelled_out
 
@@ -55,13 +61,20 @@ def expand(patterns: Patterns) -> list[str]:
     return list(found)
 
 
-def open_file(name: str, compression: str | None = "infer") -> Any:
-    """Open a path or an address for reading bytes; gz and others are unpacked.
+def open_file(name: str, packing: str | None = None) -> Any:
+    """Open a path or an address for reading bytes.
+
+    Args:
+        name: path or address.
+        packing: how it is packed, as fsspec calls it; it is unpacked as it is read.
 
     Raises:
-        ConfigError: if it is not there or cannot be read.
+        ConfigError: if it is not there or cannot be read, also while it is read if it unpacks to too much.
     """
-    return _told_plainly(name, lambda: _open(name, compression))
+    file = _told_plainly(name, lambda: _open(name))
+    if packing is None:
+        return file
+    return io.BufferedReader(_told_plainly(name, lambda: Unpacked(file, packing, name)))
 
 
 def copy_all(
@@ -213,11 +226,11 @@ def _glob(url: str) -> list[str]:
     return [each if is_remote(each) else f"{protocol}://{each.lstrip('/')}" for each in found]
 
 
-def _open(name: str, compression: str | None) -> Any:
+def _open(name: str) -> Any:
     if not is_remote(name):
-        return fsspec.open(name, "rb", compression=compression).open()
+        return fsspec.open(name, "rb", compression=None).open()
     system, path = _system(name)
-    return system.open(path, "rb", compression=compression)
+    return system.open(path, "rb")
 
 
 def _system(url: str) -> tuple[Any, str]:
@@ -225,8 +238,36 @@ def _system(url: str) -> tuple[Any, str]:
     protocol, _, rest = url.partition("://")
     if protocol in ("s3", "s3a"):
         return _s3(rest.split("/")[0]), rest
-    system, path = _told_plainly(url, lambda: fsspec.core.url_to_fs(url))
+    options: dict[str, Any] = {}
+    if protocol in ("http", "https") and _is_outside(urlsplit(url).hostname or ""):
+        options["get_client"] = _client_for_outside
+    system, path = _told_plainly(url, lambda: fsspec.core.url_to_fs(url, **options))
     return system, path
+
+
+@functools.cache
+def _is_outside(host: str) -> bool:
+    """Whether a host that the user names is on the open internet; one of this site may lead anywhere on it."""
+    try:
+        return any(map(fetch_process.is_public, fetch_process.addresses_of(host)))
+    except OSError:  # its name may be known the next time it is asked for
+        return True
+
+
+async def _client_for_outside(**options: Any) -> Any:
+    """A client for hosts outside, whose redirects and later names must not lead inside."""
+    import aiohttp  # half a second, for copies from the web alone
+
+    connector = aiohttp.TCPConnector(socket_factory=_public_socket)
+    return aiohttp.ClientSession(connector=connector, **options)
+
+
+def _public_socket(address: Any) -> socket.socket:
+    family, kind, protocol, _, (host, *_) = address
+    if not fetch_process.is_public(host):
+        why = f"refused: it leads to {host}, a loopback, private or link-local address"
+        raise PermissionError(errno.EACCES, why)
+    return socket.socket(family, kind, protocol)
 
 
 def _s3(bucket: str) -> Any:

@@ -2,22 +2,30 @@
 
 `tarfile` takes a tar that was cut for one that ends; `webdataset` then skips the rest or stops in the middle of
 a run. Here a tar must end with the zero block that every writer puts there.
+
+Nothing is ever unpacked to disk: members are read by their offset, so that a name with `..`, a link or a device leads
+nowhere. A name is a key and no more.
 """
 
 from __future__ import annotations
 
 import io
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from clipgraft.config import ConfigError
+from clipgraft.data.images import SUFFIXES
 from clipgraft.data.parallel import parallel_map
 
 # Where the bytes of a sample's files are: extension -> (offset, length).
 Members = dict[str, tuple[int, int]]
 
 _BLOCK = 512
+# Bytes of one file that is read as a whole: pictures, and the texts and tables beside them.
+_MAX_IMAGE, _MAX_TEXT = 512 * 2**20, 16 * 2**20
+_TEXTS = ("txt", "json", "cls", "npy")
 
 
 def list_members(path: Path) -> list[tuple[str, int, int]]:
@@ -29,7 +37,16 @@ def list_members(path: Path) -> list[tuple[str, int, int]]:
     members: list[tuple[str, int, int]] = []
     try:
         with tarfile.open(path, "r:", errors="backslashreplace") as tar:
+            end = 0
             for member in tar:
+                if tar.offset <= end or member.size < 0:  # it would be read again and again
+                    raise tarfile.ReadError(f"the size of {member.name} leads back into the tar")
+                end = tar.offset
+                if member.issparse():
+                    raise ConfigError(
+                        f"tar {path}: {member.name} is stored with its zeros left out (sparse), so it has no place to "
+                        "be read from. Hint: write the tar again without --sparse"
+                    )
                 if member.isfile():
                     members.append((member.name, member.offset_data, member.size))
             end = tar.offset
@@ -63,6 +80,15 @@ def list_samples(path: Path) -> list[tuple[str, Members]]:
     return samples
 
 
+def too_large(members: Members) -> str:
+    """Which file of a sample is larger than anything that belongs there; empty if none is."""
+    for extension, (_, size) in members.items():
+        most = _MAX_TEXT if extension in _TEXTS else _MAX_IMAGE
+        if size > most and extension in (*_TEXTS, *SUFFIXES):  # nobody reads the others
+            return f"its .{extension} has {size / 2**20:,.0f} MB, more than {most // 2**20}"
+    return ""
+
+
 def list_tars(paths: Sequence[Path], threads: int) -> Iterator[list[tuple[str, Members]]]:
     """Samples of each tar; a few tars are read sooner than processes start."""
     return parallel_map(list_samples, paths, threads if len(paths) > 16 else 1)
@@ -80,11 +106,17 @@ def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> int:
     return int(tar.offset) - -(-len(data) // _BLOCK) * _BLOCK
 
 
-def read_range(path: Path, offset: int, size: int) -> bytes:
+def read_range(path: Path, offset: int, size: int, checksum: int | None = None) -> bytes:
     """Bytes of a file that was looked through before.
 
+    Args:
+        path: the file.
+        offset: of the first byte.
+        size: how many.
+        checksum: their CRC-32 then, if it is known.
+
     Raises:
-        ConfigError: if it is no longer there, or no longer as long.
+        ConfigError: if the file is no longer there, no longer as long, or holds other bytes.
     """
     try:
         with path.open("rb") as file:
@@ -99,6 +131,11 @@ def read_range(path: Path, offset: int, size: int) -> bytes:
         raise ConfigError(
             f"{path} is shorter than it was when its data set was indexed: bytes {offset:,} to {offset + size:,} "
             "are wanted. Hint: has it been replaced? Then run its stage `download` again"
+        )
+    if checksum is not None and zlib.crc32(data) != checksum:
+        raise ConfigError(
+            f"{path} is not what it was when its data set was indexed: bytes {offset:,} to {offset + size:,} differ. "
+            "Hint: has it been replaced or damaged? Then run its stage `download` again"
         )
     return data
 

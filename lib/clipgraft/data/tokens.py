@@ -16,7 +16,9 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +36,7 @@ from clipgraft.data.reduce import (
 )
 from clipgraft.data.vocabulary import Encoder
 from clipgraft.data.wordpiece import WordPieces
+from clipgraft.data.words import clean_text
 from clipgraft.reductions import TRUNCATE, FrequencyText, SyntaxText, TextReduction
 
 CLASS, BEGINS = 3, 4  # bits of words.npy
@@ -234,16 +237,14 @@ class Tokenizer:
 
     Attributes:
         vocab_size, start_id, end_id: of the vocabulary; WordPiece has no end token.
-        pieces: each token for people; of merges, a hyphen says that the word goes on.
     """
 
     def __init__(self, file: Path) -> None:
         """Read the vocabulary; merges import open_clip."""
         if file.name == WordPieces.file:
             pieces = WordPieces.read(file)
-            self._encode = pieces.encode
+            self._words: WordPieces | _Merges = pieces
             self.vocab_size, self.start_id, self.end_id = pieces.vocab_size, pieces.start_id, None
-            self.pieces = pieces.pieces
             return
         with warnings.catch_warnings():
             # open_clip leaves its merges file to the garbage collector.
@@ -251,21 +252,48 @@ class Tokenizer:
             from clipgraft.lean import open_clip
 
             merges = open_clip.SimpleTokenizer(bpe_path=str(file))
-        self._encode = merges.encode
+        self._words = _Merges(merges)
         self.vocab_size = int(merges.vocab_size)
         self.start_id, self.end_id = int(merges.sot_token_id), int(merges.eot_token_id)
-        byte_of = merges.byte_decoder
-        self.pieces = [
-            _readable(merges.decoder[number], byte_of) for number in range(self.vocab_size)
-        ]
+
+    @property
+    def pieces(self) -> list[str]:
+        """Each token for people; of merges, a hyphen says that the word goes on."""
+        return self._words.pieces
 
     def encode_batch(self, texts: Sequence[str], text_length: int) -> np.ndarray:
         """Token ids int64 [B, text_length], truncated and framed as `Tokens.encode` does it."""
         room = room_for_text(text_length, self.end_id)
-        ids = [self._encode(text)[:room] for text in texts]
+        ids = [self._words.encode(text)[:room] for text in texts]
         flat = [number for each in ids for number in each]
         length_B = np.array([len(each) for each in ids], np.int64)
         return frame(np.array(flat), length_B, text_length, self.start_id, self.end_id)
+
+
+class _Merges:
+    """As `SimpleTokenizer.encode`, which cleans plain text at length, and spells a word again whenever it comes."""
+
+    def __init__(self, merges: Any) -> None:
+        self._merges = merges
+        self._spelled: dict[str, list[int]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        words = self._merges.pat.findall(clean_text(text).lower())
+        return [number for word in words for number in self._spell(word)]
+
+    @cached_property
+    def pieces(self) -> list[str]:
+        decoder, byte_of = self._merges.decoder, self._merges.byte_decoder
+        return [
+            _readable(decoder[number], byte_of) for number in range(int(self._merges.vocab_size))
+        ]
+
+    def _spell(self, word: str) -> list[int]:
+        if word not in self._spelled:
+            letters = "".join(self._merges.byte_encoder[byte] for byte in word.encode())
+            pieces = self._merges.bpe(letters).split(" ")
+            self._spelled[word] = [self._merges.encoder[piece] for piece in pieces]
+        return self._spelled[word]
 
 
 def _readable(piece: str, byte_of: Mapping[str, int]) -> str:

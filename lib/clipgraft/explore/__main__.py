@@ -13,6 +13,7 @@ from pathlib import Path
 from clipgraft.config import ConfigError
 from clipgraft.explore.finished import FinishedRun
 from clipgraft.log import set_up
+from clipgraft.orphan import leave_with_parents
 from clipgraft.runs import RESULTS
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ def main() -> None:
     )
     given = parser.parse_args()
     set_up("explore")
+    leave_with_parents()
     logging.getLogger("httpx").setLevel(
         logging.WARNING
     )  # Gradio asks its own server whether it is there

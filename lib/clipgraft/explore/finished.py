@@ -62,6 +62,10 @@ class FinishedRun:
         lock = _lock_of(name, results)
         for job, folder in lock.items():
             run._add(job, (results / folder).resolve())
+        if not run.models:  # nothing was evaluated
+            run.models.update(
+                {key: [(results / of).resolve()] for key, of in _trained(lock).items()}
+            )
         for what, found in (("model", run.models), ("data set", run.indexes)):
             if not found:
                 raise ConfigError(
@@ -132,6 +136,24 @@ class FinishedRun:
 def finished_runs(results: Path) -> list[str]:
     """Names of all runs that have a lock."""
     return sorted(path.parent.name for path in (results / "runs").glob(f"*/{LOCK}"))
+
+
+def _trained(lock: Mapping[str, str]) -> dict[str, str]:
+    """Folders of what a run has trained, by the names that evaluation gives; the final one last."""
+    models: dict[str, str] = {}
+    phases = [job for job in lock if job.startswith("pretrain/")]
+    for job, folder in lock.items():
+        stage, _, name = job.partition("/")
+        if stage == "pretrain":
+            models["base" if job == phases[-1] else name] = folder
+        elif stage == "finetune_expert":
+            models[f"expert_{name}" if name.isdigit() else name] = folder
+        elif stage in ("soup", "finetune_router"):  # of baselines the last stage stands
+            models[name] = folder
+        elif job == "assemble/moe":
+            models["upcycled"] = folder
+    last = models.pop("moe", None)
+    return models if last is None else {**models, "moe": last}
 
 
 def _only_run(results: Path) -> str:

@@ -11,9 +11,15 @@ from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple, cast
+from urllib.parse import urlsplit
 
 import gradio as gr
 from PIL import Image
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from clipgraft.config import ConfigError
 from clipgraft.data.images import BadImage, decode
@@ -22,6 +28,8 @@ from clipgraft.explore.finished import Classes
 from clipgraft.explore.show import CSS, show_captions, show_classes, show_patches, show_words
 
 HOST = "127.0.0.1"
+HOSTS = [HOST, "localhost"]  # what a browser may call this machine, through a tunnel as well
+MAX_UPLOAD = 64 * 2**20  # bytes
 THUMBNAIL = 256  # pixels of the longer side
 NUM_CAPTIONS = 8
 NUM_LABELS = 4  # asked for unless told
@@ -103,7 +111,8 @@ def _picture_tab(labels: list[str]) -> _Picture:
                 elem_id="picture",
             )
             # Its file is decoded as all others are, with the same messages. (A subclass would make Gradio write a .pyi.)
-            file.preprocess = _file_of  # type: ignore[method-assign, assignment]
+            uploads = Path(file.GRADIO_CACHE)
+            file.preprocess = functools.partial(_file_of, uploads)  # type: ignore[method-assign]
             some = labels[:NUM_LABELS]  # each costs its prompts, once
             asked = gr.Dropdown(labels, value=some, multiselect=True, label="labels")
             own = gr.Textbox("", label="own classes, with commas between", elem_id="own_classes")
@@ -160,8 +169,32 @@ def serve(page: gr.Blocks, port: int | None) -> str:
         mcp_server=False,
         theme=theme,
         css=CSS,
+        max_file_size=MAX_UPLOAD,
+        app_kwargs={
+            "middleware": [
+                # A page elsewhere that has its own name lead to this machine would be let in as if it were this page,
+                Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS),
+                # and any page that is open in the same browser may send what it likes, if not read the answer.
+                Middleware(_OwnPages),
+            ]
+        },
     )
     return address
+
+
+class _OwnPages:
+    """Lets in what a page of this machine asks for, or no page at all."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        origin = Headers(scope=scope).get("origin") if scope["type"] == "http" else None
+        if origin is None or urlsplit(origin).hostname in HOSTS:
+            await self.app(scope, receive, send)
+        else:
+            refusal = PlainTextResponse("asked for by another page", status_code=403)
+            await refusal(scope, receive, send)
 
 
 def _preferred(models: Sequence[str]) -> str:
@@ -182,9 +215,14 @@ def _told(function: Callable[..., Any]) -> Callable[..., Any]:
     return answer
 
 
-def _file_of(payload: Any) -> Path | None:
-    """Where Gradio has put a picture."""
-    return None if payload is None or payload.path is None else Path(payload.path)
+def _file_of(uploads: Path, payload: Any) -> Path | None:
+    """Where Gradio has put a picture; whoever asks may name any other file of this machine."""
+    if payload is None or payload.path is None:
+        return None
+    path = Path(payload.path).resolve()
+    if not path.is_relative_to(uploads.resolve()):
+        raise gr.Error("this picture was not uploaded here", print_exception=False)
+    return path
 
 
 def _search(explorer: Explorer, model: str, data: str, query: str, num: int) -> tuple[Any, ...]:

@@ -55,7 +55,7 @@ def model_config(
         ConfigError: if there is no such architecture, or if open_clip could not build it.
     """
     config = architecture_of(settings)
-    _check_towers(config)
+    check_towers(config)
     tag = pretrained_tag(settings)
     if tag:
         _check_vocabulary(settings, config, vocab_size)
@@ -291,7 +291,12 @@ def _cut_mask(
     return arguments, named
 
 
-def _check_towers(config: dict[str, Any]) -> None:
+def check_towers(config: dict[str, Any]) -> None:
+    """Refuse towers and tokenizers that are not open_clip's own.
+
+    Raises:
+        ConfigError: names them.
+    """
     vision, text = config["vision_cfg"], config["text_cfg"]
     foreign = [
         *(["a timm image tower"] if vision.get("timm_model_name") else []),

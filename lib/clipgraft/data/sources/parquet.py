@@ -19,6 +19,7 @@ from clipgraft.data.parallel import Progress, parallel_map
 from clipgraft.data.remote import expand, open_file
 from clipgraft.data.sources.classes import class_label, read_classes, write_classes
 from clipgraft.data.tars import add_member
+from clipgraft.data.unpacked import open_parquet
 from clipgraft.data.utf8 import clean_table
 from clipgraft.sources import ParquetSource
 
@@ -66,7 +67,7 @@ def _class_names(source: ParquetSource, files: list[str]) -> list[str] | None:
         return None
     if source.classes is not None:
         return read_classes(source.classes)
-    with open_file(files[0], None) as file:
+    with open_file(files[0]) as file:
         schema = _open(file, files[0]).schema_arrow
     about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     feature = about.get("info", {}).get("features", {}).get(source.label_column, {})
@@ -90,7 +91,7 @@ def _unpack(task: tuple[ParquetSource, str, list[str] | None, int, Path]) -> lis
         return read_outcomes(marker)
     outcomes: list[Outcome] = []
     try:
-        with open_file(name, None) as file:
+        with open_file(name) as file:
             table = _open(file, name)
             columns = _columns(source, name, table.schema_arrow.names)
             row = 0
@@ -175,6 +176,6 @@ def _raise_no_column(name: str, setting: str, column: str, there: list[str]) -> 
 
 def _open(file: Any, name: str) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(file)
+        return open_parquet(file, name)
     except pa.ArrowException as error:
         raise ConfigError(f"{name} is no parquet file: {error}. Hint: download it again") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
 from pathlib import PurePosixPath
@@ -10,14 +11,14 @@ from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.parquet as pq
 
 from clipgraft.config import ConfigError
 from clipgraft.data.remote import expand, is_remote, open_file
+from clipgraft.data.unpacked import open_parquet
 from clipgraft.data.utf8 import clean, clean_bytes, clean_table, is_utf8
 from clipgraft.sources import UrlSource
 
-_PACKED = (".gz", ".bz2", ".xz", ".zst")
+_PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 
 
 def read_tables(source: UrlSource) -> tuple[pa.Table, list[str]]:
@@ -69,7 +70,7 @@ def _check_columns(name: str, table: pa.Table, source: UrlSource) -> None:
 def _read_file(name: str, columns: list[str] | None, bad: list[str]) -> pa.Table:
     path = PurePosixPath(urlsplit(name).path if is_remote(name) else name)
     suffix = path.suffix.lower()
-    packing = "infer" if suffix not in _PACKED else _packing(suffix)
+    packing = _PACKED.get(suffix)
     kind = (path.with_suffix("").suffix if suffix in _PACKED else path.suffix)[1:].lower()
     readers = {"parquet", "csv", "tsv", "jsonl", "json", "ndjson"}
     if kind not in readers:
@@ -80,7 +81,8 @@ def _read_file(name: str, columns: list[str] | None, bad: list[str]) -> pa.Table
     try:
         with open_file(name, packing) as file:
             if kind == "parquet":
-                return clean_table(pq.read_table(file))
+                whole = io.BytesIO(file.read()) if packing else file  # it is read from its end
+                return clean_table(open_parquet(whole, name).read())
             if kind in ("csv", "tsv"):
                 return _read_lines(file, kind, columns, bad)
             return _read_json_lines(file, name, bad)
@@ -88,10 +90,6 @@ def _read_file(name: str, columns: list[str] | None, bad: list[str]) -> pa.Table
         raise ConfigError(
             f"{name} cannot be read as {kind}: {error}. Hint: check how it was written, or get it again"
         ) from None
-
-
-def _packing(suffix: str) -> str:
-    return {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}[suffix]
 
 
 def _read_lines(file: BinaryIO, kind: str, columns: list[str] | None, bad: list[str]) -> pa.Table:

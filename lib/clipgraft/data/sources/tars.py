@@ -12,7 +12,7 @@ from clipgraft.data.outcomes import Outcome, collect_captions
 from clipgraft.data.parallel import parallel_map
 from clipgraft.data.remote import copy_all, expand, is_remote
 from clipgraft.data.sources.classes import read_classes, write_classes
-from clipgraft.data.tars import Members, list_samples, read_range
+from clipgraft.data.tars import Members, list_samples, read_range, too_large
 from clipgraft.data.utf8 import clean, is_utf8
 from clipgraft.sources import TarSource
 
@@ -58,6 +58,8 @@ def _read_sample(source: TarSource, path: Path, file: str, key: str, members: Me
         return Outcome(clean(key), file, "failed", "its name is no UTF-8")
     if source.captions is None and source.uid_key is None:
         return Outcome(key, file, "ok")
+    if message := too_large(members):
+        return Outcome(key, file, "failed", message)
     about: dict[str, Any] = {}
     if "json" in members:
         try:
