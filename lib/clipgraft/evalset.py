@@ -24,8 +24,8 @@ from clipgraft import log as logging_setup
 from clipgraft.compare import LOCK
 from clipgraft.config import ConfigError
 from clipgraft.evalset_tasks import EvalsetTask, chosen, data_folder, expand
+from clipgraft.explore.finished import FinishedRun
 from clipgraft.job import write_json
-from clipgraft.recipes import hint
 from clipgraft.versions import listing
 
 log = logging.getLogger(__name__)
@@ -132,12 +132,12 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def model_folder(name: str, model: str | None, results: Path = RESULTS) -> Path:
-    """A model folder as it is, or that of a model of a run.
+def model_folders(name: str, model: str | None, results: Path = RESULTS) -> list[Path]:
+    """A model folder as it is, or those of a model of a run: one, of an ensemble several.
 
     Args:
         name: path of a model folder, or name of a run.
-        model: of a run: base, expert_1, upcycled, moe or a baseline; None: the last one.
+        model: of a run, as its report calls it: base, expert_1, upcycled, moe or a baseline; None: the last one.
         results: where runs are.
 
     Raises:
@@ -148,36 +148,14 @@ def model_folder(name: str, model: str | None, results: Path = RESULTS) -> Path:
             raise ConfigError(
                 f"--model {model}: {name} is a model folder, not a run. Hint: leave it out"
             )
-        return expand(name)
+        return [expand(name)]
     lock = results / "runs" / name / LOCK
     if not lock.is_file():
         raise ConfigError(
             f"{name} is neither a model folder (no model.json) nor a finished run ({lock} does not exist)"
         )
-    models = _models_of(json.loads(lock.read_text()))
-    if model is not None and model not in models:
-        raise ConfigError(f"run {name} has no model {model!r}{hint(model, models)}")
-    return results / models[model or list(models)[-1]]
-
-
-def _models_of(versions: dict[str, str]) -> dict[str, str]:
-    """Folders of the dense models and mixtures of a run by the names they are evaluated under, the final one last."""
-    models: dict[str, str] = {}
-    phases = [name for name in versions if name.startswith("pretrain/")]
-    for job, folder in versions.items():
-        stage, _, name = job.partition("/")
-        if job in phases[:-1]:
-            models[name] = folder
-        elif job in phases:
-            models["base"] = folder
-        elif stage == "finetune_expert":
-            models[f"expert_{name}" if name.isdigit() else name] = folder
-        elif stage in ("soup", "finetune_router"):  # of baselines the last stage stands
-            models[name] = folder
-        elif job == "assemble/moe":
-            models["upcycled"] = folder
-    last = models.pop("moe", None)
-    return models if last is None else {**models, "moe": last}
+    run = FinishedRun.open(name, results)
+    return run.model_folders(model or list(run.models)[-1])
 
 
 def main() -> None:
@@ -188,7 +166,7 @@ def main() -> None:
     parser.add_argument("model", metavar="RUN|MODEL_FOLDER")
     parser.add_argument("folder", metavar="DIR", help="evaluation folder")
     parser.add_argument(
-        "--model", dest="which", help="of a run: base, expert_1, moe (default: the last)"
+        "--model", dest="which", help="of a run: base, expert_1, ensemble, moe (default: the last)"
     )
     parser.add_argument("--tasks", nargs="+", help="keys of tasks (default: all that are there)")
     parser.add_argument("--out", type=Path, help="default: results/evalset/<model>")
@@ -196,10 +174,10 @@ def main() -> None:
     given = parser.parse_args()
     logging_setup.set_up("evalset", None)
     try:
-        folder = model_folder(given.model, given.which)
+        folders = model_folders(given.model, given.which)
         out = given.out or RESULTS / "evalset" / _name(given.model, given.which)
         results = evaluate_folder(
-            [folder], expand(given.folder), out, names=given.tasks, threads=given.threads
+            folders, expand(given.folder), out, names=given.tasks, threads=given.threads
         )
     except ConfigError as error:
         sys.exit(f"evalset: {error}")

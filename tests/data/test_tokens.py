@@ -287,7 +287,16 @@ def test_words_are_dropped_as_often_as_their_share_of_the_corpus_says(tokens, in
 def test_tokenizer_is_open_clips(clip, tmp_path):
     write_merges(tmp_path / "m.gz", clip_merges())
     ours = Tokenizer(tmp_path / "m.gz")
-    np.testing.assert_array_equal(ours.encode_batch(FLAT, 10), clip(FLAT, 10).numpy())
+    odd = [
+        "it's",
+        "don\u2019t &amp; won't",
+        "A\tB\n c!!12",
+        "",
+        "&lt;b&gt;",
+        "\u4f60\u597d e\u0301 \U0001f600",
+    ]
+    texts = [*FLAT, *odd, "<end_of_text> of a <start_of_text>", *FLAT]
+    np.testing.assert_array_equal(ours.encode_batch(texts, 10), clip(texts, 10).numpy())
     assert ours.encode_batch([], 10).shape == (0, 10)
 
 

@@ -30,7 +30,7 @@ from clipgraft.data.vocabulary import clip_merges
 from clipgraft.evalset_tasks import chosen, task_of
 from clipgraft.evaluation.evalset.encoder import Encoder
 from clipgraft.evaluation.evalset.evaluate import result_of
-from clipgraft.evaluation.evalset.scores import chance_of_jaccard
+from clipgraft.evaluation.evalset.scores import chance_of, chance_of_jaccard
 from clipgraft.evaluation.evalset.tars import open_tars
 from clipgraft.evaluation.evalset.tasks import pair_hits
 from clipgraft.models.build import build, describe
@@ -229,7 +229,24 @@ def test_dollar_street_is_top_5_of_the_worst_income(tmp_path, encoder, oracle):
     expected = groups(hit_N, metadata[:, 0])
     assert result["metrics"]["acc_top5_wg"] == pytest.approx(min(expected.values()))
     assert result["metrics"]["acc_top5_avg"] == pytest.approx(hit_N.mean())
-    assert result["chance"] == pytest.approx(5 / 58)
+    assert 0 < result["chance"] < 5 / 58  # the worst of several groups is below their mean
+
+
+def test_chance_of_the_worst_group_and_of_f1_is_what_blind_guesses_get():
+    rng = np.random.default_rng(0)
+    region_N, label_N = np.repeat([0, 1, 2], [30, 50, 20]), rng.integers(0, 3, 100) ** 2 % 4
+    blind_RN = rng.integers(0, 4, (20_000, 100))
+    hit_RN = blind_RN == label_N
+    worst = np.min([hit_RN[:, region_N == region].mean(1) for region in range(3)], axis=0)
+    columns = {"region": region_N}
+    chance = chance_of("acc_worst_region", 4, label_N, columns)
+    assert chance == pytest.approx(worst.mean(), abs=2e-3) and chance < 0.22
+    assert chance_of("acc1", 4, label_N, columns) == 0.25
+    assert chance_of("acc1", 2, label_N, {}) == 0.5
+    label_N, blind_RN = np.repeat([0, 1, 2], [1000, 300, 200]), rng.integers(0, 5, (40, 1500))
+    options = {"average": "macro", "labels": [0, 1, 2]}
+    scores = [f1_score(label_N, blind_N, **options) for blind_N in blind_RN]
+    assert chance_of("F1-macro_all", 5, label_N, {}) == pytest.approx(np.mean(scores), abs=3e-3)
 
 
 def test_faces_are_several_questions_about_the_same_pictures(

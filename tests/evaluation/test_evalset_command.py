@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -13,9 +12,8 @@ from evalsets import pictures, write_classes
 
 from clipgraft import evalset
 from clipgraft.checkpoint import save_model
-from clipgraft.config import ConfigError
 from clipgraft.data.vocabulary import Encoder, clip_merges
-from clipgraft.evalset import evaluate_folder, model_folder, table
+from clipgraft.evalset import evaluate_folder, table
 from clipgraft.evaluation.evalset import evaluate
 from clipgraft.models.build import build, describe
 from clipgraft.settings import EvalsetJob
@@ -97,35 +95,3 @@ def test_the_exit_code_tells_of_a_failure(model, root, tmp_path, monkeypatch, ca
     monkeypatch.setattr(sys, "argv", [*command, "--tasks", "mnits"])
     with pytest.raises(SystemExit, match="did you mean `mnist`"):
         evalset.main()
-
-
-def test_models_of_a_run_have_the_names_they_are_evaluated_under(tmp_path, monkeypatch):
-    stages = {
-        "pretrain/short": "pretrain/1",
-        "pretrain/full": "pretrain/2",
-        "finetune_expert/1": "finetune_expert/3",
-        "finetune_expert/mlp": "finetune_expert/4",
-        "assemble/moe": "assemble/5",
-        "finetune_router/moe": "finetune_router/6",
-        "evaluate/base/x": "evaluate/7",
-    }
-    lock = tmp_path / "runs" / "demo" / "versions.json"
-    lock.parent.mkdir(parents=True)
-    lock.write_text(json.dumps(stages))
-    found = {
-        which: os.path.relpath(model_folder("demo", which, tmp_path), tmp_path)
-        for which in (None, "short", "base", "expert_1", "mlp", "upcycled", "moe")
-    }
-    assert list(found.values()) == [
-        "finetune_router/6",
-        "pretrain/1",
-        "pretrain/2",
-        "finetune_expert/3",
-        "finetune_expert/4",
-        "assemble/5",
-        "finetune_router/6",
-    ]
-    with pytest.raises(ConfigError, match="run demo has no model 'bass'; did you mean `base`"):
-        model_folder("demo", "bass", tmp_path)
-    with pytest.raises(ConfigError, match=r"neither a model folder .* nor a finished run"):
-        model_folder("nothing", None, tmp_path)

@@ -23,6 +23,7 @@ from clipgraft.data.tokens import Tokenizer
 from clipgraft.evaluation.encode import encoder_of_texts
 from clipgraft.evaluation.evaluate import evaluate, with_random_weights
 from clipgraft.evaluation_settings import TaskSettings
+from clipgraft.job import write_json
 from clipgraft.models.build import build, describe
 from clipgraft.models.moe import upcycle
 from clipgraft.settings import IndexJob
@@ -189,7 +190,7 @@ def test_random_weights_are_of_the_seed_and_not_of_the_model(model, index, tmp_p
     assert result["retrieval"] is None and examples["image_to_text"] == []
 
 
-def test_a_mixture_of_experts_says_what_its_tokens_choose(model, index, samples, tmp_path):
+def make_mixture(model: Path, index: Path) -> None:
     loaded = load_model(model)
     state = [loaded.model.state_dict()] * 3
     layers = {"image_layers": [0], "text_layers": [0, 1]}
@@ -197,6 +198,28 @@ def test_a_mixture_of_experts_says_what_its_tokens_choose(model, index, samples,
         loaded.model, state, top_k=1, generator=torch.Generator().manual_seed(0), **layers
     )
     save_model(model, loaded.model, {**loaded.spec, "moe": moe}, index / "tokens" / "merges.txt.gz")
+
+
+@pytest.mark.parametrize("is_mixture", [False, True])
+def test_tasks_on_the_same_samples_encode_them_once(model, index, tmp_path, is_mixture):
+    if is_mixture:
+        make_mixture(model, index)
+    other = {**TASK, "retrieval": False, "probe": ["size"]}
+    alone = run(model, index, tmp_path / "alone", other)
+    write_json(index / "manifest.json", {"stage": "index", "id": "abc", "outputs": {}})
+    run(model, index, tmp_path / "first", TASK, shared=tmp_path / "shared")
+    download = index / json.loads((index / "samples.json").read_text())["download"]
+    (download / "0.tar").rename(download / "away.tar")  # what cannot be read is not encoded again
+    try:
+        assert run(model, index, tmp_path / "b", other, shared=tmp_path / "shared") == alone
+        with pytest.raises((ConfigError, FileNotFoundError)):
+            run(model, index, tmp_path / "c", other, shared=tmp_path / "shared", untrained=1)
+    finally:
+        (download / "away.tar").rename(download / "0.tar")
+
+
+def test_a_mixture_of_experts_says_what_its_tokens_choose(model, index, samples, tmp_path):
+    make_mixture(model, index)
     out = tmp_path / "out"
     _, result, _ = run(model, index, out, {**TASK, "probe": ["size"]}, batch_size=5)
     image, text = result["choices"]["image"], result["choices"]["text"]
@@ -308,12 +331,12 @@ def test_cut_texts_are_those_of_a_tokenizer_that_cuts(model, index, samples, tmp
     assert torch.allclose(found, expected, atol=1e-6)
 
 
-def test_an_image_that_no_longer_decodes_is_named(model, index, tmp_path):
+def test_an_image_that_has_changed_is_named(model, index, tmp_path):
     path, offset, size = Samples.open(index).place(9)
     whole = path.read_bytes()
     try:
         path.write_bytes(whole[:offset] + b"x" * size + whole[offset + size :])
-        with pytest.raises(ConfigError, match=r"sample 9 in .*0\.tar cannot be decoded.*Hint:"):
+        with pytest.raises(ConfigError, match=r"0\.tar is not what it was when .*Hint:"):
             run(model, index, tmp_path / "out", TASK)
     finally:
         path.write_bytes(whole)

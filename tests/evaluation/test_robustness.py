@@ -75,6 +75,9 @@ def test_a_tower_without_patches_is_refused(tiny_config):
         fewer_patches(model, image_reduction("grid"), CPU),
     ):
         pass
+    settings = RobustnessSettings(image=["grid"])
+    with pytest.raises(ConfigError, match=message):
+        robustness(settings, model, 8, CPU, {"m": 1.0}, lambda _: {}, lambda _: {})
 
 
 def test_curves_begin_with_nothing_dropped_and_longer_cuts_are_left_out(tiny_config):

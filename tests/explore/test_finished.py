@@ -1,11 +1,13 @@
 """Laws of what a finished run has to try."""
 
 import json
+import os
 import shutil
 
 import pytest
 
 from clipgraft.config import ConfigError
+from clipgraft.evalset import model_folders
 from clipgraft.explore.finished import FinishedRun, finished_runs
 
 
@@ -103,3 +105,26 @@ def test_a_model_that_is_not_whole_is_not_read(own_store):
     (run.models["base"][0] / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"model\.safetensors is missing"):
         run.model_folders("base")
+
+
+def test_an_evaluation_by_hand_knows_the_same_models(own_store):
+    lock_file = own_store / "runs/tiny/versions.json"
+    lock = json.loads(lock_file.read_text())
+    base, moe = (
+        (own_store / lock[job]).resolve() for job in ("pretrain/full", "finetune_router/moe")
+    )
+    ensemble = shutil.copytree(own_store / lock["evaluate/moe/renders"], own_store / "evaluate/two")
+    manifest = json.loads((ensemble / "manifest.json").read_text())
+    model = manifest["inputs"].pop("model")
+    other = {"manifest": os.path.relpath(base / "manifest.json", ensemble), "id": "x"}
+    manifest["inputs"] |= {"model_0": other, "model_1": model}
+    (ensemble / "manifest.json").write_text(json.dumps(manifest))
+    lock_file.write_text(json.dumps({"evaluate/ensemble/renders": "evaluate/two", **lock}))
+    assert model_folders("tiny", "ensemble", own_store) == [base, moe]
+    assert model_folders("tiny", "base", own_store) == [base]
+    assert model_folders("tiny", None, own_store) == [moe]
+    assert model_folders(str(moe), None, own_store) == [moe]
+    with pytest.raises(ConfigError, match="has no model 'bass'; did you mean `base`"):
+        model_folders("tiny", "bass", own_store)
+    with pytest.raises(ConfigError, match=r"neither a model folder .* nor a finished run"):
+        model_folders("nothing", None, own_store)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 
 from clipgraft.report.evalset import EVALSET, write_evalset
+from clipgraft.report.facts import run_section
 from clipgraft.report.figures_results import noise_of, plot_metrics
 from clipgraft.report.page import render
 from clipgraft.report.page_tables import evalset_table, results_table
@@ -42,18 +42,25 @@ def results(cifar: float) -> dict[str, dict]:
 
 
 @pytest.fixture
-def models(bare_tree, tmp_path) -> list[Model]:
-    """Models of a run whose base and mixture were evaluated on a folder as well."""
+def run(bare_tree) -> Run:
+    """A run whose base and mixture were evaluated on a folder as well."""
     inputs: dict[str, Path] = dict(bare_tree)
     for model, cifar in (("base", 0.5), ("moe", 0.25)):
         before = bare_tree[f"evaluate/{model}/renders"]
         for key, about in results(cifar).items():
             folder = before.parent / f"{model}-{key.replace('/', '-')}"
             folder.mkdir(exist_ok=True)
-            shutil.copy(before / "manifest.json", folder)
+            manifest = json.loads((before / "manifest.json").read_text())
+            manifest |= {"settings": {"folder": "sets", "evalset": key}, "seconds": 2.5}
+            (folder / "manifest.json").write_text(json.dumps(manifest))
             (folder / "result.json").write_text(json.dumps(about))
             inputs[f"evaluate/{model}/evalset/{key}"] = folder
-    return [model for model in Run.open(inputs).models() if model.key != "untrained"]
+    return Run.open(inputs)
+
+
+@pytest.fixture
+def models(run) -> list[Model]:
+    return [model for model in run.models() if model.key != "untrained"]
 
 
 def test_many_tasks_are_read_as_one(models):
@@ -110,6 +117,17 @@ def test_the_page_has_a_line_per_task(models):
     assert "partial: 100 samples instead of 10,000" in page and "FairFace" in page
     assert plot_metrics(models, [c for c in columns if c.is_main]).rows
     assert noise_of(models[0].results[EVALSET]) > 0
+
+
+def test_the_jobs_of_a_model_on_a_folder_are_one_line(run):
+    tables = {table.title: table for table in run_section(run).tables}
+    (jobs,) = (table for title, table in tables.items() if "jobs: versions" in title)
+    assert jobs.title.startswith(f"{len(run.manifests)} jobs")
+    lines = {row[0].text: [cell.text for cell in row] for row in jobs.rows}
+    assert len(lines) == len(run.manifests) - 2 * len(results(0)) + 2
+    assert lines["evaluate/base/evalset: 4 tasks"][2] == "10.0"
+    assert lines["evaluate/moe/evalset: 4 tasks"][-1] == "folder: sets"
+    assert not any("evalset" in row[0].text for row in tables["Hashes"].rows)
 
 
 def test_the_public_files_stand_beside_the_page(models, tmp_path):

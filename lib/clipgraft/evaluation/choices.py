@@ -78,6 +78,20 @@ class Recorder:
             length_B = np.full(num_images, num_patches)
             self._keep("image", length_B, key_R, patches_BLM.reshape(len(key_R), -1))
 
+    def of_images(self) -> dict[str, np.ndarray]:
+        """What was recorded of images, as arrays; none without experts."""
+        if "image" not in self._parts:
+            return {}
+        item_R, key_R, expert_RM = map(np.concatenate, zip(*self._parts["image"], strict=True))
+        about = np.array([self._num_experts, *self._layers["image"]])
+        return {"item_R": item_R, "key_R": key_R, "expert_RM": expert_RM, "about": about}
+
+    def see_again(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Take over what `of_images` gave before."""
+        if "about" in arrays:
+            self._num_experts, *self._layers["image"] = arrays["about"].tolist()
+            self._parts["image"] = [(arrays["item_R"], arrays["key_R"], arrays["expert_RM"])]
+
     def see_texts(self, text_BL: Tensor) -> None:
         """Record the tokens of the texts that have just been encoded; padding, start and end are left out."""
         taken = self._take("text", "text")

@@ -30,6 +30,7 @@ from clipgraft.evaluation import choices
 from clipgraft.evaluation.answers import answers_of
 from clipgraft.evaluation.asked import Asked
 from clipgraft.evaluation.encode import (
+    BATCH,
     Texts,
     check_finite,
     encode_images,
@@ -43,9 +44,12 @@ from clipgraft.evaluation.given import evaluate_given
 from clipgraft.evaluation.retrieval import Captions, evaluate_retrieval
 from clipgraft.evaluation.robustness import Ahead, robustness
 from clipgraft.evaluation.rows import Rows, spread
+from clipgraft.evaluation.stored import LARGEST, identity_of, key_of, stored
 from clipgraft.evaluation.zero_shot import evaluate_zero_shot, zero_shot_weights
 from clipgraft.evaluation_settings import TaskSettings
 from clipgraft.models.build import build
+from clipgraft.models.fused import fuse
+from clipgraft.provenance import read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +63,9 @@ def evaluate(
     task_name: str,
     beside: Sequence[Path] = (),
     untrained: int | None = None,
+    shared: Path | None = None,
     threads: int = 1,
-    batch_size: int = 256,
+    batch_size: int | None = None,
 ) -> dict[str, Any]:
     """Measure a model and write `result.json`, `examples.json` and `answers.parquet`; of a MoE `choices.json`, too.
 
@@ -72,8 +77,9 @@ def evaluate(
         task_name: name of the task, for messages and the result.
         beside: models whose embeddings stand beside those of the first (`ensemble`).
         untrained: seed of random weights, which take the place of those of the model.
+        shared: folder in which tasks of one model on the same samples share the features of images.
         threads: for decoding.
-        batch_size: images or texts encoded at a time; changes nothing but speed.
+        batch_size: images or texts encoded at a time; by default what suits the device.
     Returns:
         Facts for the manifest.
     Raises:
@@ -85,6 +91,11 @@ def evaluate(
     loaded = loaded if untrained is None else with_random_weights(loaded, untrained)
     with tempfile.TemporaryDirectory(dir=out) as scratch:
         subject = _Subject.of(loaded, Path(scratch), threads, batch_size)
+        if shared is not None:
+            models = identity_of([model_folder, *beside], Path(__file__))
+            samples = read_manifest(index_folder)["id"]
+            key = key_of(models, samples, untrained, subject.device.type)
+            subject = replace(subject, shared=shared / f"{key}.npz")
         result, files, answers = _measure(task, asked, subject, model_folder)
     files["result.json"] = {"task": task_name, **result}
     for name, content in files.items():
@@ -98,7 +109,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Subject:
-    """A model that is measured, on its device, and how it is fed."""
+    """A model that is measured, on its device, and how it is fed; `shared` is where features of its images are kept."""
 
     loaded: Loaded
     tokenizer: Tokenizer
@@ -106,16 +117,37 @@ class _Subject:
     scratch: Path
     threads: int
     batch_size: int
+    shared: Path | None = None
 
     @classmethod
-    def of(cls, loaded: Loaded, scratch: Path, threads: int, batch_size: int) -> _Subject:
+    def of(cls, loaded: Loaded, scratch: Path, threads: int, batch_size: int | None) -> _Subject:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         loaded.model.to(device).eval()
+        fuse(loaded.model)
+        batch_size = batch_size or BATCH[device.type]
         return cls(loaded, Tokenizer(loaded.tokenizer), device, scratch, threads, batch_size)
 
     @property
     def text_length(self) -> int:
         return int(self.loaded.spec["config"]["text_cfg"]["context_length"])
+
+    def whole_images(self, samples: Samples, recorder: choices.Recorder) -> Rows:
+        """Features of all images, and the recorded routing, from the file where another task has left them."""
+        dim = self.loaded.spec["config"]["embed_dim"] * len(
+            getattr(self.loaded.model, "models", [1])
+        )
+
+        def encoded() -> Rows:
+            return self.images(samples, "images", watch=recorder.see_images)
+
+        def arrays() -> dict[str, np.ndarray]:
+            return {"image_ND": encoded()[:].cpu().numpy(), **recorder.of_images()}
+
+        if self.shared is None or 4 * len(samples) * dim > LARGEST:
+            return encoded()
+        found = stored(self.shared, arrays)
+        recorder.see_again(found)
+        return torch.from_numpy(found["image_ND"]).to(self.device)
 
     def images(self, samples: Samples, name: str, **more: Any) -> Rows:
         """Features of all images; `name` is of the file for many."""
@@ -143,7 +175,7 @@ def _measure(
     examples: dict[str, Any] = {"samples_id": asked.samples.samples_id}
     examples |= {"image_to_text": [], "text_to_image": []}
     with torch.inference_mode(), true_float32():
-        image_ND = subject.images(asked.samples, "images", watch=recorder.see_images)
+        image_ND = subject.whole_images(asked.samples, recorder)
         check_finite(image_ND, model_folder)
         text_UD = None
         if captions is not None:

@@ -56,6 +56,7 @@ def robustness(
     """
     points = []
     if settings.image:
+        _check_towers(model, settings.image[0])
         rows, columns = getattr(model, "models", [model])[0].visual.grid_size
         points.append(_point("image", "none", rows * columns, plain))
     for reduction in settings.image:
@@ -97,13 +98,7 @@ def fewer_patches(
     Raises:
         ConfigError: if the tower has no patches to drop.
     """
-    towers = [each.visual for each in getattr(model, "models", [model])]
-    for tower in towers:
-        if not isinstance(tower, open_clip.transformer.VisionTransformer):
-            raise ConfigError(
-                f"robustness.image = {reduction.kind}: the image tower is a {type(tower).__name__}, which has no patches "
-                "to drop. Hint: robustness: {text: [8]}"
-            )
+    towers = _check_towers(model, reduction)
 
     def draw(rows: range) -> None:
         bits_B = draw_bits(0, np.arange(rows.start, rows.stop), 0, 1)[:, 0].view(np.int64)
@@ -118,3 +113,19 @@ def fewer_patches(
     finally:
         for tower in towers:
             tower.drops_in_evaluation, tower.image_bits_B = False, None
+
+
+def _check_towers(model: nn.Module, reduction: ImageReduction) -> list[Any]:
+    """The image towers of a model, or of several side by side.
+
+    Raises:
+        ConfigError: if one has no patches to drop.
+    """
+    towers = [each.visual for each in getattr(model, "models", [model])]
+    for tower in towers:
+        if not isinstance(tower, open_clip.transformer.VisionTransformer):
+            raise ConfigError(
+                f"robustness.image = {reduction.kind}: the image tower is a {type(tower).__name__}, which has no patches "
+                "to drop. Hint: robustness: {text: [8]}"
+            )
+    return towers

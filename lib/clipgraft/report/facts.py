@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from clipgraft.report.evalset import EVALSET
 from clipgraft.report.page_tables import Cell, Table
 from clipgraft.report.read import Run, read_metrics, tokens_of
 from clipgraft.report.sections import Section
 from clipgraft.report.tables import human, to_csv
 
+_OF_EVALSET = f"/{EVALSET}/"  # in the name of a job
 _MAX_FILES = 4  # of a job, whose hashes are shown
 
 
@@ -137,6 +139,8 @@ def _jobs_table(run: Run) -> Table:
     """What each job was, took and was told."""
     rows = []
     for name, manifest in run.manifests.items():
+        if _is_of_evalset(name):
+            continue
         seen, memory = manifest.get("samples_seen"), manifest.get("peak_memory_mb")
         texts = [
             run.folders[name].resolve().name,
@@ -146,15 +150,35 @@ def _jobs_table(run: Run) -> Table:
         ]
         told = Cell(_settings_text(manifest["settings"]), is_code=True)
         rows.append([Cell(name), *map(Cell, texts), told])
+    for title, jobs in _evalset_jobs(run).items():
+        seconds = sum(run.manifests[job].get("seconds") or 0 for job in jobs)
+        memory = max(run.manifests[job].get("peak_memory_mb") or 0 for job in jobs)
+        texts = ["-", f"{seconds:,.1f}", f"{memory:,}" if memory else "-", "-"]
+        told = Cell(f"folder: {run.manifests[jobs[0]]['settings']['folder']}", is_code=True)
+        rows.append([Cell(f"{title}: {len(jobs)} tasks"), *map(Cell, texts), told])
     head = ["job", "version", "seconds", "memory, MB", "samples seen", "settings"]
-    title = f"{len(rows)} jobs: versions, costs and settings"
+    title = f"{len(run.manifests)} jobs: versions, costs and settings"
     return Table(title, head, rows, "", text_columns=(1, 5), long_columns=(5,), is_folded=True)
+
+
+def _evalset_jobs(run: Run) -> dict[str, list[str]]:
+    """Jobs of the evaluation folder by model: a line for each task of each is too many."""
+    by_model: dict[str, list[str]] = {}
+    for name in filter(_is_of_evalset, run.manifests):
+        by_model.setdefault(name.rpartition(_OF_EVALSET)[0] + _OF_EVALSET[:-1], []).append(name)
+    return by_model
+
+
+def _is_of_evalset(job: str) -> bool:
+    return _OF_EVALSET in job
 
 
 def _hashes_table(run: Run) -> Table:
     """What came in and out, by content: for whoever wants to know whether two runs are the same."""
     rows = []
     for name, manifest in run.manifests.items():
+        if _is_of_evalset(name):
+            continue
         files = manifest.get("outputs", {})
         largest = sorted(files, key=lambda file: -files[file]["bytes"])[:_MAX_FILES]
         said = [f"{file} {files[file]['sha256'][:16]}" for file in largest]
@@ -166,7 +190,7 @@ def _hashes_table(run: Run) -> Table:
     head = ["job", "content", "code", "commit", "inputs", "largest files, sha256"]
     caption = (
         "Content is the hash of all files of a job, code that of the modules that it used; manifest.json in the folder of "
-        "each job has all in full."
+        "each job has all in full; those of tasks of an evaluation folder are not shown."
     )
     places, several = (1, 2, 3, 4, 5), (4, 5)
     return Table(

@@ -20,15 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipgraft.checkpoint import SPEC, TOKENIZERS, WEIGHTS
 from clipgraft.config import ConfigError
 from clipgraft.data.tokens import Tokenizer
-from clipgraft.evaluation.encode import encode_images, encoder_of_texts
+from clipgraft.evaluation.encode import BATCH, encode_images, encoder_of_texts
 from clipgraft.evaluation.ensemble import load_side_by_side
 from clipgraft.evaluation.evalset.pictures import Pictures
+from clipgraft.evaluation.stored import identity_of
 from clipgraft.evaluation.zero_shot import zero_shot_weights
-from clipgraft.provenance import sha256
-from clipgraft.versions import fingerprint
+from clipgraft.models.fused import fuse
 
 
 class Encoder:
@@ -44,7 +43,7 @@ class Encoder:
         cache: Path,
         *,
         threads: int = 1,
-        batch_size: int = 256,
+        batch_size: int | None = None,
     ) -> None:
         """Load a model on the device that there is.
 
@@ -52,21 +51,22 @@ class Encoder:
             folders: model folders of any kind; of several the embeddings stand side by side.
             cache: folder of classifiers, made if need be.
             threads: for decoding.
-            batch_size: images or texts encoded at a time; changes nothing but speed.
+            batch_size: images or texts encoded at a time; by default what suits the device.
 
         Raises:
             ConfigError: if a folder holds no whole model.
         """
-        self.identity = identity_of(folders)
+        self.identity = identity_of(folders, Path(__file__))
         self._where, self._cache = str(folders[0]), cache
-        self._threads, self._batch_size = threads, batch_size
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._threads, self._batch_size = threads, batch_size or BATCH[self._device.type]
         loaded = load_side_by_side(folders)
         self._model = loaded.model.to(self._device).eval()
+        fuse(self._model)
         self._preprocess: dict[str, Any] = loaded.spec["preprocess"]
         length = loaded.spec["config"]["text_cfg"]["context_length"]
         self._encode_texts = encoder_of_texts(
-            self._model, Tokenizer(loaded.tokenizer), length, self._device, batch_size
+            self._model, Tokenizer(loaded.tokenizer), length, self._device, self._batch_size
         )
 
     def images(self, pictures: Pictures) -> Tensor:
@@ -106,16 +106,3 @@ class Encoder:
                 "metrics.jsonl; try a lower optim.lr"
             )
         return feature_ND
-
-
-def identity_of(folders: Sequence[Path]) -> str:
-    """Hash of the files of models, an expert's with those of its base, and of the code that uses them."""
-    digests = [fingerprint(Path(__file__))]
-    todo = [Path(folder).resolve() for folder in folders]
-    while todo:
-        folder = todo.pop(0)
-        paths = [folder / name for name in (SPEC, WEIGHTS, *TOKENIZERS)]
-        digests += [sha256(path) for path in paths if path.is_file()]
-        base = json.loads((folder / SPEC).read_text()).get("base") if paths[0].is_file() else None
-        todo += [(folder / base).resolve()] if base else []
-    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from clipgraft.config import ConfigError
+from clipgraft.data.unpacked import open_parquet
 
-_CACHE = "hf_cache"
+_CACHE, _DOWNLOADS = "hf_cache", "downloads"
 
 
 def read_table(files: Sequence[Path], columns: Sequence[str]) -> pa.Table:
@@ -31,7 +31,7 @@ def read_table(files: Sequence[Path], columns: Sequence[str]) -> pa.Table:
     parts = []
     for path in files:
         try:
-            part = pq.read_table(path) if path.suffix == ".parquet" else _read_arrow(path)
+            part = _read_parquet(path) if path.suffix == ".parquet" else _read_arrow(path)
         except (pa.ArrowException, OSError) as error:
             raise ConfigError(f"{path} cannot be read: {error}. Hint: download it again") from None
         absent = [column for column in columns if column not in part.column_names]
@@ -42,6 +42,11 @@ def read_table(files: Sequence[Path], columns: Sequence[str]) -> pa.Table:
             )
         parts.append(part.select(list(columns)))
     return pa.concat_tables(parts, promote_options="default")
+
+
+def _read_parquet(path: Path) -> pa.Table:
+    with path.open("rb") as file:
+        return open_parquet(file, str(path)).read()
 
 
 def _read_arrow(path: Path) -> pa.Table:
@@ -69,17 +74,28 @@ def image_bytes(cell: Mapping[str, Any] | bytes | None, name: str, files: Sequen
     if cell.get("bytes"):
         return bytes(cell["bytes"])
     path = Path(cell.get("path") or "")
-    for candidate in (path, *_moved(path, files)):
-        if candidate.is_file():
+    cache = _cache_of(files)
+    own = [cache.resolve(), (cache / _DOWNLOADS).resolve()]  # this may be a link to another disk
+    for candidate in (path, *_moved(path, cache)):
+        # The table is another's: it must not name files of this machine that are not its own.
+        if candidate.is_file() and any(map(candidate.resolve().is_relative_to, own)):
             return candidate.read_bytes()
     raise ConfigError(
-        f"{name}: neither bytes nor a file, path {str(path)!r}. Hint: keep hf_cache/downloads, or download the data set again"
+        f"{name}: neither bytes nor a file in {cache}, path {str(path)!r}. Hint: keep hf_cache/downloads, or download "
+        "the data set again"
     )
 
 
-def _moved(path: Path, files: Sequence[Path]) -> list[Path]:
+def _cache_of(files: Sequence[Path]) -> Path:
+    """The folder that all files of a data set are in."""
+    parts = files[0].absolute().parts
+    return (
+        Path(*parts[: parts.index(_CACHE) + 1]) if _CACHE in parts else files[0].absolute().parent
+    )
+
+
+def _moved(path: Path, cache: Path) -> list[Path]:
     """Where a file of the cache would be now."""
-    if _CACHE not in files[0].parts or "downloads" not in path.parts:
+    if _DOWNLOADS not in path.parts:
         return []
-    cache = Path(*files[0].parts[: files[0].parts.index(_CACHE) + 1])
-    return [cache.joinpath(*path.parts[path.parts.index("downloads") :])]
+    return [cache.joinpath(*path.parts[path.parts.index(_DOWNLOADS) :])]

@@ -13,7 +13,6 @@ from math import comb
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import average_precision_score, f1_score, recall_score
 
 from clipgraft.config import ConfigError
 
@@ -36,6 +35,11 @@ _GROUPS = {
     "gender",
     "age",
 }  # of these groups are made
+_WORST_OF = {
+    "acc_worst_region": "region",
+    "acc_top5_wg": "income_ds",
+    "acc_wg": "region",
+}  # main metrics, and what makes their groups
 OBJECTIVES = ("race", "gender", "age", "toxic")  # of faces
 WHITE = 1  # class number among races
 NON_HUMAN, CRIME = range(14, 18), 18  # class numbers among toxic words: these, and from here on
@@ -98,6 +102,8 @@ def group_metrics(
         columns: metadata by name.
     """
     if key == "wilds/iwildcam":
+        from sklearn.metrics import f1_score, recall_score  # a second that others need not wait
+
         present, options = np.unique(label_N), {"average": "macro", "zero_division": 0.0}
         return {
             "acc_avg": float(hit_N.mean()),
@@ -116,6 +122,46 @@ def group_metrics(
         return grouped("acc_top5", hit5_N, {"income_ds": columns["income_ds"]}, "acc_top5_wg")
     assert key == "fairness/geode", key
     return grouped("acc", hit_N, {"region": columns["region"]}, "acc_wg")
+
+
+def chance_of(
+    metric: str | None, num_classes: int, label_N: np.ndarray, columns: Mapping[str, np.ndarray]
+) -> float:
+    """What naming a class at random, all alike, gives on average of a main metric.
+
+    Args:
+        metric: accuracy unless it is one of those of groups or of F1.
+        num_classes: that there are to name.
+        label_N: the right one.
+        columns: metadata by name.
+    """
+    guess = min(1.0, (5 if "top5" in (metric or "") else 1) / num_classes)
+    if metric == "F1-macro_all":
+        return chance_of_macro_f1(label_N, num_classes)
+    if metric in _WORST_OF:
+        _, size_G = np.unique(columns[_WORST_OF[metric]], return_counts=True)
+        return chance_of_worst(size_G, guess)
+    return guess
+
+
+def chance_of_worst(size_G: np.ndarray, guess: float) -> float:
+    """Mean of the least accuracy among groups of these sizes, where each sample is right with one probability."""
+    from scipy.stats import binom
+
+    edges_T = np.unique(np.concatenate([np.arange(size + 1) / size for size in size_G]))
+    above_T = np.ones(
+        len(edges_T) - 1
+    )  # probability that all are above, from each edge to the next
+    for size in size_G:
+        above_T *= binom.sf(np.floor(edges_T[:-1] * size + 1e-6), size, guess)
+    return float((above_T * np.diff(edges_T)).sum())
+
+
+def chance_of_macro_f1(label_N: np.ndarray, num_classes: int) -> float:
+    """F1 with the mean numbers of hits and of times that a class is named, which is its mean for many samples."""
+    count_C = np.unique(label_N, return_counts=True)[1]
+    named = len(label_N) / num_classes
+    return float((2 * count_C / num_classes / (count_C + named)).mean())
 
 
 def face_metrics(
@@ -177,6 +223,8 @@ def jaccard_metrics(score_N: np.ndarray, num_candidates_N: np.ndarray) -> dict[s
 
 def mean_average_precision(score_NC: np.ndarray, is_in_NC: np.ndarray) -> tuple[float, float]:
     """Mean over the classes that occur of the average precision, and of what a blind ranking gives."""
+    from sklearn.metrics import average_precision_score
+
     occurs = is_in_NC.any(0)
     per_class = [
         average_precision_score(is_in_NC[:, number], score_NC[:, number])

@@ -9,6 +9,7 @@ test/nshards.txt, test/0.tar, 1.tar, ...   KEY.webp (png, jpg, jpeg) with .cls (
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from clipgraft.config import ConfigError
-from clipgraft.data.tars import Members, list_samples, read_range
+from clipgraft.data.tars import Members, list_samples, read_range, too_large
 from clipgraft.evaluation.evalset.pictures import Pictures
 
 _IMAGES = ("webp", "png", "jpg", "jpeg")  # the first of a sample is taken
@@ -59,9 +60,9 @@ class TarSet:
         label_N = np.empty(len(self.places), np.int64)
         for row, name in enumerate(self.pictures.names):
             text = self.file(row, "cls").strip()
-            if not text.isdigit() or int(text) >= num_classes:
+            if not text.isdigit() or len(text) > 9 or int(text) >= num_classes:
                 raise ConfigError(
-                    f"{name}: label {text.decode(errors='replace')!r}, but {self.folder / 'classnames.txt'} names "
+                    f"{name}: label {text[:40].decode(errors='replace')!r}, but {self.folder / 'classnames.txt'} names "
                     f"classes 0 to {num_classes - 1}. Hint: do both come from the same data set?"
                 )
             label_N[row] = int(text)
@@ -76,8 +77,10 @@ class TarSet:
         rows = []
         for row, name in enumerate(self.pictures.names):
             try:
-                value = np.load(io.BytesIO(self.file(row, "npy")), allow_pickle=False).reshape(-1)
-            except (ValueError, EOFError) as error:
+                value = np.lib.format.read_array(
+                    io.BytesIO(self.file(row, "npy")), allow_pickle=False
+                ).reshape(-1)
+            except (ValueError, EOFError, MemoryError) as error:  # of a shape that is too large
                 raise ConfigError(f"{name}: its .npy is no array: {error}") from None
             num_columns = len(value) if num_columns is None else num_columns
             if len(value) != num_columns:
@@ -111,7 +114,7 @@ def open_tars(folder: Path) -> TarSet:
     """
     counter = folder / "test" / "nshards.txt"
     text = counter.read_text().strip()
-    if not text.isdigit() or int(text) == 0:
+    if not re.fullmatch("0*[1-9][0-9]{0,5}", text):  # a million tars are more than there are
         raise ConfigError(f"{counter} must hold the number of tars, it holds {text[:40]!r}")
     tars = [folder / "test" / f"{number}.tar" for number in range(int(text))]
     absent = [tar.name for tar in tars if not tar.is_file()]
@@ -127,6 +130,8 @@ def open_tars(folder: Path) -> TarSet:
                 raise ConfigError(
                     f"{tar}: {key} has no image (webp, png, jpg), only {', '.join(members)}"
                 )
+            if detail := too_large(members):
+                raise ConfigError(f"{tar}: {key}: {detail}. Hint: download the data set again")
             places.append((tar, members))
             names.append(f"{tar}: {key}")
 

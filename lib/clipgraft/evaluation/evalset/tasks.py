@@ -112,8 +112,7 @@ def _classes(task: EvalsetTask, folder: Path, encoder: Encoder) -> Measured:
         hit_N, hit5_N = _hits(image_ND, weight_CD, label_N)
         predicted_N = (image_ND @ weight_CD.T).argmax(dim=1).cpu().numpy()
         metrics |= scores.group_metrics(task.key, hit_N, hit5_N, predicted_N, label_N, columns)
-    num_guesses = 5 if "top5" in (task.main_metric or "") else 1
-    chance = min(1.0, num_guesses / len(classes))
+    chance = scores.chance_of(task.main_metric, len(classes), label_N, columns)
     zero_shot = {"class": {**about, "templates": templates}}
     return Measured(metrics, chance, len(label_N), data.pictures.notes, zero_shot)
 
