@@ -20,6 +20,7 @@ FLOORS = [
         "evalset_tasks",
         "baseline_settings",
         "recipes",
+        "resource_settings",
         "reductions",
         "schedule",
         "sources",
@@ -27,6 +28,9 @@ FLOORS = [
         "versions",
         "planning",
         "job",
+        "lock",
+        "orphan",
+        "integrity",
         "provenance",
         "log",
         "runs",
@@ -34,10 +38,20 @@ FLOORS = [
         "architectures",
         "cost",
         "plan",
+        "footprint",
+        "scale",
     },
-    {"dist", "launch", "lean"},
+    {"dist", "launch", "lean", "devices", "parallel"},
     {"data", "models", "losses"},
-    {"checkpoint", "optim", "meter", "objectives", "gradcache"},
+    {
+        "checkpoint",
+        "optim",
+        "meter",
+        "objectives",
+        "gradcache",
+        "training_data",
+        "training_state",
+    },
     {"train", "evaluation", "loading"},
     {
         "pretrain",
@@ -123,8 +137,9 @@ def run(code: str) -> str:
     return done.stdout.strip()
 
 
-def test_lean_leaves_the_compiler_and_timm_out():
-    unneeded = ["torch._dynamo", "torch._inductor", "timm", "wandb"]
+def test_lean_leaves_the_compiler_and_foreign_models_out():
+    unneeded = ["torch._dynamo", "torch._inductor", "timm", "wandb", "transformers"]
+    unneeded += ["torchvision.models.resnet", "huggingface_hub"]
     assert (
         run(f"import sys, clipgraft.models.build; print(set({unneeded}) & set(sys.modules))")
         == "set()"
@@ -143,6 +158,24 @@ assert torch.compile(torch.nn.Linear(2, 3), backend="eager")(torch.ones(1, 2)).s
 print(torchvision.ops.roi_align(torch.ones(1, 1, 4, 4), [torch.tensor([[0.0, 0, 4, 4]])], 1).item())
 """
     assert float(run(after)) == 1
+
+
+def test_models_that_lean_left_out_come_when_they_are_asked_for():
+    after = """
+from clipgraft.lean import open_clip
+import torchvision
+assert torchvision.models.resnet18(num_classes=2).fc.out_features == 2
+assert isinstance(torchvision.models.resnet18(), torchvision.models.ResNet)
+config = open_clip.hf_model.AutoConfig.for_model("bert", hidden_size=32, num_attention_heads=2, num_hidden_layers=1)
+from open_clip.pretrained import hf_hub_download
+assert open_clip.pretrained.has_hf_hub()
+try:
+    hf_hub_download("nobody/nothing", "nowhere", local_files_only=True)
+except Exception as error:
+    assert type(error).__name__ == "LocalEntryNotFoundError", error
+print(type(open_clip.hf_model.AutoModel.from_config(config)).__name__)
+"""
+    assert run(after) == "BertModel"
 
 
 def test_lean_keeps_what_was_imported_before_it():

@@ -1,10 +1,5 @@
 import json
-import logging
 import os
-import random
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import open_clip
@@ -17,7 +12,6 @@ from clipgraft.checkpoint import (
     SPEC,
     TOKENIZERS,
     WEIGHTS,
-    TrainingState,
     load_model,
     save_model,
 )
@@ -203,135 +197,3 @@ def test_delta_of_another_architecture_is_named(dense, tmp_path, merges):
     save_file({"text.block.mlp": torch.zeros(2)}, tmp_path / "expert" / WEIGHTS)
     with pytest.raises(ConfigError, match=r"expert/.* text.block.mlp is not in the model"):
         load_model(tmp_path / "expert")
-
-
-# --- training state ---------------------------------------------------------------------------------
-
-
-def state_of(step: int) -> dict:
-    return {
-        "step": step,
-        "weights": {"a": torch.full((3,), float(step))},
-        "optimizer": {
-            "state": {0: {"exp_avg": torch.ones(2)}},
-            "groups": [{"lr": 0.1, "betas": (0.9, 0.98)}],
-        },
-        "note": None,
-    }
-
-
-def generations(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.pt"))
-
-
-def test_state_comes_back_as_saved(tmp_path):
-    state = TrainingState(tmp_path, "tag")
-    assert state.load() is None
-    state.save(state_of(5))
-    loaded = state.load()
-    assert torch.equal(loaded["weights"]["a"], torch.full((3,), 5.0))
-    assert {**loaded, "weights": 0, "optimizer": 0} == {
-        "step": 5,
-        "weights": 0,
-        "optimizer": 0,
-        "note": None,
-    }
-    assert loaded["optimizer"]["groups"] == [{"lr": 0.1, "betas": (0.9, 0.98)}]
-
-
-def test_the_newest_two_generations_are_kept(tmp_path):
-    state = TrainingState(tmp_path, "tag")
-    for step in (8, 9, 10, 100):
-        state.save(state_of(step))
-    assert len(generations(tmp_path)) == 2
-    assert state.load()["step"] == 100
-
-
-@pytest.mark.parametrize(
-    "damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"no state" * 99]
-)
-def test_a_damaged_generation_falls_back_to_the_one_before_and_says_so(tmp_path, damage, caplog):
-    state = TrainingState(tmp_path, "tag")
-    state.save(state_of(1))
-    state.save(state_of(2))
-    first, second = generations(tmp_path)
-    second.write_bytes(damage(second.read_bytes()))
-    with caplog.at_level(logging.WARNING):
-        assert state.load()["step"] == 1
-    assert f"{second} is damaged" in caplog.text
-    first.write_bytes(damage(first.read_bytes()))
-    assert state.load() is None
-    assert "starting afresh" in caplog.text
-
-
-def test_after_a_fall_back_the_damaged_file_is_not_taken_for_the_newest(tmp_path):
-    state = TrainingState(tmp_path, "tag")
-    for step in (10, 20):
-        state.save(state_of(step))
-    generations(tmp_path)[-1].write_bytes(b"")
-    state.save(state_of(15))
-    assert state.load()["step"] == 15
-    assert len(generations(tmp_path)) == 2
-
-
-def test_state_of_another_tag_is_not_used_and_said_so(tmp_path, caplog):
-    old = TrainingState(tmp_path, "old settings")
-    old.save(state_of(50))
-    old.close()
-    new = TrainingState(tmp_path, "new settings")
-    with caplog.at_level(logging.WARNING):
-        assert new.load() is None
-    assert "starting afresh" in caplog.text
-    new.save(state_of(3))
-    assert new.load()["step"] == 3
-    assert len(generations(tmp_path)) == 1
-
-
-def test_two_trainers_never_share_a_folder(tmp_path):
-    first = TrainingState(tmp_path, "tag")
-    with pytest.raises(ConfigError, match="another trainer uses"):
-        TrainingState(tmp_path, "tag")
-    first.close()
-    TrainingState(tmp_path, "tag").close()
-
-
-def test_other_ranks_read_beside_the_first(tmp_path, monkeypatch):
-    first = TrainingState(tmp_path, "tag")
-    first.save(state_of(4))
-    monkeypatch.setenv("RANK", "1")
-    assert TrainingState(tmp_path, "tag").load()["step"] == 4
-
-
-def test_what_could_not_be_loaded_is_refused_when_saved(tmp_path):
-    state = TrainingState(tmp_path, "tag")
-    with pytest.raises(AssertionError, match="Random"):
-        state.save({"step": 1, "generators": [random.Random(0)]})
-    assert generations(tmp_path) == []
-
-
-SAVER = """
-import sys, torch
-from pathlib import Path
-from clipgraft.checkpoint import TrainingState
-state = TrainingState(Path(sys.argv[1]), "tag")
-for step in range(10**6):
-    state.save({"step": step, "a": torch.full((50_000,), float(step))})
-    print(step, flush=True)
-"""
-
-
-def test_killed_at_any_moment_the_last_finished_save_or_a_later_one_is_there(tmp_path):
-    with subprocess.Popen(
-        [sys.executable, "-c", SAVER, tmp_path],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    ) as saver:
-        for _ in range(5):
-            saver.stdout.readline()
-        time.sleep(random.Random(time.time()).random() / 20)
-        saver.kill()
-        printed = saver.stdout.read().split()
-    loaded = TrainingState(tmp_path, "tag").load()
-    assert loaded["step"] >= int(printed[-1] if printed else 4)
-    assert (loaded["a"] == loaded["step"]).all()
