@@ -530,6 +530,16 @@ def test_every_config_of_the_repository_is_valid(path: Path):
     assert read_config(path)
 
 
+def test_the_overlay_of_seeds_makes_three_runs_of_flickr8k():
+    paths = ("flickr8k.yaml", "overlays/flickr8k_seeds.yaml")
+    runs = read_config(*(ROOT / "tests/config" / path for path in paths))
+    assert {name: run.seed for name, run in runs.items()} == {
+        "flickr8k": 0,
+        "flickr8k_1": 1,
+        "flickr8k_2": 2,
+    }
+
+
 def test_positions_follow_from_phase_to_phase():
     raw = changed("pretrain.0.pos_embed", "sincos_frozen")
     raw["pretrain"][1]["pos_resize"] = "recompute"

@@ -8,15 +8,17 @@ from collections.abc import Iterator, Mapping
 from functools import reduce
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from clipgraft.recipes import hint
 from clipgraft.reductions import REDUCTION_KINDS
-from clipgraft.settings import RunSettings, S
+from clipgraft.run_settings import RunSettings
 from clipgraft.sources import SOURCE_KINDS
+
+S = TypeVar("S", bound=BaseModel)
 
 
 class ConfigError(ValueError):

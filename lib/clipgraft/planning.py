@@ -12,10 +12,11 @@ from typing import Any
 from clipgraft import settings as cfg
 from clipgraft.architectures import check_references, image_size_of
 from clipgraft.baseline_settings import BaselineSettings
-from clipgraft.config import ConfigError, validate
+from clipgraft.config import ConfigError, S, validate
 from clipgraft.evalset_tasks import chosen, expand
 from clipgraft.moe_settings import MoeSettings, RouterSettings
 from clipgraft.recipes import AugmentationSettings, PhaseSettings, TrainSettings
+from clipgraft.run_settings import RunSettings
 from clipgraft.schedule import peak_lr
 from clipgraft.sources import MixedSource, Settings
 from clipgraft.versions import WATCHED, PlannedJob, listing, seed_for, sources_of
@@ -24,7 +25,7 @@ SWEEP = "sweep"  # stands among the runs, and is the key of the config
 
 
 def plan_runs(
-    runs: Mapping[str, cfg.RunSettings], points: Mapping[str, Mapping[str, str]]
+    runs: Mapping[str, RunSettings], points: Mapping[str, Mapping[str, str]]
 ) -> dict[str, list[PlannedJob]]:
     """All jobs of all runs, by run; under `sweep` the page of the sweep, if there is one.
 
@@ -41,7 +42,7 @@ def plan_runs(
 
 
 def _plan_scaling(
-    sweep: Mapping[str, tuple[cfg.RunSettings, list[PlannedJob]]],
+    sweep: Mapping[str, tuple[RunSettings, list[PlannedJob]]],
     points: Mapping[str, Mapping[str, str]],
 ) -> PlannedJob:
     """The page of a sweep reads the phases of every run, and how they and the base did on one task."""
@@ -61,7 +62,7 @@ def _plan_scaling(
     return PlannedJob("scaling", "scaling", settings.model_dump(mode="json"), inputs)
 
 
-def plan_run(name: str, run: cfg.RunSettings) -> list[PlannedJob]:
+def plan_run(name: str, run: RunSettings) -> list[PlannedJob]:
     """All jobs of a run, inputs before users.
 
     Args:
@@ -146,7 +147,7 @@ def plan_run(name: str, run: cfg.RunSettings) -> list[PlannedJob]:
 
 
 def _plan_references(
-    run: cfg.RunSettings, add: Callable[..., PlannedJob], phase: PhaseSettings, index: PlannedJob
+    run: RunSettings, add: Callable[..., PlannedJob], phase: PhaseSettings, index: PlannedJob
 ) -> dict[str, PlannedJob]:
     """The jobs that embed the cached references of a phase, by the name of the input.
 
@@ -169,7 +170,7 @@ def _plan_references(
 
 
 def _plan_moe(
-    run: cfg.RunSettings, add: Callable[..., PlannedJob], base: PlannedJob, **data: PlannedJob
+    run: RunSettings, add: Callable[..., PlannedJob], base: PlannedJob, **data: PlannedJob
 ) -> dict[str, dict[str, PlannedJob]]:
     """The jobs that make experts of the base, a MoE of them, and what it is held against; what to evaluate, by name."""
     if run.moe is None:
@@ -184,7 +185,7 @@ def _plan_moe(
 
 
 def _plan_experts(
-    run: cfg.RunSettings, add: Callable[..., PlannedJob], base: PlannedJob, **data: PlannedJob
+    run: RunSettings, add: Callable[..., PlannedJob], base: PlannedJob, **data: PlannedJob
 ) -> list[PlannedJob]:
     """The rounds; all experts, the base first."""
     assert run.moe is not None and run.finetune_expert is not None
@@ -206,7 +207,7 @@ def _plan_experts(
 
 
 def _plan_graft(
-    run: cfg.RunSettings,
+    run: RunSettings,
     add: Callable[..., PlannedJob],
     name: str,
     moe: MoeSettings,
@@ -227,7 +228,7 @@ def _plan_graft(
 
 
 def _plan_baseline(
-    run: cfg.RunSettings,
+    run: RunSettings,
     add: Callable[..., PlannedJob],
     name: str,
     about: BaselineSettings,
@@ -283,7 +284,7 @@ def _plan_baseline(
     return {"model": _plan_graft(run, add, name, two, router, [base, tuned], {}, **data)[1]}
 
 
-def _samples_after_base(run: cfg.RunSettings) -> int:
+def _samples_after_base(run: RunSettings) -> int:
     """What all experts and the routers see together."""
     assert run.finetune_expert is not None and run.finetune_router is not None and run.moe
     experts = (run.moe.num_experts - 1) * run.finetune_expert.samples_seen
@@ -294,12 +295,12 @@ def _numbered(slot: str, jobs: list[PlannedJob]) -> dict[str, PlannedJob]:
     return {f"{slot}_{k}": job for k, job in enumerate(jobs)}
 
 
-def _with(section: cfg.S, where: str, changes: dict[str, Any]) -> cfg.S:
+def _with(section: S, where: str, changes: dict[str, Any]) -> S:
     """A section with changes, checked as if they had been written."""
     return validate(type(section), section.model_dump(mode="json") | changes, where)
 
 
-def _oversize(run: cfg.RunSettings, phase: PhaseSettings) -> float:
+def _oversize(run: RunSettings, phase: PhaseSettings) -> float:
     """As given, or so that the smallest crop of those that read the shards of a phase is as large as training wants."""
     users: list[TrainSettings | None] = [phase]
     if run.moe is not None and phase is run.pretrain[-1]:
@@ -313,7 +314,7 @@ def _room(smallest: float) -> float:
     return float(round(smallest**-0.5, 2))
 
 
-def _extend(job: type[cfg.S], section: Settings, /, **more: Any) -> cfg.S:
+def _extend(job: type[S], section: Settings, /, **more: Any) -> S:
     """The settings of a job: those fields of its section that it has, and what it takes from elsewhere."""
     fields = {key: value for key, value in section if key in job.model_fields}
     return job(**{**fields, **more})

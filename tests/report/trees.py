@@ -26,7 +26,8 @@ from clipgraft.evaluation.given import evaluate_given, groups_of
 from clipgraft.evaluation.retrieval import Captions, evaluate_retrieval
 from clipgraft.evaluation.zero_shot import evaluate_zero_shot
 from clipgraft.planning import plan_run
-from clipgraft.settings import IndexJob, RunSettings
+from clipgraft.run_settings import RunSettings
+from clipgraft.settings import IndexJob
 from clipgraft.versions import PlannedJob
 
 SECONDS = {
