@@ -31,14 +31,17 @@ def models() -> list[Model]:
     return [base, moe]
 
 
-def test_the_best_of_a_column_is_marked_and_equals_share_it(models):
+def test_the_best_of_a_column_is_marked_equals_share_it_and_where_all_are_equal_none_is(models):
     lines = results_text(models, columns_of(models)).splitlines()
     chance, base, moe = (
         next(x for x in lines if x.startswith(n)) for n in ("chance", "base", "moe")
     )
     assert chance.split()[1:] == ["1.0", "1.0", "1.0", "25.0"]
-    assert base.split()[1:] == ["50k", "3.2", "50.0*", "31.0", "40.5*", "80.0*"]
-    assert moe.split()[1:] == ["1.25M", "130", "12.3", "62.0*", "37.2", "80.0*"]
+    assert base.split()[1:] == ["50k", "3.2", "50.0*", "31.0", "40.5*", "80.0"]
+    assert moe.split()[1:] == ["1.25M", "130", "12.3", "62.0*", "37.2", "80.0"]
+    worse = Model("expert_1", "", Cost(1_000, 1.0), {"renders": result(0.1, 0.1, 0.5)})
+    lines = results_text([*models, worse], columns_of([*models, worse])).splitlines()
+    assert [line.split()[-1] for line in lines[2:6]] == ["25.0", "80.0*", "80.0*", "50.0"]
 
 
 def test_columns_of_the_terminal_stand_below_their_heads(models):
@@ -80,7 +83,7 @@ def test_costs_after_the_base_stand_in_the_table_where_there_are_any_and_the_bes
     assert rows["moe"][:5] == ["1.25M", "130", "1.2M", "5.43E", "1.2G"]
     assert rows["expert 2 +"][2:5] == ["10k", "-", "860M"]  # what cannot be counted is no zero
     assert [name for name in rows if name.endswith("+")] == ["expert 2 +"]
-    table = results_table("renders", models, columns_of(models))
+    table = results_table("renders", models, columns_of(models), is_first=True)
     assert table.groups[:3] == [("", 3), ("after the base", 2), ("", 1)]
     assert all(len(row) == sum(span for _, span in table.groups) for row in table.rows)
     assert [row[0].text for row in table.rows if "best" in row[0].text] == [
@@ -106,7 +109,7 @@ def test_a_task_that_failed_is_said_in_every_table(models):
     models[1].results, models[1].failed = {}, {"renders": "no label. Hint: x"}
     text = results_text(models, columns_of(models))
     assert "failed: moe on renders: no label. Hint: x" in text
-    table = results_table("renders", models, columns_of(models))
+    table = results_table("renders", models, columns_of(models), is_first=True)
     row = next(cells for cells in table.rows if cells[0].text == "moe")
     assert {cell.text for cell in row[3:]} == {"failed"}
     models[0].results, models[0].failed = {}, {"renders": "y"}

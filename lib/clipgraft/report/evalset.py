@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clipgraft.aside import write_json
 from clipgraft.evalset_tasks import AGGREGATES
 from clipgraft.evaluation.evalset.aggregate import aggregate, results_lines, summary
-from clipgraft.job import write_json
 
 if TYPE_CHECKING:
     from clipgraft.report.read import Model

@@ -21,6 +21,10 @@ from clipgraft.report.tables import (
     size_of_task,
 )
 
+_HOW_TO_READ = (
+    "Per cent; bold is best of its column, the shade shows how far from chance to best. Equal captions count as hits, "
+    "equal scores as a coin would decide. results.csv has all digits, top 5 and recall per class."
+)
 _COST_CAPTION = (
     " After the base: samples of its training, and FLOPs of training and of embedding samples for clusters; k-means "
     "is left out. A frozen weight costs two products instead of three, and nothing where no gradient has to pass; so "
@@ -115,13 +119,16 @@ def rounds_table(rounds: Mapping[str, Mapping[str, Any]]) -> Table:
     return Table("Rounds of clustering", head, rows, caption, groups, text_columns=(1,))
 
 
-def results_table(task: str, models: Sequence[Model], columns: Sequence[Column]) -> Table:
+def results_table(
+    task: str, models: Sequence[Model], columns: Sequence[Column], *, is_first: bool
+) -> Table:
     """All models on one task.
 
     Args:
         task: name of the task.
         models: in pipeline order.
         columns: of this task.
+        is_first: the first of several such tables says how to read them.
     """
     shown = [column for column in columns if column.group not in NOT_SHOWN]
     measured = [model for model in models if task in model.results]
@@ -137,13 +144,11 @@ def results_table(task: str, models: Sequence[Model], columns: Sequence[Column])
         rows.append([Cell(title, colour=model.colour), *costs, *scores])
     result = measured[0].results[task]
     caption = (
-        "Per cent; bold is best of its column, the shade shows how far from chance to best. "
         f"Differences below about {noise_of(result):.1f} points are within two standard errors of "
-        "a number near 50 %. Equal captions count as hits, equal scores as a coin would decide. "
-        "results.csv has all digits, top 5 and recall per class."
+        "a number near 50 %."
     )
-    if len(spent) > 2:
-        caption += _COST_CAPTION
+    if is_first:
+        caption = f"{_HOW_TO_READ} {caption}" + (_COST_CAPTION if len(spent) > 2 else "")
     head = ["model", *(each.title for each in spent), *(column.title for column in shown)]
     groups = [("", 3), *_groups(each.group for each in spent[2:])]
     groups += Counter(column.group for column in shown).items()
@@ -158,7 +163,8 @@ def evalset_table(models: Sequence[Model]) -> Table | None:
         return None
     rows = []
     for row in rows_of({model.key: model.results[EVALSET]["tasks"] for model in measured}):
-        best = max(map(displayed, row.values.values()), default=None)
+        shown = {displayed(value) for value in row.values.values()}
+        best = max(shown) if len(shown) > 1 else None  # of equal ones none is best
         scores = [
             Cell(row.failed[model.key])
             if model.key in row.failed

@@ -221,7 +221,10 @@ def results_section(run: Run, models: Sequence[Model], columns: Sequence[Column]
         return section
     tasks = list(dict.fromkeys(column.task for column in columns))
     section.tables = [
-        results_table(task, models, [c for c in columns if c.task == task]) for task in tasks
+        results_table(
+            task, models, [c for c in columns if c.task == task], is_first=task == tasks[0]
+        )
+        for task in tasks
     ]
     by_task = evalset_table(models)
     section.tables += [] if by_task is None else [by_task]

@@ -50,14 +50,12 @@ class Column:
     values: dict[str, float]
     chance: float
 
-    @property
-    def best(self) -> float:
-        """The highest value, as displayed."""
-        return max(displayed(value) for value in self.values.values())
-
     def is_best(self, model: str) -> bool:
-        """Whether a model has it; equal as displayed is equal."""
-        return model in self.values and displayed(self.values[model]) == self.best
+        """Whether a model has the highest value, as displayed; of equal ones none is best."""
+        shown = {displayed(value) for value in self.values.values()}
+        return (
+            model in self.values and len(shown) > 1 and displayed(self.values[model]) == max(shown)
+        )
 
 
 def displayed(value: float) -> float:
