@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import shutil
@@ -141,6 +142,20 @@ def finished(_finished_once: Workflow) -> Iterator[Workflow]:
         if path.read_bytes() != data:
             path.write_bytes(data)
             os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.fixture(scope="module")
+def labels(data: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Clusters of round 2, of a module's `data`: one label that fills batches, and small ones that are packed."""
+    import numpy as np
+
+    from clipgraft.data.tokens import Tokens
+
+    out = tmp_path_factory.mktemp("labels")
+    np.save(out / "labels.npy", np.repeat(np.arange(4), [19, 12, 8, 1]).astype(np.int32))
+    about = {"samples_id": Tokens.open(data[0]).samples_id, "rounds": 2}
+    (out / "clusters.json").write_text(json.dumps(about))
+    return out
 
 
 @pytest.fixture

@@ -64,16 +64,6 @@ def base(data, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture(scope="module")
-def labels(data, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of round 2: one label that fills batches, and small ones that are packed."""
-    out = tmp_path_factory.mktemp("labels")
-    np.save(out / "labels.npy", np.repeat(np.arange(4), [19, 12, 8, 1]).astype(np.int32))
-    about = {"samples_id": Tokens.open(data[0]).samples_id, "rounds": 2}
-    (out / "clusters.json").write_text(json.dumps(about))
-    return out
-
-
 def job(**changes: object) -> ExpertJob:
     """Of few steps, in which nothing has to be learned."""
     raw = {"samples_seen": 64, "batch_size": 8, "batches": "homogeneous", "seed": 0}

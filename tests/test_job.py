@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from left_alone import snakemake
 
 SCRIPT = '''"""Write a number."""
 import time
@@ -49,9 +50,10 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
-def run(script: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def run(script: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
     # What is not there is not waited for.
-    env = {**os.environ, "CLIPGRAFT_WAIT_SECONDS": "0.5", "CLIPGRAFT_LATENCY_SECONDS": "0"}
+    waits = {"CLIPGRAFT_WAIT_SECONDS": "0.5", "CLIPGRAFT_LATENCY_SECONDS": "0"}
+    env = {**os.environ, **waits, **env}
     return subprocess.run([sys.executable, script, *words], env=env, capture_output=True, text=True)
 
 
@@ -196,3 +198,71 @@ def test_logs_go_to_the_terminal_and_to_the_file(script, tmp_path):
     )
     assert "[number/1] done in" in done.stderr
     assert "[number/1] done in" in log.read_text()
+
+
+# --- left alone ---------------------------------------------------------------------------------------------
+
+
+STOPS = """
+import os, runpy, signal, sys
+
+def stop(event, words):
+    if event == "os.rename" and str(words[1]).endswith("out/part/number.txt"):
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+sys.addaudithook(stop)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def finished_alone(script, tmp_path) -> Path:
+    """Outputs of a job that lost its Snakemake when it was about to publish them; Snakemake removes the manifest."""
+    out = tmp_path / "out"
+    (tmp_path / "stops.py").write_text(STOPS)
+    command = [sys.executable, tmp_path / "stops.py", script, "--out", out, *with_settings()]
+    with (
+        snakemake() as (parent, word),
+        subprocess.Popen(command, env={**os.environ, **word}) as job,
+    ):
+        _, status = os.waitpid(job.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        parent.kill()
+        parent.wait()
+        os.kill(job.pid, signal.SIGCONT)
+        assert job.wait() == 0
+    (out / "manifest.json").unlink()
+    return out
+
+
+def again(script: Path, out: Path, word: dict[str, str], **settings: object) -> tuple[str, bool]:
+    """Run the job; what it says, and whether it wrote its file anew."""
+    before = (out / "part/number.txt").stat().st_ino
+    done = run(script, "--out", str(out), *with_settings(**settings), **word)
+    assert done.returncode == 0, done.stderr
+    return done.stderr, (out / "part/number.txt").stat().st_ino != before
+
+
+def test_what_a_job_finished_without_its_snakemake_the_next_one_takes_over(script, finished_alone):
+    left = json.loads((finished_alone / ".left/manifest.json").read_text())
+    with snakemake() as (_, word):
+        said, is_new = again(script, finished_alone, word)
+        assert "done by a job that had lost its Snakemake" in said and not is_new
+        assert json.loads((finished_alone / "manifest.json").read_text()) == left
+        assert files(finished_alone) == {"manifest.json", "part/number.txt"}
+        assert again(script, finished_alone, word)[1]  # asked for once more, it is done once more
+
+
+@pytest.mark.parametrize("what", ["by hand", "other settings", "a file that is not whole"])
+def test_nothing_else_is_taken_over(script, finished_alone, what):
+    if what == "a file that is not whole":
+        (finished_alone / "part/number.txt").write_text("too long")
+    with snakemake() as (_, word):
+        number = 8 if what == "other settings" else 7
+        said, is_new = again(
+            script, finished_alone, {} if what == "by hand" else word, number=number
+        )
+    assert is_new and "done by a job" not in said
+    assert (finished_alone / "part/number.txt").read_text() == str(number)
+    assert files(finished_alone) == {"manifest.json", "part/number.txt"}

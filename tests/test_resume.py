@@ -6,7 +6,6 @@ Trainings are real processes, and die by real signals. What state is in files, a
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
@@ -16,13 +15,11 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from test_train import LOSSES, folder, make_data, phase
 from trainings import Training, exit_codes, kill, step_of
 
-from clipgraft.data.tokens import Tokens
 from clipgraft.graft import assemble
 from clipgraft.job import REQUEUE
 from clipgraft.pretrain import pretrain
@@ -43,15 +40,6 @@ def base(data, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = phase().model.model_dump()["config"] | {"embed_dim": 24}
     out = tmp_path_factory.mktemp("base")
     pretrain(phase(samples_seen=16, model={"config": config}), *data, None, out)
-    return out
-
-
-@pytest.fixture(scope="module")
-def labels(data, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("labels")
-    np.save(out / "labels.npy", np.repeat(np.arange(4), [19, 12, 8, 1]).astype(np.int32))
-    about = {"samples_id": Tokens.open(data[0]).samples_id, "rounds": 2}
-    (out / "clusters.json").write_text(json.dumps(about))
     return out
 
 
@@ -86,9 +74,9 @@ def ends_alike(
     whole, killed = folder(tmp_path / "whole"), folder(tmp_path / "killed")
     expected, chance, codes = training.end(whole, pause=None), random.Random(0), set()
     for number, step in enumerate(moments):
-        processes = training.start(killed, threads=threads[number % len(threads)])
-        codes |= kill(processes, killed, step, chance.random() * STEP)
-    assert -signal.SIGKILL in codes, "the machine was too slow to kill it in time"
+        how = {"threads": threads[number % len(threads)], "dies": (step, chance.random() * STEP)}
+        codes |= exit_codes(training.start(killed, **how))
+    assert codes == {-signal.SIGALRM}
     assert not (killed / "out" / "metrics.jsonl").exists()
     assert training.end(killed, threads=threads[-1]) == expected
 
@@ -250,7 +238,7 @@ def test_weights_that_are_not_finite_stop_the_training_and_are_never_saved(
     """Of a step whose loss was finite, too; and the state before is as it was."""
     good, bad = pretraining(optim={**SPOILED, "lr": 1e-6}), pretraining(optim=SPOILED)
     out = folder(tmp_path / "out")
-    assert kill(good.start(out), out, 5) == {-signal.SIGKILL}
+    assert exit_codes(good.start(out, dies=(6, 0.0))) == {-signal.SIGKILL}
     before = newest(out)
     assert exit_codes(bad.start(out, pause=pause)) == {1}
     assert newest(out) == before

@@ -5,22 +5,25 @@ Kills are real: at every change of the folder, and at any byte of the file.
 
 from __future__ import annotations
 
+import gc
+import json
 import logging
 import os
 import random
 import resource
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from trainings import FORKS
+from trainings import FORKS, exit_codes
 
-from clipgraft import training_state
+from clipgraft import dist, training_state
 from clipgraft.config import ConfigError
-from clipgraft.training_state import Pace, TrainingState
+from clipgraft.training_state import Pace, Parts, TrainingState
 
 
 def state_of(step: int) -> dict:
@@ -110,11 +113,73 @@ def test_two_trainers_never_share_a_folder(tmp_path):
     TrainingState(tmp_path, "tag").close()
 
 
-def test_other_ranks_read_beside_the_first(tmp_path, monkeypatch):
-    first = TrainingState(tmp_path, "tag")
-    first.save(state_of(4))
-    monkeypatch.setenv("RANK", "1")
-    assert TrainingState(tmp_path, "tag").load()["step"] == 4
+def load(rank: int, port: int, folder: Path, found: Path) -> None:
+    """Load as one of two processes."""
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    with dist.world():
+        before = bytes_read()
+        loaded = TrainingState(folder, "tag").load()
+        read = bytes_read() - before
+    (found / str(rank)).write_text(json.dumps([loaded["step"], loaded["large"].sum().item(), read]))
+
+
+def bytes_read() -> int:
+    """By calls of `read`: what is mapped does not count."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("rchar")))
+
+
+def test_of_two_processes_the_first_chooses_and_alone_reads_all_of_a_state(tmp_path):
+    state, num = TrainingState(tmp_path / "state", "tag"), 4_000_000
+    for step in (1, 2):
+        state.save({"step": step, "large": torch.full((num,), float(step))})
+    state.close()
+    newest = generations(tmp_path / "state")[-1]
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    words = (port, tmp_path / "state", tmp_path)
+    processes = [FORKS.Process(target=load, args=(rank, *words)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    assert exit_codes(processes) == {0}
+    first, other = (json.loads((tmp_path / str(rank)).read_text()) for rank in range(2))
+    assert first[:2] == other[:2] == [1, num]
+    assert first[2] > 4 * num > 20 * other[2]
+
+
+def is_mapped(path: Path) -> bool:
+    return str(path) in Path("/proc/self/maps").read_text()
+
+
+def test_what_is_read_is_mapped_until_it_is_taken_over(tmp_path):
+    model, other = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+    before, after = parts_of(model), parts_of(other)
+    model(torch.ones(1, 64)).sum().backward()
+    before.optimizer.step()
+    state = TrainingState(tmp_path, "tag")
+    state.save({"step": 1, **before.captured(is_first=True)})
+    [path] = generations(tmp_path)
+    saved = state.load()
+    assert is_mapped(path)
+    after.restore(saved)
+    del saved
+    gc.collect()
+    assert not is_mapped(path)  # or its room on the disk would be taken until the training ends
+    for old, new in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(old, new)
+        for key, value in before.optimizer.state[old].items():
+            assert torch.equal(value, after.optimizer.state[new][key]), key
+    state.close()
+
+
+def parts_of(model: torch.nn.Module) -> Parts:
+    optimizer = torch.optim.AdamW(model.parameters())
+    return Parts(dict(model.named_parameters()), optimizer, None, None)
 
 
 def test_what_could_not_be_loaded_is_refused_when_saved(tmp_path):

@@ -22,9 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from clipgraft.aside import write_json
 from clipgraft.config import ConfigError
 from clipgraft.integrity import check_file
-from clipgraft.job import WRITING, write_json
+from clipgraft.job import WRITING
 from clipgraft.lean import open_clip
 from clipgraft.models.build import build, check_towers
 from clipgraft.models.positions import LINEAR, TextResize, resize_positions

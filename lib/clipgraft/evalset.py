@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from clipgraft import log as logging_setup
+from clipgraft.aside import write_json
 from clipgraft.compare import LOCK
 from clipgraft.config import ConfigError
 from clipgraft.evalset_tasks import EvalsetTask, chosen, data_folder, expand
 from clipgraft.explore.finished import FinishedRun
-from clipgraft.job import write_json
 from clipgraft.versions import listing
 
 log = logging.getLogger(__name__)

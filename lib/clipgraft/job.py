@@ -8,7 +8,6 @@ Imports of torch and the like belong inside `main`, after the command line is re
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import logging
 import os
@@ -28,10 +27,12 @@ from pydantic import BaseModel
 
 from clipgraft import log as logging_setup
 from clipgraft import provenance
+from clipgraft.aside import sync, write_json
 from clipgraft.config import ConfigError, validate
+from clipgraft.disk import disk_trouble
 from clipgraft.integrity import Inputs, to_the_present
 from clipgraft.lock import locked
-from clipgraft.orphan import leave_with_parents
+from clipgraft.orphan import NOTHING_TO_DO, SNAKEMAKE, is_left, leave_with_parents
 from clipgraft.versions import MEMORY, deciding, fingerprint
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ S = TypeVar("S", bound=BaseModel)
 
 WRITING = ".writing"
 RESUME = ".resume"
+LEFT = ".left"  # has the manifest of a job that was done when its Snakemake was gone
 REQUEUE = 75  # EX_TEMPFAIL: stopped on request with its state saved; run it again
 
 
@@ -128,9 +130,12 @@ class Job:
     @property
     def tag(self) -> str:
         """What saved state must agree with to be continued: settings, inputs and code."""
-        settings, folders = deciding(self.raw_settings, self.inputs)
-        inputs = {name: provenance.read_manifest(folder)["id"] for name, folder in folders.items()}
-        return json.dumps([self.stage, settings, inputs, self.code], sort_keys=True)
+        return _tag(self.stage, self.raw_settings, self._ids(), self.code)
+
+    def _ids(self) -> dict[str, str]:
+        """Of the inputs."""
+        folders = self.inputs.items()
+        return {name: provenance.read_manifest(folder)["id"] for name, folder in folders}
 
     def record(self, **facts: Any) -> None:
         """Put facts into the manifest: `samples_seen=`, `metrics=` and so on (JSON-able)."""
@@ -147,25 +152,61 @@ class Job:
         if not self.is_first:  # other ranks compute, rank 0 writes
             yield writing
             return
-        with _disk_trouble(self.out):
+        with disk_trouble(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
             with locked(self.out / ".lock"):
                 shutil.rmtree(writing, ignore_errors=True)
+                self._take_over()
                 writing.mkdir()
                 try:
                     yield writing
-                    if self.checked is not None:
-                        self.checked.finish()
-                    self._publish(writing)
+                    with _undisturbed():
+                        if self.checked is not None:
+                            self.checked.finish()
+                        self._publish(writing)
+                        shutil.rmtree(self.resume, ignore_errors=True)
+                except SystemExit:
+                    if (
+                        NOTHING_TO_DO in os.environ
+                    ):  # what the processes have made until they learned it
+                        shutil.rmtree(self.resume, ignore_errors=True)
+                    raise
                 finally:
                     shutil.rmtree(writing, ignore_errors=True)
-                shutil.rmtree(self.resume, ignore_errors=True)
         log.info(
             "done in %s: wrote %s (%s)",
             _duration(time.monotonic() - self.started),
             self.out,
             _size(self.out),
         )
+
+    def _take_over(self) -> None:
+        """End here if this was done by a job that had lost its Snakemake, before this one got the lock.
+
+        By hand, without Snakemake, a job is done whatever is there.
+        """
+        left = self.out / LEFT
+        try:
+            manifest = provenance.read_manifest(left)
+            provenance.check_outputs(self.out, manifest)
+        except ConfigError:
+            manifest = None
+        is_done = manifest is not None and SNAKEMAKE in os.environ and self._is_same(manifest)
+        if is_done:
+            to_the_present(self.inputs.values())
+            write_json(self.out / provenance.MANIFEST, manifest)
+            shutil.rmtree(self.resume, ignore_errors=True)
+            log.info("done by a job that had lost its Snakemake: %s", self.out)
+        shutil.rmtree(left, ignore_errors=True)
+        if is_done and os.environ.get("WORLD_SIZE", "1") == "1":
+            sys.exit(0)
+        if is_done:
+            os.environ[NOTHING_TO_DO] = "1"  # the other processes learn it from `dist.world`
+
+    def _is_same(self, manifest: Mapping[str, Any]) -> bool:
+        """Whether a job of the same settings, inputs and code has written it."""
+        ids = {name: about["id"] for name, about in manifest["inputs"].items()}
+        return self.tag == _tag(manifest["stage"], manifest["settings"], ids, manifest["code"])
 
     def _outputs_before(self) -> set[str]:
         """Files of the run before, by other code maybe."""
@@ -181,7 +222,7 @@ class Job:
         (self.out / provenance.MANIFEST).unlink(missing_ok=True)
         to_the_present(self.inputs.values())
         for name in outputs:
-            _sync(writing / name)
+            sync(writing / name)
             target = self.out / name
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(writing / name, target)
@@ -209,23 +250,25 @@ class Job:
             **self.facts,
         }
         write_json(self.out / provenance.MANIFEST, manifest)
+        if is_left():  # the next Snakemake removes the manifest, since it was told of no end
+            (self.out / LEFT).mkdir(exist_ok=True)
+            write_json(self.out / LEFT / provenance.MANIFEST, manifest)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that the file is there whole or not at all, and survives a power cut."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def _tag(stage: str, settings: Mapping[str, Any], ids: Mapping[str, str], code: str) -> str:
+    return json.dumps([stage, *deciding(settings, ids), code], sort_keys=True)
 
 
-def _sync(path: Path) -> None:
-    """Wait until a file is on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """What is done is not thrown away because someone asks this process to leave."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def peak_memory_mb() -> int:
@@ -292,7 +335,7 @@ def _job(script: Path, arguments: argparse.Namespace) -> Job:
 
 def _with(settings: Mapping[str, Any], key: str, value: str) -> dict[str, Any]:
     """Settings with one value changed; `key` is a dotted path, or its last part where that is unique."""
-    if key in MEMORY:  # of no version, so not among the settings that a job is handed
+    if key in (*MEMORY, "precision"):  # not always among the settings that a job is handed
         return {**settings, key: _scalar(value)}
     paths = [path for path in _paths(settings) if path == key or path.endswith(f".{key}")]
     exact = [path for path in paths if path == key] or paths
@@ -334,43 +377,6 @@ def _limit_threads(threads: int) -> None:
     """`threads` is per node: processes on a node share them."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
-
-
-@contextmanager
-def _disk_trouble(out: Path) -> Iterator[None]:
-    """A disk that is full or may not be written to is for the user to mend."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        if _is_disk_full(error, out):
-            raise ConfigError(_disk_full(error, out)) from error
-        if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise ConfigError(
-                f"{error.filename or out}: {error.strerror}. Hint: is the disk mounted read-only, or are the files "
-                "someone else's?"
-            ) from error
-        raise
-
-
-def _is_disk_full(error: OSError | RuntimeError, out: Path) -> bool:
-    """Not all libraries pass the error number on; then a disk without room is taken for the cause."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    has_reason = isinstance(error, OSError) and error.errno is not None
-    return not has_reason and ("No space left" in str(error) or _free_bytes(out) < 2**20)
-
-
-def _disk_full(error: OSError | RuntimeError, out: Path) -> str:
-    where = getattr(error, "filename", None) or out
-    return (
-        f"{where}: no space left on device ({_free_bytes(out) / 2**20:,.0f} MB free). Nothing of this job was kept. "
-        "Hint: free some room (`make unused` lists versions that no run uses), then run snakemake again"
-    )
-
-
-def _free_bytes(out: Path) -> int:
-    there = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
-    return shutil.disk_usage(there).free
 
 
 def _look_for_the_cause(job: Job | None) -> None:

@@ -11,7 +11,6 @@ rendezvous is taken from the first node's own host name. Signals must reach the 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import re
 import socket
@@ -24,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
+from clipgraft.lock import try_lock
 from clipgraft.orphan import leave_with_parents
 
 # `--`: torchrun would take the script's `--log` for an abbreviation of its own options.
@@ -223,9 +223,7 @@ def lease(devices: Sequence[str], count: int, folder: Path, poll_seconds: float 
     told = False
     while True:
         held = [
-            (device, file)
-            for device in devices
-            if (file := _try_lock(folder / f"gpu{device}.lock"))
+            (device, file) for device in devices if (file := try_lock(folder / f"gpu{device}.lock"))
         ]
         if len(held) >= count:
             for _, file in held[count:]:
@@ -245,16 +243,6 @@ def lease(devices: Sequence[str], count: int, folder: Path, poll_seconds: float 
 
 
 _held: list[IO[str]] = []  # keeps lease files open
-
-
-def _try_lock(path: Path) -> IO[str] | None:
-    file = path.open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
 
 
 if __name__ == "__main__":

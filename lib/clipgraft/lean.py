@@ -2,9 +2,9 @@
 
 Every job that holds a model pays for `import open_clip` before its first step: six seconds, of which torch takes two.
 Most of the others go to torch's compiler, which torchvision asks for one function that no one calls, to torchvision's
-own models, to Hugging Face's hub and its text towers, which no model here has, and to timm's image towers, which only a
-reference model may have. These are left out during the import alone: whoever asks for them later gets them. Import open_clip
-through this module, or the saving is gone.
+own models, to Hugging Face's hub and its text towers, which no model here has, to the widths of characters in a
+terminal (ftfy can tell them), and to timm's image towers, which only a reference model may have. These are left out during
+the import alone: whoever asks for them later gets them. Import open_clip through this module, or the saving is gone.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ _COMPILER = ("torch._dynamo", "torch._dynamo.utils")
 _MODELS = "torchvision.models"
 _HUB = ("huggingface_hub", "huggingface_hub.utils")
 _TEXTS = ("transformers", "transformers.modeling_outputs")
+_TERMINAL = ("wcwidth",)
 
 
 class _Later(ModuleType):
@@ -82,6 +83,7 @@ def _absent() -> list[str]:
         "torchvision": (_MODELS,),
         "transformers": _TEXTS,
         "huggingface_hub": _HUB,
+        "wcwidth": _TERMINAL,
     }
     return [
         module

@@ -25,7 +25,7 @@ WAIT_SECONDS = float(os.environ.get("CLIPGRAFT_WAIT_SECONDS", "300"))
 def try_lock(path: Path) -> IO[str] | None:
     """Lock a file, made if need be, until what is returned is closed; None if another process holds it."""
     while True:
-        file = path.open("w")
+        file = path.open("a")
         if not _is_free(file):
             file.close()
             return None
@@ -36,30 +36,44 @@ def try_lock(path: Path) -> IO[str] | None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(
+    path: Path,
+    doing: str = "",
+    *,
+    patience: float | None = None,
+    silence: float = 0.0,
+    is_kept: bool = False,
+) -> Iterator[None]:
     """Hold a lock file, which is removed afterwards.
 
     Args:
         path: in the folder that is written.
+        doing: what another process is at that holds it.
+        patience: how many seconds to wait for it; `WAIT_SECONDS` unless told.
+        silence: so many seconds nothing is said of waiting.
+        is_kept: the file holds something, and stays.
 
     Raises:
-        ConfigError: if another process still holds it after `WAIT_SECONDS`.
+        ConfigError: if another process still holds it then.
     """
-    deadline = time.monotonic() + WAIT_SECONDS
-    is_told = False
+    doing = doing or f"writing {path.parent}"
+    patience = WAIT_SECONDS if patience is None else patience
+    begun, is_told = time.monotonic(), False
     while (file := try_lock(path)) is None:
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - begun
+        if waited > patience:
             raise ConfigError(
-                f"another process is writing {path.parent}. Hint: wait for it, or end it; two jobs must not share outputs"
+                f"another process is {doing}. Hint: wait for it, or end it; two jobs must not share outputs"
             )
-        if not is_told:
-            log.warning("another process is writing %s: waiting for it to leave", path.parent)
+        if waited >= silence and not is_told:
+            log.warning("another process is %s: waiting for it", doing)
             is_told = True
         time.sleep(0.2)
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        if not is_kept:
+            path.unlink(missing_ok=True)
         file.close()
 
 

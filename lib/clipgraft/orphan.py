@@ -1,7 +1,7 @@
-"""Orphans: a job leaves when the Snakemake that started it is gone, however it ended.
+"""Orphans: a process leaves when the one that it works for is gone, however it ended.
 
-On a cluster the scheduler owns the jobs: they run on, and what they write is valid. Workers of torchrun leave with it,
-too.
+A job leaves with its Snakemake; on a cluster the scheduler owns the jobs: they run on, and what they write is valid.
+Workers leave with what has started them: torchrun, a job, img2dataset.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import signal
 import socket
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 SNAKEMAKE = "CLIPGRAFT_SNAKEMAKE"  # where the main Snakemake is, and its number there
+NOTHING_TO_DO = "CLIPGRAFT_NOTHING_TO_DO"  # of several processes, the first is told
 SECONDS_TO_SAVE = 300
 _POLL_SECONDS = 0.5
 
@@ -27,13 +28,37 @@ def name_parent() -> None:
 
 def leave_with_parents() -> None:
     """From here on, the end of Snakemake or torchrun is SIGTERM to this process: training saves and leaves."""
-    where, _, number = os.environ.get(SNAKEMAKE, "").rpartition(" ")
-    is_here = where == _here() and "SLURM_JOB_ID" not in os.environ
-    parents = [int(number)] if is_here else []
+    parents = _snakemake()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         parents.append(os.getppid())
     if parents:
-        threading.Thread(target=_leave_with, args=(parents,), daemon=True).start()
+        leave_with(parents, _save_and_leave)
+
+
+def leave_with(parents: Sequence[int], leave: Callable[[], object]) -> None:
+    """Have a thread of this process wait until one of its parents has ended, and leave.
+
+    Args:
+        parents: their numbers.
+        leave: called then.
+    """
+
+    def wait() -> None:
+        _wait_for_end(parents, None)
+        leave()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def is_left() -> bool:
+    """Whether the Snakemake that has started this job, on this machine, is gone."""
+    return any(_wait_for_end([parent], 0.0) for parent in _snakemake())
+
+
+def _snakemake() -> list[int]:
+    """The number of the Snakemake that this job leaves with, if there is one."""
+    where, _, number = os.environ.get(SNAKEMAKE, "").rpartition(" ")
+    return [int(number)] if where == _here() and "SLURM_JOB_ID" not in os.environ else []
 
 
 def _here() -> str:
@@ -42,17 +67,43 @@ def _here() -> str:
     return f"{socket.gethostname()} {os.readlink(space) if space.exists() else ''}"
 
 
-def _leave_with(parents: list[int]) -> None:
-    with suppress(ProcessLookupError):  # gone already
-        try:
-            select.select([os.pidfd_open(parent) for parent in parents], [], [])
-        except ProcessLookupError:
-            raise
-        except (AttributeError, OSError):  # this Python, or this system, has it not
-            while True:
-                for parent in parents:
-                    os.kill(parent, 0)
-                time.sleep(_POLL_SECONDS)
+def _wait_for_end(processes: Sequence[int], seconds: float | None) -> bool:
+    """Wait until one of them has ended, or for so long; returns whether one has."""
+    ends: list[int] = []
+    try:
+        for process in processes:
+            ends.append(os.pidfd_open(process))
+        return _is_readable(ends, seconds)
+    except ProcessLookupError:  # gone already
+        return True
+    except (AttributeError, OSError):  # this Python, or this system, has it not
+        return _ask_for_end(processes, seconds)
+    finally:
+        for end in ends:
+            os.close(end)
+
+
+def _is_readable(files: Sequence[int], seconds: float | None) -> bool:
+    poll = select.poll()
+    for file in files:
+        poll.register(file, select.POLLIN)
+    return bool(poll.poll(None if seconds is None else 1000 * seconds))
+
+
+def _ask_for_end(processes: Sequence[int], seconds: float | None) -> bool:
+    begun = time.monotonic()
+    try:
+        while True:
+            for process in processes:
+                os.kill(process, 0)
+            if seconds is not None and time.monotonic() - begun >= seconds:
+                return False
+            time.sleep(_POLL_SECONDS)
+    except ProcessLookupError:
+        return True
+
+
+def _save_and_leave() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(SECONDS_TO_SAVE)
     os._exit(1)  # it does not listen

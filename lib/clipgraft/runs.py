@@ -9,10 +9,10 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from clipgraft.aside import write_json
 from clipgraft.compare import LOCK, compare
 from clipgraft.config import ConfigError
 from clipgraft.integrity import to_the_present
-from clipgraft.job import write_json
 from clipgraft.provenance import MANIFEST
 
 RESULTS = Path("results")

@@ -7,14 +7,15 @@ damaged is never continued. Nothing is ever unpickled without `weights_only`.
 
 from __future__ import annotations
 
-import fcntl
+import copy
 import hashlib
 import logging
 import os
 import pickle
 import signal
 import time
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from clipgraft import dist, parallel
+from clipgraft.aside import sync
 from clipgraft.config import ConfigError
 from clipgraft.data.memory import SampleMemory
 from clipgraft.devices import random_state, set_random_state
+from clipgraft.lock import try_lock
 
 log = logging.getLogger(__name__)
 
@@ -54,19 +57,42 @@ class TrainingState:
         self._folder = Path(folder)
         self._prefix = hashlib.sha256(tag.encode()).hexdigest()[:16]
         self._folder.mkdir(parents=True, exist_ok=True)
-        is_first = os.environ.get("RANK", "0") == "0"  # the others only load
-        self._lock = _lock(self._folder / ".lock") if is_first else None
+        self._is_first = os.environ.get("RANK", "0") == "0"  # the others only load
+        self._let_go: Callable[[], object] = lambda: None
+        if self._is_first:
+            lock = try_lock(self._folder / ".lock")
+            if lock is None:
+                raise ConfigError(
+                    f"another trainer uses {self._folder}. Hint: wait for it, or end it; two trainers must not share state"
+                )
+            self._let_go = weakref.finalize(self, lock.close)
 
     def load(self) -> dict[str, Any] | None:
-        """The newest whole state under this tag, as it was saved; None means start afresh."""
+        """The newest whole state under this tag, as it was saved; None means start afresh; by all processes together.
+
+        The first process finds it, and reads all of it once, for its checksum. Tensors are mapped: those of a node
+        share what they read, and none holds more of it than it takes over.
+        """
+        name, state = self._newest() if self._is_first else ("", None)
+        chosen = dist.said_by_first(name)
+        if chosen == name:
+            return state
+        try:
+            return _mapped(self._folder / chosen)
+        except OSError as error:  # shown late: `check_alike` says what to do
+            log.warning("training state %s cannot be read, not used: %s", chosen, error)
+            return None
+
+    def _newest(self) -> tuple[str, dict[str, Any] | None]:
+        """Its name, too; no name if there is none."""
         is_any = next(self._folder.glob("*.pt"), None) is not None
         for path in reversed(self._generations()):
             try:
-                return _read(path)
+                _check(path)
+                return path.name, _mapped(path)
             except _Damaged as error:
                 log.warning("training state %s is damaged, not used: %s", path, error)
-                if self._lock is not None:
-                    path.unlink()  # or it would be kept in place of a whole one
+                path.unlink()  # or it would be kept in place of a whole one
             except (OSError, RuntimeError, pickle.UnpicklingError) as error:
                 log.warning("training state %s cannot be read, not used: %s", path, error)
         if is_any:
@@ -75,7 +101,7 @@ class TrainingState:
                 "afresh",
                 self._folder,
             )
-        return None
+        return "", None
 
     def save(self, state: dict[str, Any]) -> None:
         """Save atomically; then only this state and the one before it are kept.
@@ -99,7 +125,7 @@ class TrainingState:
             raise
         path = self._folder / f"{name}-{checksum}.pt"
         os.replace(temporary, path)
-        _sync_folder(self._folder)
+        sync(self._folder)
         before = [other for other in self._generations() if other.name < name]
         for other in self._folder.glob("*.pt"):
             if other not in (path, *before[-1:]):
@@ -107,9 +133,7 @@ class TrainingState:
 
     def close(self) -> None:
         """Let go of the folder."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._let_go()
 
     def _generations(self) -> list[Path]:
         return sorted(self._folder.glob(f"{self._prefix}-*.pt"))
@@ -213,7 +237,7 @@ class Parts:
         if self.memory is not None:
             self.memory.restore(captured["memory"])
         if self.watch is not None and "watch" in captured:
-            self.watch.restore(captured["watch"])
+            self.watch.restore(copy.deepcopy(captured["watch"]))  # not as part of a file
 
     def check_finite(self, step: int, num_steps: int, device: torch.device) -> None:
         """State of weights that are not finite would be good for nothing; by all processes together.
@@ -277,26 +301,16 @@ def _write(state: dict[str, Any], path: Path) -> str:
     return summed.sha256.hexdigest()[:16]
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _check(path: Path) -> None:
     # torch's own files have checksums, but it is built not to look at them.
     with path.open("rb") as file:
         checksum = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     if checksum != path.stem.rpartition("-")[2]:
         raise _Damaged("its checksum is not that in its name")
-    return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
-def _lock(path: Path) -> int:
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ConfigError(
-            f"another trainer uses {path.parent}. Hint: wait for it, or end it; two trainers must "
-            "not share state"
-        ) from None
-    return descriptor
+def _mapped(path: Path) -> dict[str, Any]:
+    return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
 
 
 def _check_plain(value: Any) -> None:
@@ -311,9 +325,3 @@ def _check_plain(value: Any) -> None:
     else:
         plain = value is None or type(value) in (bool, int, float, str) or isinstance(value, Tensor)
         assert plain, f"training state holds a {type(value).__name__}: {value!r}"
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

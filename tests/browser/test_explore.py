@@ -1,50 +1,13 @@
 """Laws of the explore page in a real browser, served by the real command on a run with random weights."""
 
-import functools
-import os
-import re
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
+from explore_server import START, Server
 from PIL import Image
 from tiny_run import make_run
 
-START = 240  # seconds; a machine that does other things takes long to import Gradio
 PHONE = {"width": 360, "height": 740}
-
-
-class Server:
-    """The command in a process of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.temporary = folder / "temporary"
-        self.temporary.mkdir()
-        self.log = folder / "log"
-        command = [sys.executable, "-m", "clipgraft.explore", "tiny"]
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                command,
-                cwd=folder,
-                env={**os.environ, "TMPDIR": str(self.temporary)},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                # Where the tests run in the background of a script, Ctrl-C is ignored by all that they start.
-                preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-            )
-        self.address = self._address()
-
-    def _address(self) -> str:
-        for _ in range(START * 5):
-            found = re.search(r"open (http://\S+)", self.log.read_text())
-            if found:
-                return found[1]
-            assert self.process.poll() is None, self.log.read_text()
-            time.sleep(0.2)
-        raise AssertionError(f"not there after {START} s: {self.log.read_text()}")
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +16,7 @@ def server(chromium, tmp_path_factory):
     make_run(folder / "results")
     server = Server(folder)
     yield server
-    server.process.kill()
-    server.process.wait()
+    server.close()
 
 
 @pytest.fixture
@@ -147,12 +109,7 @@ def test_an_empty_query_is_told_on_the_page(tab):
 
 
 def test_only_this_machine_can_reach_it(server):
-    port = int(server.address.rstrip("/").rsplit(":", 1)[1])
-    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    listening = [
-        words[1] for words in lines if words[3] == "0A" and words[1].endswith(f"{port:04X}")
-    ]
-    assert listening == [f"0100007F:{port:04X}"]
+    assert server.listening() == [f"0100007F:{server.port:04X}"]
 
 
 def test_interrupting_ends_it_and_leaves_nothing_behind(server):

@@ -16,7 +16,7 @@ from indexes import make_index
 from pictures import jpeg
 from PIL import Image
 
-from clipgraft import dist
+from clipgraft import dist, lock
 from clipgraft import embed as stage
 from clipgraft.checkpoint import load_model, save_model
 from clipgraft.config import ConfigError
@@ -367,7 +367,7 @@ mark, number = filling.Filling.mark, int(sys.argv[5])
 def count(self, chunk):
     global number
     number -= 1
-    print("chunk", chunk, flush=True)
+    os.write(1, f"chunk {chunk}\\n".encode())  # whole, beside what the other process writes
     mark(self, chunk)
     if number == 0:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -422,6 +422,75 @@ def test_jobs_that_share_the_work_leave_the_last_one_only_what_none_of_them_did(
     for path in one.iterdir():
         assert (parts / path.name).read_bytes() == path.read_bytes(), path.name
     assert not list(tmp_path.glob("resume*"))
+
+
+LATE = """
+import sys
+from pathlib import Path
+import numpy as np
+import torch
+from clipgraft import dist
+from clipgraft.data.filling import Filling
+world = dist.World(0, 1, torch.device("cpu"))
+late = Filling(Path(sys.argv[1]), "a", {"a.npy": (4, 2)}, 4, world, (1, 2))
+print("opened", flush=True)
+sys.stdin.readline()
+late.write("a.npy", 1, np.full((1, 2), 9))
+late.mark(1)
+late.leave()
+print("left", flush=True)
+"""
+
+
+def test_what_is_gathered_is_no_longer_written_by_jobs_of_an_older_set_of_parts(
+    tmp_path, caplog, monkeypatch
+):
+    """One of two parts is late; meanwhile three others have done all of the work."""
+    resume, out = tmp_path / "resume", folder(tmp_path / "out")
+    command = [sys.executable, "-c", LATE, resume]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as late:
+        assert late.stdout.readline() == "opened\n"
+        world = dist.World(0, 1, torch.device("cpu"))
+        whole = filling.Filling(resume, "a", {"a.npy": (4, 2)}, 4, world)
+        for chunk in range(4):
+            whole.write("a.npy", chunk, np.full((1, 2), chunk))
+            whole.mark(chunk)
+        monkeypatch.setattr(lock, "WAIT_SECONDS", 0.5)
+        with pytest.raises(ConfigError, match=r"another process is filling .*resume"):
+            whole.finish(out, world)
+        assert not list(out.iterdir())
+        late.stdin.write("\n")
+        late.stdin.close()
+        assert late.stdout.readline() == "left\n"
+    again = filling.Filling(resume, "a", {"a.npy": (4, 2)}, 4, world)
+    again.finish(out, world)
+    assert np.load(out / "a.npy").tolist() == [[0, 0], [9, 9], [2, 2], [3, 3]]
+    assert not resume.exists()
+
+
+def test_a_gathering_that_fails_leaves_what_is_done(tmp_path):
+    world = dist.World(0, 1, torch.device("cpu"))
+    given = tmp_path / "resume", "a", {"a.npy": (2, 2), "b.npy": (2, 1)}, 1, world
+    whole = filling.Filling(*given)
+    whole.write("a.npy", 0, np.ones((2, 2)))
+    whole.mark(0)
+    with pytest.raises(FileNotFoundError):
+        whole.finish(tmp_path / "missing", world)
+    again = filling.Filling(*given)
+    assert again.num_done == 1
+    again.finish(folder(tmp_path / "out"), world)
+    assert np.load(tmp_path / "out/a.npy").all()
+
+
+def test_a_filling_that_lacks_a_file_is_made_anew(tmp_path):
+    world = dist.World(0, 1, torch.device("cpu"))
+    given = tmp_path / "resume", "a", {"a.npy": (2, 2)}, 1, world
+    first = filling.Filling(*given)
+    first.mark(0)
+    first.leave()
+    (tmp_path / "resume/a.npy").unlink()
+    assert filling.Filling(*given).num_done == 0
 
 
 def test_training_from_a_cache_does_not_depend_on_threads_and_follows_its_numbers(

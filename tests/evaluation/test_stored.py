@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 
 from clipgraft.evaluation import stored as module
 from clipgraft.evaluation.stored import key_of, stored
+from clipgraft.lock import try_lock
 
 
 def arrays(value: float = 1.0) -> dict[str, np.ndarray]:
@@ -75,7 +78,7 @@ def test_of_tasks_at_the_same_time_one_encodes_and_a_killed_one_blocks_nobody(tm
         job.join(60)
     assert sorted(job.exitcode for job in jobs) == [-signal.SIGKILL, 0, 0]
     assert len(log.read_text().split()) == 2  # the killed one, and one of the others
-    assert {each.suffix for each in tmp_path.iterdir()} == {".npz", ".lock", ""}
+    assert {each.suffix for each in tmp_path.iterdir()} == {".npz", ""}
 
 
 def test_the_oldest_go_when_there_is_no_room(tmp_path, monkeypatch):
@@ -93,3 +96,27 @@ def test_what_is_too_large_is_not_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "LARGEST", 10)
     stored(tmp_path / "a.npz", arrays)
     assert not list(tmp_path.glob("*.npz"))
+
+
+def test_who_waits_long_says_for_what(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(module, "SILENCE_SECONDS", 0.1)
+    path, made = tmp_path / "a.npz", threading.Event()
+    lock = try_lock(path.with_suffix(".lock"))
+
+    def wait() -> None:
+        stored(path, arrays)
+        made.set()
+
+    with caplog.at_level(logging.WARNING):
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        for _ in range(600):
+            if "waiting for it" in caplog.text:
+                break
+            time.sleep(0.05)
+        assert not made.is_set()
+        lock.close()
+        waiting.join()
+    assert made.is_set()
+    assert f"another process is encoding the images of {path}" in caplog.text
+    assert caplog.text.count("waiting for it") == 1

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MARK = "CLIPGRAFT_CAMPAIGN"  # in the environment of every process that a run starts
-UNFINISHED = (".writing", ".resume", ".lock", "*.tmp", ".*.tmp")
+UNFINISHED = (".writing", ".resume", ".left", ".lock", "*.tmp", ".*.tmp")
 # After every run, without a fault too: a cache of torch, and of each start of torchrun a folder for logs that has none.
 OF_TORCH = ("torchinductor_*", "torchelastic_*")
 
@@ -32,14 +32,15 @@ class Place:
     tmp: Path
     save_seconds: float = 0.0
 
-    def start(self, command: list[str | Path], log: Path) -> subprocess.Popen[bytes]:
-        """Start a command in a session of its own."""
+    def start(self, command: list[str | Path], log: Path, **more: str) -> subprocess.Popen[bytes]:
+        """Start a command in a session of its own; `more` goes into its environment."""
         self.tmp.mkdir(parents=True, exist_ok=True)
         environment = {
             **os.environ,
             MARK: str(self.root),
             "TMPDIR": str(self.tmp),
             "CLIPGRAFT_SAVE_SECONDS": str(self.save_seconds),
+            **more,
         }
         with log.open("ab") as file:
             return subprocess.Popen(
@@ -103,6 +104,35 @@ def kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
         pass
+
+
+# Put before all that Python runs: the first process that gives a file this name stops itself just before it does.
+STOPS = """
+import os, runpy, signal, sys
+runpy.run_path({no_network!r})
+
+def stop(event, words):
+    if event == "os.rename" and str(words[1]).endswith({end!r}) and ".writing" not in str(words[1]):
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+sys.addaudithook(stop)
+"""
+
+
+def stopping_at(end: str, folder: Path) -> dict[str, str]:
+    """The environment in which a process stops itself before it gives a file a name that ends like this."""
+    no_network = Path(__file__).parents[1] / "no_network/sitecustomize.py"
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(STOPS.format(no_network=str(no_network), end=end))
+    return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ["PYTHONPATH"]])}
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process has stopped and may go on."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
 
 
 def bits(results: Path) -> dict[str, str]:

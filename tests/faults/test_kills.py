@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
-from campaign import Place, bits, kill, wait_for
+from campaign import Place, bits, is_stopped, kill, stopping_at, wait_for
+from left_alone import snakemake
 
 from clipgraft.config import load_config
 from clipgraft.planning import plan_runs
@@ -64,7 +66,7 @@ def moments(place: Place, folder: Path) -> dict[str, Callable[[], object]]:
     return {
         "begins": lambda: trainers(place),
         "trains": lambda: list(folder.glob(".resume/*.pt")),
-        "writes": lambda: list(folder.glob(".writing/model.safetensors")),
+        "writes": lambda: any(map(is_stopped, trainers(place))),
     }
 
 
@@ -82,7 +84,9 @@ def test_the_same_command_again_ends_with_the_same_bits(place, phase, victim, mo
     before = bits(place.root / "results")
     shutil.rmtree(phase)
     command = command_for(place, phase)
-    process = place.start(command, place.tmp.parent / "killed.txt")
+    stops = stopping_at("model.safetensors", place.tmp.parent / "stops")
+    how = stops if moment == "writes" else {}
+    process = place.start(command, place.tmp.parent / "killed.txt", **how)
     assert wait_for(moments(place, phase)[moment], SECONDS)
     if victim != "the trainer":
         process.kill()
@@ -95,6 +99,33 @@ def test_the_same_command_again_ends_with_the_same_bits(place, phase, victim, mo
     run_to_the_end(place, command)
     assert bits(place.root / "results") == before
     assert place.unfinished() == [] and place.wait_until_empty(SECONDS) == {}
+
+
+@pytest.mark.parametrize("next_one", ["waits for it", "comes later"])
+def test_what_a_job_finishes_without_its_snakemake_is_not_done_again(place, phase, next_one):
+    before = bits(place.root / "results")
+    shutil.rmtree(phase)
+    command, log = command_for(place, phase), place.tmp.parent / f"{next_one}.txt"
+    stops = stopping_at("model.safetensors", place.tmp.parent / "stops")
+    process = place.start(command, place.tmp.parent / "killed.txt", **stops)
+    assert wait_for(lambda: any(map(is_stopped, trainers(place))), SECONDS)
+    [trainer] = trainers(place)
+    process.kill()
+    process.wait()
+    if next_one == "waits for it":
+        process = place.start(command, log)
+        assert wait_for(lambda: "another process is writing" in log.read_text(), SECONDS)
+    os.kill(trainer, signal.SIGCONT)
+    if next_one == "comes later":
+        assert place.wait_until_empty(SECONDS) == {}
+        process = place.start(command, log)
+    assert process.wait(timeout=SECONDS) == 0, log.read_text()[-3000:]
+    assert "done by a job that had lost its Snakemake" in log.read_text()
+    assert bits(place.root / "results") == before
+    assert place.unfinished() == [] and place.wait_until_empty(SECONDS) == {}
+    planned = place.start([*command, "-n"], log.with_suffix(".n.txt"))
+    assert planned.wait(timeout=SECONDS) == 0
+    assert "Nothing to be done" in log.with_suffix(".n.txt").read_text()
 
 
 @pytest.mark.parametrize("victim", ["a worker", "torchrun"])
@@ -115,4 +146,28 @@ def test_of_several_processes_none_is_left_and_all_go_on(place, phase, victim, t
     run_to_the_end(place, command(out))
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert place.unfinished() == []
+    shutil.rmtree(out)
+
+
+def test_of_several_processes_all_learn_that_there_is_nothing_left_to_do(place, phase, tmp_path):
+    out, log = place.root / "results/try/alone", tmp_path / "log.txt"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, "scripts/pretrain.py", phase / "manifest.json", "--out", out]
+    stops = stopping_at("model.safetensors", tmp_path / "stops")
+    with snakemake() as (parent, word):
+        process = place.start(command, log, **word, **stops)
+        assert wait_for(lambda: [*map(is_stopped, trainers(place))] == [True], SECONDS)
+        [trainer] = trainers(place)
+        parent.kill()
+        parent.wait()
+        os.kill(trainer, signal.SIGCONT)
+        assert process.wait(timeout=SECONDS) == 0, log.read_text()[-3000:]
+    (out / "manifest.json").unlink()
+    before = (out / "model.safetensors").stat().st_ino
+    with snakemake() as (_, word):
+        code = place.start(command, log, **word).wait(timeout=SECONDS)
+    assert code == 0 and "done by a job that had lost its Snakemake" in log.read_text()
+    assert (out / "manifest.json").exists()
+    assert (out / "model.safetensors").stat().st_ino == before
+    assert place.unfinished() == [] and place.wait_until_empty(SECONDS) == {}
     shutil.rmtree(out)

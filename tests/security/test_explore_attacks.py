@@ -1,14 +1,7 @@
 """Laws of the explore page under attack: served by the real command, asked as no browser of ours would ask."""
 
-import functools
 import http.client
 import json
-import os
-import re
-import signal
-import subprocess
-import sys
-import time
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,19 +10,19 @@ from threading import Thread
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from explore_server import START, Server
 from PIL import Image
 from tiny_run import make_run
 
 from clipgraft.data.samples import SCHEMA
 from clipgraft.provenance import describe_outputs
 
-START = 240  # seconds
 SECRET = b"the secret of another folder"
 EVIL = "<img src=x onerror='window.pwned=1'><script>window.pwned=1</script>"
 
 
-class Server:
-    """The command in a process of its own, beside files that are none of its business."""
+class Attacked(Server):
+    """A page beside files that are none of its business."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -38,28 +31,7 @@ class Server:
         for name in ("secret.txt", ".hidden", "results/secret.txt"):
             (folder / name).write_bytes(SECRET)
         Image.new("RGB", (40, 40), "red").save(folder / "private.png")
-        self.temporary = folder / "temporary"
-        self.temporary.mkdir()
-        self.log = folder / "log"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "clipgraft.explore", "tiny"],
-                cwd=folder,
-                env={**os.environ, "TMPDIR": str(self.temporary)},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-            )
-        self.port = self._port()
-
-    def _port(self) -> int:
-        for _ in range(START * 5):
-            found = re.search(r"open http://127\.0\.0\.1:(\d+)", self.log.read_text())
-            if found:
-                return int(found[1])
-            assert self.process.poll() is None, self.log.read_text()
-            time.sleep(0.2)
-        raise AssertionError(f"not there after {START} s: {self.log.read_text()}")
+        super().__init__(folder)
 
     def ask(self, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
         """Status and body; the path goes as it stands."""
@@ -119,22 +91,13 @@ def rewrite(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     pytest.importorskip("gradio", reason="gradio is not installed")
-    server = Server(tmp_path_factory.mktemp("attacked"))
+    server = Attacked(tmp_path_factory.mktemp("attacked"))
     yield server
-    server.process.send_signal(signal.SIGINT)
-    try:
-        server.process.wait(60)
-    finally:
-        server.process.kill()
+    server.close()
 
 
 def test_it_listens_on_loopback_alone(server):
-    found = []
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        lines = [line.split() for line in Path(table).read_text().splitlines()[1:]]
-        ending = f":{server.port:04X}"
-        found += [words[1] for words in lines if words[3] == "0A" and words[1].endswith(ending)]
-    assert found == [f"0100007F:{server.port:04X}"]
+    assert server.listening() == [f"0100007F:{server.port:04X}"]
 
 
 def test_no_address_of_the_page_gives_a_file_of_the_machine(server):

@@ -112,6 +112,6 @@ def _shift_hue(images_BCHW: Tensor, shift_B111: Tensor) -> Tensor:
             value_B1HW == green, 2 + (blue - red) / safe_B1HW, 4 + (red - green) / safe_B1HW
         ),
     )
-    n_C11 = torch.tensor([5.0, 3.0, 1.0], device=images_BCHW.device).view(3, 1, 1)
+    n_C11 = torch.arange(5.0, 0.0, -2.0, device=images_BCHW.device).view(3, 1, 1)
     k_BCHW = (n_C11 + sixth_B1HW + 6 * shift_B111).remainder(6)
     return value_B1HW - chroma_B1HW * torch.minimum(k_BCHW, 4 - k_BCHW).clamp(0, 1)

@@ -33,6 +33,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from clipgraft.aside import written_aside
 from clipgraft.data import fetch_process
 from clipgraft.data.images import BadImage, shrink
 from clipgraft.data.outcomes import Outcome, read_outcomes, write_outcomes
@@ -334,9 +335,8 @@ def _rewrite(
             outcomes.append(Outcome(key, path.name, "ok"))
     if all(each.status == "failed" for each in outcomes):
         path.unlink()  # an empty tar is an error everywhere else
-    temporary = target.with_suffix(".tmp")
-    write_outcomes(outcomes, temporary)
-    os.replace(temporary, target.with_suffix(".parquet"))
+    with written_aside(target.with_suffix(".parquet")) as aside:
+        write_outcomes(outcomes, aside)
     source.unlink(missing_ok=True)
 
 

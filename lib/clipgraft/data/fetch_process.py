@@ -14,7 +14,6 @@ import multiprocessing.pool
 import os
 import socket
 import sys
-import threading
 import time
 import types
 import urllib.request
@@ -22,6 +21,8 @@ from collections.abc import Callable
 from typing import Any
 from urllib.error import URLError
 from urllib.parse import urlsplit
+
+from clipgraft.orphan import leave_with
 
 PRIVATE = "CLIPGRAFT_ALLOW_PRIVATE_ADDRESSES"
 FILES = "CLIPGRAFT_ALLOW_LOCAL_FILES"
@@ -157,17 +158,6 @@ def _read_file(read: Callable[[int], bytes]) -> bytes:
     return data
 
 
-def _leave_with_parent() -> None:
-    parent = int(os.environ.pop(PARENT, 0)) or os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def _end_with_a_killed_worker() -> None:
     """A pool of multiprocessing replaces a worker that was killed, and then waits for its task for ever."""
     join = multiprocessing.pool.Pool._join_exited_workers  # type: ignore[attr-defined]
@@ -195,7 +185,7 @@ def _skip_idle_imports() -> None:
 def _set_up() -> None:
     allow_private = os.environ[PRIVATE] == "1"
     schemes = {"http", "https", "file"} if os.environ[FILES] == "1" else {"http", "https"}
-    _leave_with_parent()
+    leave_with([int(os.environ.pop(PARENT, 0)) or os.getppid()], lambda: os._exit(1))
     _skip_idle_imports()
     if not allow_private:
         _guard_sockets()

@@ -7,6 +7,7 @@ Written by offset, not mapped, so that processes of several nodes never write th
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from clipgraft import dist
-from clipgraft.job import write_json
+from clipgraft.aside import write_json
 from clipgraft.lock import locked
 
 SAVE_SECONDS = 60.0
@@ -57,7 +58,8 @@ class Filling:
             about = {"tag": tag, "shapes": {name: list(shape) for name, shape in shapes.items()}}
             folder.parent.mkdir(parents=True, exist_ok=True)
             with locked(folder.with_name(f"{folder.name}.lock")):  # several jobs may open it
-                if _read(folder / _ABOUT) != about:
+                is_whole = all((folder / name).exists() for name in [*shapes, _DONE])
+                if _read(folder / _ABOUT) != about or not is_whole:
                     _make(folder, shapes, num_chunks)
                     write_json(folder / _ABOUT, about)  # the last: all is there
         dist.barrier()
@@ -67,7 +69,10 @@ class Filling:
         share = np.arange(num_chunks)[k::num_parts]  # the same whenever a job of the others begins
         todo = share[done[share] == 0]
         self.num_done, self.own_todo = len(share) - len(todo), todo[world.rank :: world.size]
-        self._files = {name: os.open(folder / name, os.O_WRONLY) for name in [*shapes, _DONE]}
+        self._files = {name: os.open(folder / name, os.O_RDWR) for name in [*shapes, _DONE]}
+        fcntl.flock(
+            self._files[_DONE], fcntl.LOCK_SH
+        )  # until it is closed; NFS wants it open for reading
         self._close = weakref.finalize(self, _close, list(self._files.values()))
         self._begin = {name: np.load(folder / name, mmap_mode="r").offset for name in shapes}
         self._unmarked: list[int] = []
@@ -103,15 +108,23 @@ class Filling:
         self._close()
 
     def finish(self, out: Path, world: dist.World) -> None:
-        """Move the arrays, when all processes have filled theirs, to another folder of the same disk."""
+        """Move the arrays, when all processes have filled theirs, to another folder of the same disk.
+
+        Jobs of an older set, of other parts, may be at it still: they are waited for, or they would write into what is
+        finished.
+
+        Raises:
+            ConfigError: if they do not leave.
+        """
         self.save()
         self._close()
         dist.barrier()
         if world.is_first:
-            assert 0 not in (self._folder / _DONE).read_bytes()
-            for name in self._names:
-                os.replace(self._folder / name, out / name)
-            shutil.rmtree(self._folder)
+            with locked(self._folder / _DONE, f"filling {self._folder}", is_kept=True):
+                assert 0 not in (self._folder / _DONE).read_bytes()
+                for name in self._names:
+                    os.replace(self._folder / name, out / name)
+                shutil.rmtree(self._folder)
 
 
 def _close(files: list[int]) -> None:

@@ -1,8 +1,9 @@
 """Numbers that a loss remembers of every sample: one table per node, shared by its processes.
 
 A memory map of a file without a name: it needs no more RAM than what is in use, and it is gone when its processes are,
-however they end. The first process of a node writes, the others read. That they take turns needs no lock: all processes
-gather between reading and writing, and average gradients before they read again.
+however they end. The first process of a node writes, the others read. They take turns: all gather between reading and
+writing, and nobody reads again before all have written. Hosts ask one another for that, since with GPUs each may be a step
+ahead of what its device does.
 """
 
 # Shapes: N dataset, B local batch, G global batch, C numbers per sample
@@ -31,6 +32,7 @@ class SampleMemory:
             initial_C: what every row begins with.
         """
         self._is_writer = dist.is_first_on_node()
+        self._have_written = dist.ask_largest(lambda: 0)
         shape = (num_samples, len(initial_C))
         path = ""
         if self._is_writer:
@@ -46,7 +48,8 @@ class SampleMemory:
             os.unlink(path)
 
     def read(self, rows_B: Tensor, device: torch.device) -> Tensor:
-        """The numbers [B, C] of some samples."""
+        """The numbers [B, C] of some samples; all processes together, once after each `write`."""
+        self._have_written()
         return torch.from_numpy(self._table_NC[rows_B.numpy()]).to(device)
 
     def write(self, rows_B: Tensor, values_BC: Tensor) -> None:
@@ -58,6 +61,7 @@ class SampleMemory:
         values_GC = dist.gather(values_BC.float())
         if self._is_writer:
             self._table_NC[rows_G.cpu().numpy()] = values_GC.cpu().numpy()
+        self._have_written = dist.ask_largest(lambda: 0)
 
     def state(self) -> Tensor:
         """A copy of the table, to be saved."""

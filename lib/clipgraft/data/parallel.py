@@ -10,7 +10,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import threading
 import time
 import warnings
 from collections import deque
@@ -18,10 +17,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import connection
 from typing import TypeVar
 
 from clipgraft.config import ConfigError
+from clipgraft.orphan import leave_with
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -116,11 +115,6 @@ class Progress:
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     warnings.filterwarnings("ignore", module="PIL")  # broken metadata of single images
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-
-
-def _leave_with_parent() -> None:
     parent = multiprocessing.parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)
+    assert parent is not None and parent.pid is not None
+    leave_with([parent.pid], lambda: os._exit(1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +50,7 @@ class Samples:
         self.samples_id: str = about["samples_id"]
         self.label_names: dict[str, list[str]] = about["label_names"]
         self.download = folder / about["download"]
-        self._table = pq.read_table(folder / "samples.parquet").combine_chunks()
+        self._table = read_columns(folder / "samples.parquet").combine_chunks()
         self._tar = self._table["tar"]
         self._captions = self._table["captions"]
         self._offset = self._table["image_offset"].to_numpy()
@@ -169,9 +169,15 @@ class Captions:
         return texts
 
 
+def read_columns(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Columns of one file, or all; `pq.read_table` would import pandas first, a quarter of a second for each job."""
+    with pq.ParquetFile(path) as file:
+        return file.read(columns)
+
+
 def picture_sizes(index_folder: Path) -> np.ndarray:
     """Width and height of all pictures, uint32 [N, 2]."""
-    table = pq.read_table(Path(index_folder) / "samples.parquet", columns=["width", "height"])
+    table = read_columns(Path(index_folder) / "samples.parquet", ["width", "height"])
     return np.stack([table[name].to_numpy() for name in ("width", "height")], 1).astype(np.uint32)
 
 

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from clipgraft.aside import write_json
 from clipgraft.config import ConfigError
-from clipgraft.job import write_json
 from clipgraft.versions import FAILURES
 
 log = logging.getLogger(__name__)

@@ -9,24 +9,26 @@ process is at it waits, by a lock that the kernel drops with its holder. The old
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
+import math
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
+from clipgraft.aside import written_aside
 from clipgraft.checkpoint import SPEC, TOKENIZERS, WEIGHTS
+from clipgraft.lock import locked
 from clipgraft.provenance import sha256
 from clipgraft.versions import fingerprint
 
 log = logging.getLogger(__name__)
 
 LIMIT_BYTES = 2**31  # of a folder
+SILENCE_SECONDS = 5.0  # after them it is said what is waited for
 LARGEST = LIMIT_BYTES // 4  # of one file: what is larger is encoded by every task
 
 Arrays = Mapping[str, np.ndarray]
@@ -40,7 +42,8 @@ def stored(path: Path, make: Callable[[], Arrays]) -> Arrays:
         make: makes them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path.with_suffix(".lock")):
+    doing = f"encoding the images of {path} for another task"
+    with locked(path.with_suffix(".lock"), doing, patience=math.inf, silence=SILENCE_SECONDS):
         found = _read(path)
         if found is not None:
             log.info("images were encoded before, for another task: %s", path)
@@ -52,13 +55,10 @@ def stored(path: Path, make: Callable[[], Arrays]) -> Arrays:
 
 
 def _keep(path: Path, arrays: Arrays) -> None:
-    part = path.with_suffix(".part")
     try:
-        with part.open("wb") as file:
+        with written_aside(path) as aside, aside.open("wb") as file:
             np.savez(file, **arrays)
-        part.replace(path)
     except OSError as error:  # what was asked for is in memory
-        part.unlink(missing_ok=True)
         log.warning("%s is not kept for other tasks: %s", path, error)
         return
     _make_room(path)
@@ -118,11 +118,3 @@ def _with_age(folder: Path) -> Iterator[tuple[int, int, Path]]:
         except FileNotFoundError:  # another process makes room, too
             continue
         yield about.st_mtime_ns, about.st_size, path
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Wait for a lock file, and hold it; the kernel drops it when the process ends, however it ends."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -12,11 +12,11 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from clipgraft.aside import write_json
 from clipgraft.checkpoint import Loaded
 from clipgraft.data.tokens import Tokenizer
 from clipgraft.export.forms import ANY, TEXT_SIZES, VISION_SIZES, Form, check_form, spelled_out
 from clipgraft.export.tokenizer import write_tokenizer
-from clipgraft.job import write_json
 
 CLIP_MODEL = Form(
     "transformers' CLIPModel",

@@ -12,11 +12,11 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from clipgraft.aside import write_json
 from clipgraft.checkpoint import Loaded
 from clipgraft.config import ConfigError
 from clipgraft.data.vocabulary import is_same_vocabulary
 from clipgraft.export.tokenizer import write_tokenizer
-from clipgraft.job import write_json
 from clipgraft.lean import open_clip
 from clipgraft.models.build import is_padding_unseen
 

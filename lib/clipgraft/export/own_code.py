@@ -8,11 +8,11 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from clipgraft.aside import write_json
 from clipgraft.checkpoint import Loaded
 from clipgraft.data.wordpiece import WordPieces
 from clipgraft.export.forms import ANY, TEXT_SIZES, VISION_SIZES, Form, check_form, spelled_out
 from clipgraft.export.hugging_face import write_image_processor, write_processor
-from clipgraft.job import write_json
 from clipgraft.models.build import is_padding_unseen
 
 CODE = Path(__file__).with_name("modeling_clipgraft.py")

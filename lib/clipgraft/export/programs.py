@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clipgraft.aside import write_json
 from clipgraft.checkpoint import Loaded
 from clipgraft.config import ConfigError
 from clipgraft.export.hugging_face import write_processor
-from clipgraft.job import write_json
 
 TORCH_USAGE = """```python
 import torch

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from clipgraft.aside import write_json
 from clipgraft.checkpoint import Loaded
 from clipgraft.export.forms import ANY, VISION_SIZES, Form, check_form
 from clipgraft.export.hugging_face import vision_config, vision_state, write_image_processor
-from clipgraft.job import write_json
 
 VISION_MODEL = Form(
     "transformers' CLIPVisionModel",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clipgraft.aside import written_aside
 from clipgraft.config import ConfigError
 from clipgraft.data.fetch import SHARD, link
 from clipgraft.data.outcomes import Outcome, collect_captions, read_outcomes, write_outcomes
@@ -107,9 +107,8 @@ def _unpack(task: tuple[ParquetSource, str, list[str] | None, int, Path]) -> lis
             _close(tar)
     except (pa.ArrowException, OSError) as error:
         raise ConfigError(f"{name} cannot be read: {error}. Hint: download it again") from None
-    temporary = marker.with_suffix(".tmp")
-    write_outcomes(outcomes, temporary)
-    os.replace(temporary, marker)
+    with written_aside(marker) as aside:
+        write_outcomes(outcomes, aside)
     return outcomes
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clipgraft.aside import written_aside
 from clipgraft.config import ConfigError
 from clipgraft.data.tokens import Tokenizer
 from clipgraft.evaluation.encode import BATCH, encode_images, encoder_of_texts
@@ -93,10 +93,9 @@ class Encoder:
             return torch.from_numpy(np.load(path, allow_pickle=False)).to(self._device)
         weight_CD = self._finite(zero_shot_weights(self._encode_texts, classes, templates))
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.stem}.{os.getpid()}")
-        with part.open("wb") as file:  # jobs of one model may make the same one at the same time
+        # Jobs of one model may make the same one at the same time.
+        with written_aside(path, is_shared=True) as aside, aside.open("wb") as file:
             np.save(file, weight_CD.cpu().numpy())
-        part.replace(path)
         return weight_CD
 
     def _finite(self, feature_ND: Tensor) -> Tensor:

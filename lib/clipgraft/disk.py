@@ -1,0 +1,48 @@
+"""Trouble with a disk: full, read-only or of someone else, said in one message."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from clipgraft.config import ConfigError
+
+
+@contextmanager
+def disk_trouble(out: Path) -> Iterator[None]:
+    """A disk that is full or may not be written to is for the user to mend."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if _is_disk_full(error, out):
+            raise ConfigError(_disk_full(error, out)) from error
+        if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise ConfigError(
+                f"{error.filename or out}: {error.strerror}. Hint: is the disk mounted read-only, or are the files "
+                "someone else's?"
+            ) from error
+        raise
+
+
+def _is_disk_full(error: OSError | RuntimeError, out: Path) -> bool:
+    """Not all libraries pass the error number on; then a disk without room is taken for the cause."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    has_reason = isinstance(error, OSError) and error.errno is not None
+    return not has_reason and ("No space left" in str(error) or _free_bytes(out) < 2**20)
+
+
+def _disk_full(error: OSError | RuntimeError, out: Path) -> str:
+    where = getattr(error, "filename", None) or out
+    return (
+        f"{where}: no space left on device ({_free_bytes(out) / 2**20:,.0f} MB free). Nothing of this job was kept. "
+        "Hint: free some room (`make unused` lists versions that no run uses), then run snakemake again"
+    )
+
+
+def _free_bytes(out: Path) -> int:
+    there = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
+    return shutil.disk_usage(there).free
