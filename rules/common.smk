@@ -95,7 +95,7 @@ def watched(stage):
 
 
 def watch(stage):
-    """How a training fits into memory, and is watched. These words depend on the input, so a change re-runs nothing."""
+    """How a training fits into memory, is compiled and is watched. These words depend on the input, so a change re-runs nothing."""
 
     def words(wildcards, input):
         given = planned(stage, wildcards).settings

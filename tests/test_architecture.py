@@ -14,6 +14,8 @@ SCRIPTS = LIBRARY.parent.parent / "scripts"
 FLOORS = [
     {
         "settings",
+        "run_settings",
+        "crosschecks",
         "loss_settings",
         "moe_settings",
         "evaluation_settings",
@@ -28,6 +30,8 @@ FLOORS = [
         "versions",
         "planning",
         "job",
+        "aside",
+        "disk",
         "lock",
         "orphan",
         "integrity",
@@ -41,7 +45,7 @@ FLOORS = [
         "footprint",
         "scale",
     },
-    {"dist", "launch", "lean", "devices", "parallel"},
+    {"compiled", "dist", "launch", "lean", "devices", "parallel"},
     {"data", "models", "losses"},
     {
         "checkpoint",
@@ -54,6 +58,7 @@ FLOORS = [
     },
     {"train", "evaluation", "loading"},
     {
+        "batch_size",
         "pretrain",
         "references",
         "embed",

@@ -267,4 +267,4 @@ def test_parameters_with_a_learning_rate_of_their_own_are_groups_that_say_by_how
 )
 def test_the_learning_rate_of_the_temperature_follows_its_schedule(schedule, tau, expected):
     loss = LossSettings(kind="rgcl_g", lr_tau=1e-4, lr_tau_schedule=schedule)
-    assert tau_lr(loss, 0.25, tau) == pytest.approx(expected)
+    assert tau_lr(loss, 0.25, lambda: tau) == pytest.approx(expected)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from test_train import PHASE, folder, make_data, phase, saving_until
 
-from clipgraft import train, training_state
+from clipgraft import devices, training_state
 from clipgraft.checkpoint import load_model, read_weights, save_model
 from clipgraft.config import ConfigError
 from clipgraft.data.loader import Loader
@@ -250,7 +250,7 @@ def test_two_processes_learn_from_references_what_one_does(data, references, tmp
 def test_references_in_bfloat16_have_the_terms_of_float32(data, references, tmp_path, monkeypatch):
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr(train, "precision", lambda _, dtype=dtype: dtype)
+        monkeypatch.setattr(devices, "precision", lambda *_, dtype=dtype: dtype)
         out = folder(tmp_path / str(dtype))
         settings = learning(references, "near", "far", loss=V3, samples_seen=16, accumulate=2)
         pretrain(settings, *data, None, out)

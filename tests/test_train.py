@@ -549,7 +549,7 @@ def test_activations_computed_again_change_the_work_and_no_weight(data, tmp_path
         settings = phase(samples_seen=32, grad_checkpointing=again)
         pretrain(settings, *data, None, folder(tmp_path / f"{again}"))
         hook.remove()
-        counts.append(ran.count("ResidualAttentionBlock"))
+        counts.append(sum(name.endswith("Block") for name in ran))
         weights.append(read_weights(tmp_path / f"{again}"))
     assert counts[1] == 2 * counts[0] > 0
     assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())

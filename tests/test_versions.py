@@ -64,6 +64,20 @@ def test_a_setting_changes_its_stage_and_what_follows(overlay, stages):
     assert differing(overlay) == stages
 
 
+def with_phases(**changes: object) -> dict:
+    return {"pretrain": [{**phase, **changes} for phase in SMALL["pretrain"]]}
+
+
+def test_how_fast_a_training_is_changes_no_version_but_a_precision_that_is_asked_for_does():
+    assert differing(with_phases(compile=True, cuda_graphs=True, precision=None)) == set()
+    assert "pretrain" in differing(with_phases(precision="fp32"))
+    assert differing({"finetune_router": {"precision": "bf16"}}) == {
+        "finetune_router",
+        "evaluate",
+        "report",
+    }
+
+
 def test_each_round_is_handed_its_own_numbers_of_clusters():
     def jobs(**overlay) -> dict:
         run = load_config(merge(copy.deepcopy(SMALL), overlay))["small"]

@@ -36,7 +36,7 @@ class Training:
             folder: for both.
             num: processes.
             how: `threads` of the loader; `pause`: seconds between saves, 0 after every step, None for no
-                state; `late`: a process that does not see the state.
+                state; `late`: a process that does not see the state; `dies`: see `_die_after`.
         """
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
@@ -65,6 +65,7 @@ def _train(
     threads: int = 1,
     pause: float | None = 0.0,
     late: int | None = None,
+    dies: tuple[int, float] | None = None,
 ) -> None:
     import torch
 
@@ -89,11 +90,36 @@ def _train(
     out.mkdir(exist_ok=True)
     where = folder / ("late" if os.environ.get("RANK") == str(late) else "state")
     state = None if pause is None else training_state.TrainingState(where, "tag")
+    if dies is not None:
+        _die_after(*dies, folder / "state")
     try:
         stage(settings, *training.inputs, out, threads=threads, state=state)
     except training_state.ConfigError as error:
         logging.error("%s", error)
         sys.exit(1)
+
+
+def _die_after(step: int, pause: float, state: Path) -> None:
+    """Be killed when the state of a step is about to get its name, or so many seconds later.
+
+    By itself or the kernel's timer (SIGALRM, which nobody handles): who kills from outside may come too late, when a
+    machine that does other things lets a short training end first.
+    """
+
+    def begin(event: str, words: tuple[Any, ...]) -> None:
+        is_saved = event == "os.rename" and str(words[1]).endswith(".pt")
+        if (
+            is_saved
+            and _step(Path(words[1])) >= step
+            and not signal.getitimer(signal.ITIMER_REAL)[0]
+        ):
+            if not pause:
+                os.kill(os.getpid(), signal.SIGKILL)
+            signal.setitimer(signal.ITIMER_REAL, pause)
+
+    if step_of(state) >= step:
+        signal.setitimer(signal.ITIMER_REAL, pause)
+    sys.addaudithook(begin)
 
 
 def weights(folder: Path) -> bytes:
@@ -103,8 +129,11 @@ def weights(folder: Path) -> bytes:
 
 def step_of(folder: Path) -> int:
     """The newest step that is saved; 0 if none is."""
-    names = [path.name.split("-") for path in folder.glob("*.pt")]
-    return max((int(name[1]) for name in names), default=0)
+    return max(map(_step, folder.glob("*.pt")), default=0)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.split("-")[1])
 
 
 def kill(

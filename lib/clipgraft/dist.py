@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as torch_dist
+
+from clipgraft.orphan import NOTHING_TO_DO
 
 PATIENCE = timedelta(hours=2)  # with a process that writes a large state to a slow disk
 
@@ -41,9 +44,12 @@ def world() -> Iterator[World]:
     if has_device:
         torch.cuda.set_device(device)
     if size > 1:
-        backend = "nccl" if has_device else "gloo"
+        # What hosts agree on goes through gloo, so that no device is waited for.
+        backend = "cpu:gloo,cuda:nccl" if has_device else "gloo"
         torch_dist.init_process_group(backend, timeout=PATIENCE)
     try:
+        if said_by_first(os.environ.get(NOTHING_TO_DO, "")):
+            sys.exit(0)
         yield World(rank, size, device)
     finally:
         if torch_dist.is_initialized():
@@ -81,11 +87,18 @@ def same_on_node(text: str) -> str:
     """What the first process of this node says; called by all processes together."""
     if not torch_dist.is_initialized():
         return text
-    said: list[str | None] = [None] * torch_dist.get_world_size()
+    return _said(text)[torch_dist.get_rank() - int(os.environ.get("LOCAL_RANK", "0"))]
+
+
+def said_by_first(text: str) -> str:
+    """What the first process of all says; called by all processes together."""
+    return _said(text)[0] if torch_dist.is_initialized() else text
+
+
+def _said(text: str) -> list[str]:
+    said = [""] * torch_dist.get_world_size()
     torch_dist.all_gather_object(said, text)
-    first = said[torch_dist.get_rank() - int(os.environ.get("LOCAL_RANK", "0"))]
-    assert first is not None
-    return first
+    return said
 
 
 def mean(value: torch.Tensor) -> torch.Tensor:
@@ -117,6 +130,24 @@ def largest(number: int, device: torch.device) -> int:
     tensor = torch.tensor([number], device=device)
     torch_dist.all_reduce(tensor, torch_dist.ReduceOp.MAX)
     return int(tensor.item())
+
+
+def ask_largest(find: Callable[[], int]) -> Callable[[], int]:
+    """As `largest`, without waiting now: what is returned gives the answer.
+
+    Args:
+        find: this process's number: asked now, or by the answer if this process is alone.
+    """
+    if not torch_dist.is_initialized():
+        return find
+    number = torch.tensor([find()])
+    work = torch_dist.all_reduce(number, torch_dist.ReduceOp.MAX, async_op=True)
+
+    def answer() -> int:
+        work.wait()
+        return int(number.item())
+
+    return answer
 
 
 def is_share(value: object) -> bool:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from clipgraft import dist
@@ -82,10 +83,7 @@ class Meter:
         """Close the current row, if it has steps."""
         if not self.count:
             return
-        values = {
-            name: (dist.mean(total.float() / self.count)).tolist()
-            for name, total in self.sums.items()
-        }
+        values = self._means()
         now = time.monotonic()
         seconds, samples = now - self.row_time, (step - self.row_step) * self.batch_size
         row = {
@@ -110,6 +108,16 @@ class Meter:
         self.row_time, self.row_step, self.row_waited = now, step, self.waited
         if now - self.spoke > LOG_SECONDS or step == self.num_steps:
             self.speak(row, now)
+
+    def _means(self) -> dict[str, Any]:
+        """Of steps and processes, in one collective and one look at the device."""
+        totals = [total.float().flatten() for total in self.sums.values()]
+        flat = dist.mean(torch.cat(totals) / self.count).cpu()
+        means = flat.split([len(total) for total in totals])
+        return {
+            name: mean.view(total.shape).tolist()
+            for (name, total), mean in zip(self.sums.items(), means, strict=True)
+        }
 
     def speak(self, row: Mapping[str, Any], now: float) -> None:
         """One line for people."""

@@ -299,7 +299,7 @@ class GlobalTerm:
         gamma = self.loss.gamma
         if gamma.schedule != "scent":
             rate = inner_rate(gamma, epoch, self.num_epochs)
-            return torch.tensor(rate, dtype=log_u_B2.dtype, device=log_u_B2.device)
+            return log_u_B2.new_full((), rate)
         scent_B2 = scent_gamma(add_eps(log_u_B2, self.loss.eps), gamma.offset)
         return scent_B2.nan_to_num(1.0)  # not yet seen
 
@@ -357,6 +357,5 @@ def gather_pairs(
     if world.size == 1:
         return Pairs.of(image_BD, text_BD, group_G=group_G)
     first_row = world.rank * len(image_BD)
-    return Pairs.of(
-        image_BD, text_BD, dist.gather(image_BD), dist.gather(text_BD), first_row, group_G
-    )
+    image_GD, text_GD = dist.gather(torch.cat([image_BD, text_BD], 1)).chunk(2, 1)
+    return Pairs.of(image_BD, text_BD, image_GD, text_GD, first_row, group_G)

@@ -8,7 +8,7 @@ its models.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from clipgraft import dist
 from clipgraft.loss_settings import LossSettings
-from clipgraft.recipes import OptimSettings
+from clipgraft.recipes import OptimSettings, TrainSettings
+from clipgraft.schedule import cosine_lr, num_steps, num_warmup_steps, peak_lr
 
 TEMPERATURE = (
     "temperature"  # name of the group of logit_scale, where it has a learning rate of its own
@@ -174,16 +175,42 @@ def _with_gradient(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
     return params, [p.grad for p in params]
 
 
-def tau_lr(loss: LossSettings, progress: float, tau: float) -> float:
+def set_rates(
+    optimizer: torch.optim.Optimizer,
+    settings: TrainSettings,
+    loss: LossSettings,
+    step: int,
+    tau: Callable[[], float],
+) -> float:
+    """Set the learning rates of a step, and return that of the model.
+
+    Args:
+        optimizer: from `build_optimizer`.
+        settings: length, batch and schedule.
+        loss: schedule of the temperature.
+        step: steps done before.
+        tau: as of `tau_lr`.
+    """
+    peak, optim = peak_lr(settings), settings.optim
+    lr = cosine_lr(step, num_steps(settings), num_warmup_steps(settings), peak, optim.lr_min)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_factor", 1.0)
+        if group.get("name") == TEMPERATURE:
+            group["lr"] = tau_lr(loss, lr / peak, tau)
+    return lr
+
+
+def tau_lr(loss: LossSettings, progress: float, tau: Callable[[], float]) -> float:
     """Learning rate of logit_scale, where it has one of its own.
 
     Args:
         loss: its schedule.
         progress: the model's learning rate now, over its peak.
-        tau: as it is now; `step_thresh` depends on nothing else, so that a resumed run needs no memory.
+        tau: reads what it is now, for which a device is waited for; `step_thresh` alone does, and depends on nothing
+            else, so that a resumed run needs no memory.
     """
     assert loss.lr_tau is not None
     if loss.lr_tau_schedule == "cosine":
         return loss.lr_tau * progress
-    is_low = loss.lr_tau_schedule == "step_thresh" and tau <= loss.lr_tau_threshold
+    is_low = loss.lr_tau_schedule == "step_thresh" and tau() <= loss.lr_tau_threshold
     return loss.lr_tau * (loss.lr_tau_factor if is_low else 1)

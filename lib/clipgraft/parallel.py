@@ -58,7 +58,7 @@ def _shard(model: Any, world: dist.World) -> None:
         return Shard(sharded_dim(parameter.shape, world.size))
 
     for tower in (model.visual, model.text):
-        for module in (*_blocks(tower), tower):
+        for module in (*blocks(tower), tower):
             fully_shard(module, shard_placement_fn=placement, reshard_after_forward=True)
 
 
@@ -70,7 +70,8 @@ def sharded_dim(shape: Iterable[int], num: int) -> int:
     return next((dim for dim, length in enumerate(shape) if length % num == 0), 0)
 
 
-def _blocks(tower: nn.Module) -> list[nn.Module]:
+def blocks(tower: nn.Module) -> list[nn.Module]:
+    """The blocks of a tower, in order."""
     lists = [
         module
         for name, module in tower.named_modules()
@@ -175,9 +176,9 @@ def restore(
 
 
 def share_like(parameter: Tensor, whole: Any) -> Any:
-    """This process's share of a tensor that is cut as a parameter is; anything else as it is."""
+    """This process's share of a tensor that is cut as a parameter is; anything else as it is, but no part of a file."""
     if not dist.is_share(parameter) or getattr(whole, "shape", None) != parameter.shape:
-        return whole
+        return whole.clone() if isinstance(whole, Tensor) else whole
     from torch.distributed.tensor import distribute_tensor
 
     mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]

@@ -221,6 +221,21 @@ class TrainSettings(AugmentationSettings):
         description="Keep no activations inside of blocks and compute them again: less memory, a third more time, the "
         "same result; part of no version.",
     )
+    precision: Literal["bf16", "fp32"] | None = Field(
+        None,
+        description="What products are computed in (bf16: autocast; weights, sums and losses stay float32). Null, part "
+        "of no version: bf16 where the hardware multiplies it.",
+    )
+    compile: bool = Field(
+        False,
+        description="Compile the blocks of both towers (torch.compile; needs a C++ compiler): minutes at the start. The "
+        "same result but for rounding; part of no version.",
+    )
+    cuda_graphs: bool = Field(
+        False,
+        description="Of compiled blocks: replay their kernels as CUDA graphs, for models whose kernels are short. Part "
+        "of no version.",
+    )
     optim: OptimSettings
     captions: dict[Name, NonNegativeFloat] = Field(
         default_factory=dict,
@@ -263,6 +278,23 @@ class TrainSettings(AugmentationSettings):
             raise ValueError(
                 f"batch_size = {self.batch_size} does not divide into accumulate = {self.accumulate} parts"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _graphs(self) -> TrainSettings:
+        if self.cuda_graphs and not self.compile:
+            raise ValueError("cuda_graphs has no effect without compile: true")
+        others = {
+            f"accumulate = {self.accumulate}": self.accumulate > 1,
+            "grad_checkpointing": self.grad_checkpointing,
+            "parallel = fsdp": self.parallel == "fsdp",
+        }
+        for what, is_on in others.items():
+            if self.cuda_graphs and is_on:
+                raise ValueError(
+                    f"cuda_graphs with {what}: a graph overwrites what it gave before, which is needed still, and wants "
+                    "weights where they were. Hint: cuda_graphs: false"
+                )
         return self
 
     @model_validator(mode="after")

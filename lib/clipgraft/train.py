@@ -1,4 +1,4 @@
-"""The training loop shared by pretrain, finetune_expert and finetune_router.
+"""The training loop of pretrain, finetune_expert and finetune_router.
 
 A stage brings a model, the parameters to train and an objective; the loop brings data, optimizer, schedule,
 data parallelism, logging and resume. Length is counted in samples seen, batch sizes are global, and all state is
@@ -12,7 +12,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,21 +21,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipgraft import dist, parallel
+from clipgraft import devices, dist, parallel
 from clipgraft.checkpoint import save_model
+from clipgraft.compiled import compile_blocks
 from clipgraft.config import ConfigError
 from clipgraft.data.augment import augment, augments
 from clipgraft.data.cached import ReferenceCache
 from clipgraft.data.loader import Batch, Loader
 from clipgraft.data.memory import SampleMemory
 from clipgraft.data.sampler import HomogeneousBatches, RoundRobinBatches, UniformBatches
-from clipgraft.devices import attention, device_name, precision
 from clipgraft.gradcache import backward_in_parts
 from clipgraft.job import REQUEUE
 from clipgraft.loss_settings import LossSettings
 from clipgraft.meter import Meter, announce
 from clipgraft.models.build import normalize, trimmed
 from clipgraft.models.patches import PartialVisionTransformer, num_patches
+from clipgraft.models.training_blocks import speed_up
 from clipgraft.objectives import (
     ExtraLoss,
     Features,
@@ -45,9 +46,9 @@ from clipgraft.objectives import (
     ReferenceFeatures,
     encode,
 )
-from clipgraft.optim import TEMPERATURE, build_optimizer, tau_lr
+from clipgraft.optim import build_optimizer, set_rates
 from clipgraft.recipes import TrainSettings
-from clipgraft.schedule import cosine_lr, num_steps, num_warmup_steps, peak_lr
+from clipgraft.schedule import num_steps, peak_lr
 from clipgraft.training_data import Data, split
 from clipgraft.training_state import (
     Pace,
@@ -92,8 +93,7 @@ class Fit:
         references: whose features of each batch the objective is given, too.
         caches: stored embeddings that these need.
         projections: of the objective; trained, and saved with the state, but no part of the model.
-        short_captions: kind of a second caption (as of the loader); texts are then in turn a sample's drawn caption and
-            its short one.
+        short_captions: kind of a second caption (of the loader); texts are then a sample's drawn and short one in turn.
         watch: looks at the model now and then.
     """
 
@@ -119,6 +119,7 @@ class Fit:
     short_captions: str | None = None
     watch: Watcher | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
+    _logit_scale: Callable[[], float] | None = None  # as the step before left it, read late
 
     @property
     def num_steps(self) -> int:
@@ -128,7 +129,7 @@ class Fit:
     @cached_property
     def dtype(self) -> torch.dtype:
         """What autocast computes in."""
-        return precision(self.world.device)
+        return devices.precision(self.world.device, self.settings.precision)
 
     @property
     def _precision(self) -> str:
@@ -148,11 +149,14 @@ class Fit:
                 f"{f' x accumulate = {num_parts // self.world.size}' if num_parts > self.world.size else ''}. "
                 f"Hint: {self.settings.batch_size // num_parts * num_parts}"
             )
-        self.model.to(self.world.device)
-        self.projections.to(self.world.device)
+        devices.keep_freed_memory(self.world.device)
+        for each in (self.model, self.projections):
+            each.to(self.world.device)
+        speed_up(self.model)
+        compile_blocks(self.model, self.settings, self.world.device)
         parallel.fit_into_memory(self.model, self.settings, self.world)
-        projections = self.projections.named_parameters(prefix=PROJECTIONS)
-        every = (*self.model.named_parameters(), *projections)
+        projected = self.projections.named_parameters(prefix=PROJECTIONS)
+        every = (*self.model.named_parameters(), *projected)
         trained = {name: p for name, p in every if p.requires_grad}
         optimizer = build_optimizer(
             trained,
@@ -171,16 +175,15 @@ class Fit:
                 len(self.data.shards),
                 (self.image_size, self.text_length),
                 self.world,
-                f"{self._precision} on {device_name(self.world.device)}",
+                f"{self._precision} on {devices.device_name(self.world.device)}",
             )
             if first_step < self.num_steps:
                 self._loop(parts, first_step, stop)
         parallel.make_whole(self.model, self.world.is_first)
         if self.world.is_first:
-            looks = self.watch.rows if self.watch is not None else []
+            looks = [] if self.watch is None else self.watch.rows
             rows = sorted([*self.rows, *looks], key=lambda row: row["step"])
-            lines = "".join(json.dumps(row) + "\n" for row in rows)
-            (out / "metrics.jsonl").write_text(lines)
+            (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return {
             "samples_seen": self.num_steps * self.settings.batch_size,
             "num_steps": self.num_steps,
@@ -189,6 +192,7 @@ class Fit:
             "train_seconds": self.rows[-1]["seconds"] if self.rows else 0.0,
             "precision": self._precision,
             "num_processes": self.world.size,
+            **devices.device_memory(self.world.device),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "trained_parameters": sum(p.numel() for p in trained.values()),
             "metrics": {"loss": self.rows[-1]["loss"] if self.rows else None},
@@ -254,18 +258,21 @@ class Fit:
         meter = Meter(self.num_steps, self.settings.batch_size, logit_scale, self.rows, watch)
         model.train()
         pace = Pace()
-        with attention(self.world.device):
+        with devices.attention(self.world.device):
             if first_step == 0:
                 self._look(meter, 0)
             for step, batch in enumerate(loader, start=first_step):
+                # Asked before the step and answered after it, so that nobody waits for the others.
+                agreed = dist.ask_largest(
+                    lambda: LEAVE if stop.requested else SAVE if pace.is_due() else GO_ON
+                )
                 loss, lr, extras = self._step(model, parts, batch, step)
                 done = step + 1
                 meter.add(done, loss, lr, loader.wait_seconds, extras)
                 self._look(meter, done)
+                wish = agreed()
                 if done == self.num_steps:
                     break
-                wish = LEAVE if stop.requested else SAVE if pace.is_due() else GO_ON
-                wish = dist.largest(wish, self.world.device)
                 if wish >= SAVE:
                     meter.flush(done)
                     with pace.saving():
@@ -292,24 +299,24 @@ class Fit:
         batch: Batch,
         step: int,
     ) -> tuple[Tensor, float, dict[str, Tensor]]:
-        optim, optimizer = self.settings.optim, parts.optimizer
-        warmup_steps, peak = num_warmup_steps(self.settings), peak_lr(self.settings)
-        lr = cosine_lr(step, self.num_steps, warmup_steps, peak, optim.lr_min)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_factor", 1.0)
-            if group.get("name") == TEMPERATURE:
-                tau = math.exp(-self.model.logit_scale.item())  # type: ignore[operator,union-attr]
-                group["lr"] = tau_lr(self.loss, lr / peak, tau)
-        optimizer.zero_grad(set_to_none=True)
+        parts.optimizer.zero_grad(set_to_none=True)
         loss, extras = self._backward(model, batch, step / self.sampler.num_batches)
         parallel.average_others(self.model, self.projections)
-        if optim.max_grad_norm is not None:
-            parallel.clip_gradients(parts.trained.values(), optim.max_grad_norm)
-        optimizer.step()
+        if self.settings.optim.max_grad_norm is not None:
+            parallel.clip_gradients(parts.trained.values(), self.settings.optim.max_grad_norm)
+        lr = set_rates(parts.optimizer, self.settings, self.loss, step, self._tau)
+        parts.optimizer.step()
         if self.model.logit_scale.requires_grad:
-            low, high = self.loss.tau_bounds
-            self.model.logit_scale.data.clamp_(-math.log(high), -math.log(low))  # type: ignore[operator,union-attr]
+            low, high = (-math.log(tau) for tau in reversed(self.loss.tau_bounds))
+            self.model.logit_scale.data.clamp_(low, high)  # type: ignore[operator,union-attr]
+        if self.loss.lr_tau_schedule == "step_thresh":
+            self._logit_scale = devices.read_later(self.model.logit_scale)  # type: ignore[arg-type]
         return loss, lr, extras
+
+    def _tau(self) -> float:
+        if self._logit_scale is None:
+            self._logit_scale = devices.read_later(self.model.logit_scale)  # type: ignore[arg-type]
+        return math.exp(-self._logit_scale())
 
     def _backward(
         self, model: nn.Module, batch: Batch, epoch: float
@@ -361,11 +368,10 @@ class Fit:
             return encode(model, images, text_BL.to(device, non_blocking=True))
 
     def _pixels(self, batch: Batch) -> Tensor:
-        device = self.world.device
-        pixels = batch.images_BCHW.to(device, non_blocking=True)
-        uniform_BK = batch.uniform_BK
+        pixels, uniform_BK = batch.images_BCHW, batch.uniform_BK
         if uniform_BK is not None:
-            uniform_BK = uniform_BK.to(device, non_blocking=True)
+            uniform_BK = uniform_BK.to(self.world.device, non_blocking=True)
+        pixels = pixels.to(self.world.device, non_blocking=True)
         return augment(pixels, uniform_BK, self.settings)
 
     def _autocast(self) -> torch.autocast:

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from clipgraft import settings as cfg
 from clipgraft.architectures import our_file
+from clipgraft.aside import written_aside
 from clipgraft.config import ConfigError
 from clipgraft.evalset_tasks import data_folder, expand
 from clipgraft.loss_settings import ReferenceSettings
@@ -31,8 +32,8 @@ T = TypeVar("T")
 
 LIBRARY = Path(__file__).resolve().parent
 WATCHED = "watched"  # the input that has the samples of `watch`
-# Settings of a training that change its memory, not its result, and their defaults.
-MEMORY = {"parallel": "ddp", "grad_checkpointing": False}
+# Settings of a training that change its memory or its speed, not its result, and their defaults.
+MEMORY = {"parallel": "ddp", "grad_checkpointing": False, "compile": False, "cuda_graphs": False}
 _MEMO = LIBRARY / "__pycache__" / "fingerprints.json"
 
 # Floor 0 and the launcher move settings and bytes, never values: editing them re-runs nothing.
@@ -118,9 +119,12 @@ def deciding(
 ) -> tuple[dict[str, Any], dict[str, T]]:
     """The settings and inputs that results depend on.
 
-    All but how a training fits into memory, and what watches it, unless its best model is kept.
+    All but how a training fits into memory and is compiled, a precision that is left to the hardware, and what watches it, unless its
+    best model is kept.
     """
     settings = {name: value for name, value in settings.items() if name not in MEMORY}
+    if settings.get("precision") is None:
+        settings.pop("precision", None)
     watch = settings.get("watch")
     if watch is None or watch.get("best"):
         return settings, dict(inputs)
@@ -300,9 +304,8 @@ def _parsed(path: Path) -> tuple[str, list[str]]:
         known = _memo()[str(path)] = [stamp, digest, _imports(tree)]
         with suppress(OSError):  # a library that is not ours to write
             _MEMO.parent.mkdir(exist_ok=True)
-            part = _MEMO.with_name(f"{_MEMO.name}.{os.getpid()}")
-            part.write_text(json.dumps(_memo()))
-            part.replace(_MEMO)
+            with written_aside(_MEMO, is_shared=True) as aside:
+                aside.write_text(json.dumps(_memo()))
     return known[1], known[2]
 
 

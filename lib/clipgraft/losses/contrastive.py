@@ -106,7 +106,7 @@ def infonce(pairs: Pairs, odds_B2: Tensor) -> Tensor:
 def guessing(pairs: Pairs) -> Tensor:
     """`infonce` of a model to which all pairs look alike: mean log of the candidates of the rows that count."""
     if pairs.group_G is None:
-        return pairs.image_BD.new_tensor(len(pairs.image_GD)).log()
+        return pairs.image_BD.new_full((), len(pairs.image_GD)).log()
     number_G, size_U = _groups(pairs.group_G)
     size_G = size_U[number_G].to(pairs.image_BD.dtype)
     return size_G.log().sum() / (size_G > 1).sum().clamp(min=1)  # a row that is alone adds log 1
@@ -138,6 +138,13 @@ def _mean_of_group(pairs: Pairs, features_GD: Tensor, label_smoothing: float) ->
 
 
 def _groups(group_G: Tensor) -> tuple[Tensor, Tensor]:
-    """Groups numbered from 0, and their sizes."""
-    _, number_G, size_U = torch.unique(group_G, return_inverse=True, return_counts=True)
+    """Groups numbered from 0, and their sizes; as many as there are rows, the last ones empty.
+
+    Not `unique`, which makes a device wait for the host, to learn how many there are.
+    """
+    sorted_G, order_G = group_G.sort()
+    is_next_G = torch.zeros_like(sorted_G, dtype=torch.bool)
+    is_next_G[1:] = sorted_G[1:] != sorted_G[:-1]
+    number_G = torch.empty_like(order_G).scatter_(0, order_G, is_next_G.cumsum(0))
+    size_U = torch.zeros_like(number_G).scatter_add_(0, number_G, torch.ones_like(number_G))
     return number_G, size_U

@@ -14,6 +14,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -178,10 +179,15 @@ def pretrained_state(
 
 def normalize(images_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Bytes of images as float32 model input, on the device that the bytes are on."""
-    device = images_BCHW.device
-    mean_C11 = torch.tensor(mean, device=device).view(-1, 1, 1) * 255
-    std_C11 = torch.tensor(std, device=device).view(-1, 1, 1) * 255
-    return (images_BCHW.float() - mean_C11) / std_C11
+    where = images_BCHW.device, torch.get_default_dtype()
+    return (images_BCHW - _of_channels(tuple(mean), *where)).div_(_of_channels(tuple(std), *where))
+
+
+@cache
+def _of_channels(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """In units of a byte; copied to a device once, so that no step waits for it."""
+    with torch.inference_mode(False):  # what is kept may meet gradients later
+        return torch.tensor(values, device=device, dtype=dtype).view(-1, 1, 1) * 255
 
 
 def mlp_parameters(

@@ -10,6 +10,8 @@ parameters and their names; only its class is another. Evaluation sees everythin
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,6 +31,14 @@ from clipgraft.reductions import (
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # splitmix64 in signed numbers, which wrap alike
 _COLUMN_BITS = 16
+
+
+class WholeVisionTransformer(open_clip.transformer.VisionTransformer):
+    """open_clip's image tower, whose stem is a product of all patches with the weights instead of a convolution."""
+
+    def _embeds(self, x: Tensor) -> Tensor:
+        """Takes the place of open_clip's; the same but for rounding."""
+        return _embed(self, split_patches(x, self.grid_size), self.positional_embedding[1:])
 
 
 class PartialVisionTransformer(open_clip.transformer.VisionTransformer):
@@ -52,13 +62,9 @@ class PartialVisionTransformer(open_clip.transformer.VisionTransformer):
             "dropping needs a random word for each image of the batch"
         )
         index_BK = choose_patches(self.image_bits_B, self.image_reduction, self.grid_size)
-        x_BKD = F.linear(gather_patches(x, index_BK, self.grid_size), self.conv1.weight.flatten(1))
         # From the float32 table, cast afterwards: a row's gradient is a sum over the batch, too long for bf16.
         row_BKD = F.embedding(index_BK, self.positional_embedding[1:])
-        x_BKD = x_BKD + row_BKD.to(x_BKD.dtype)
-        cls_D = self.class_embedding.to(x_BKD.dtype) + self.positional_embedding[0].to(x_BKD.dtype)
-        x_BLD = torch.cat([cls_D.expand(len(x), 1, -1), x_BKD], dim=1)
-        return self.ln_pre(self.patch_dropout(x_BLD))
+        return _embed(self, gather_patches(x, index_BK, self.grid_size), row_BKD)
 
 
 def drop_patches(model: nn.Module, reduction: ImageReduction) -> None:
@@ -131,6 +137,26 @@ def choose_patches(bits_B: Tensor, reduction: ImageReduction, grid: tuple[int, i
         left_B = _below(word_2B[1], columns - width + 1)
         return block_K + (top_B * columns + left_B)[:, None]
     return number_N.expand(len(bits_B), -1)
+
+
+def _embed(tower: Any, patch_BKP: Tensor, row_KD: Tensor) -> Tensor:
+    """The tokens of patches with these rows of the position table, behind the class token."""
+    x_BKD = F.linear(patch_BKP, tower.conv1.weight.flatten(1))
+    x_BKD = x_BKD + row_KD.to(x_BKD.dtype)
+    cls_D = tower.class_embedding.to(x_BKD.dtype) + tower.positional_embedding[0].to(x_BKD.dtype)
+    x_BLD = torch.cat([cls_D.expand(len(x_BKD), 1, -1), x_BKD], dim=1)
+    return tower.ln_pre(tower.patch_dropout(x_BLD))
+
+
+def split_patches(images_BCHW: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The pixels of all patches, in the order in which `conv1` has its weights.
+
+    Returns:
+        [B, N, P].
+    """
+    rows, columns = grid
+    split = images_BCHW.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))  # B C rows h columns w
+    return split.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def gather_patches(images_BCHW: Tensor, index_BK: Tensor, grid: tuple[int, int]) -> Tensor:

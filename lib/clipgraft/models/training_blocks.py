@@ -1,0 +1,243 @@
+"""Towers to train with: open_clip's numbers and parameter names, in less time. Only classes change, as in `patches`.
+
+- Self-attention is one product for queries, keys and values, and none of the copies of `nn.MultiheadAttention`. Where
+  the mask is the causal one it is not given as numbers, so that flash attention can be used on GPUs. On CPUs torch has
+  kernels for long sequences; short ones are written out here, forward and backward.
+- Where a feature is that of one token, the last block computes that token alone; nothing else reads the others.
+
+Gradients are autograd's wherever they can be, so what is frozen costs nothing, and sharding, checkpointing and
+compiling see ordinary modules.
+"""
+
+# Shapes: B batch, L tokens, D width, H heads, d width of a head, N = B * H, C = 3 * D
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipgraft.lean import open_clip
+from clipgraft.models.patches import WholeVisionTransformer
+
+_PLAIN = open_clip.transformer.ResidualAttentionBlock
+_IMAGE, _TEXT = open_clip.transformer.VisionTransformer, open_clip.transformer.TextTransformer
+
+
+def speed_up(model: nn.Module) -> None:
+    """Let a model that will be trained compute the same in less time, in place; other kinds of blocks stay.
+
+    Args:
+        model: dense or with experts, before it is sharded or put in DDP; patches may be dropped already.
+    """
+    for tower in (model.visual, model.text):
+        if type(tower) is _IMAGE:
+            tower.__class__ = WholeVisionTransformer
+        blocks = getattr(getattr(tower, "transformer", None), "resblocks", [])
+        for block in filter(_is_plain, blocks):
+            block.__class__ = TrainingBlock
+            block.is_causal = _is_causal(tower)
+        if len(blocks) and _reads_one(tower, blocks[-1]):
+            blocks[-1].__class__ = LastTrainingBlock
+            if type(tower) is _TEXT:
+                tower.__class__ = OneTokenTextTransformer
+
+
+class TrainingBlock(_PLAIN):  # type: ignore[misc,valid-type]
+    """A block of self-attention.
+
+    Attributes:
+        is_causal: whether the mask it is given is the causal one.
+    """
+
+    is_causal: bool
+
+    def forward(
+        self,
+        q_x: Tensor,
+        k_x: None = None,
+        v_x: None = None,
+        attn_mask: Tensor | None = None,
+    ) -> Tensor:
+        """As of open_clip's block."""
+        assert k_x is None and v_x is None, "self-attention alone"
+        mixed_BLD = self._mix(self.ln_1(q_x), attn_mask)
+        return self._rest(q_x, mixed_BLD)
+
+    def _mix(self, normed_BLD: Tensor, mask: Tensor | None) -> Tensor:
+        attn = self.attn
+        qkv_BLC = F.linear(normed_BLD, attn.in_proj_weight, attn.in_proj_bias)
+        if self.is_causal or mask is None:
+            return attend(qkv_BLC, attn.num_heads, self.is_causal)
+        heads = [_heads(each, attn.num_heads) for each in qkv_BLC.chunk(3, dim=-1)]
+        mixed_BHLd = F.scaled_dot_product_attention(*heads, attn_mask=_like(mask, heads[0]))
+        return mixed_BHLd.transpose(1, 2).flatten(2)
+
+    def _rest(self, x_BLD: Tensor, mixed_BLD: Tensor) -> Tensor:
+        x_BLD = x_BLD + self.attn.out_proj(mixed_BLD)
+        return x_BLD + self.mlp(self.ln_2(x_BLD))
+
+
+class LastTrainingBlock(TrainingBlock):
+    """The last block of a tower whose feature is that of one token.
+
+    Attributes:
+        place_B: which token, of each text of the batch that comes next; None is the first.
+    """
+
+    place_B: Tensor | None = None
+
+    def forward(
+        self,
+        q_x: Tensor,
+        k_x: None = None,
+        v_x: None = None,
+        attn_mask: Tensor | None = None,
+    ) -> Tensor:
+        """That token, [B, 1, D]."""
+        assert k_x is None and v_x is None, "self-attention alone"
+        attn, width = self.attn, q_x.shape[2]
+        weight, bias = attn.in_proj_weight, attn.in_proj_bias
+        normed_BLD = self.ln_1(q_x)
+        query_B1D = F.linear(self._read(normed_BLD), weight[:width], bias[:width])
+        key_BLD, value_BLD = F.linear(normed_BLD, weight[width:], bias[width:]).chunk(2, dim=-1)
+        heads = [_heads(each, attn.num_heads) for each in (query_B1D, key_BLD, value_BLD)]
+        mask = None if attn_mask is None else self._row(attn_mask, heads[0])
+        mixed_BH1d = F.scaled_dot_product_attention(*heads, attn_mask=mask)
+        return self._rest(self._read(q_x), mixed_BH1d.transpose(1, 2).flatten(2))
+
+    def _read(self, x_BLD: Tensor) -> Tensor:
+        if self.place_B is None:
+            return x_BLD[:, :1]
+        return x_BLD[torch.arange(len(x_BLD), device=x_BLD.device), self.place_B][:, None]
+
+    def _row(self, mask: Tensor, query_BH1d: Tensor) -> Tensor:
+        """The mask of that token, [B, 1 or H, 1, L]."""
+        assert self.place_B is not None, "images have no mask"
+        if mask.dim() == 2:
+            return _like(mask, query_BH1d)[self.place_B][:, None, None]
+        item_B = torch.arange(len(self.place_B), device=mask.device)
+        return _like(mask, query_BH1d)[item_B, :, self.place_B][:, :, None]
+
+
+class OneTokenTextTransformer(_TEXT):  # type: ignore[misc,valid-type]
+    """A text tower whose last block computes the token that is read."""
+
+    def forward(self, text: Tensor) -> Tensor:
+        """As of open_clip's tower."""
+        x_BLD, mask = self._embeds(text)
+        self.transformer.resblocks[-1].place_B = self._place(text, x_BLD)
+        pooled_BD = self.ln_final(self.transformer(x_BLD, attn_mask=mask)[:, 0])
+        if isinstance(self.text_projection, nn.Linear):
+            return self.text_projection(pooled_BD)
+        return pooled_BD if self.text_projection is None else pooled_BD @ self.text_projection
+
+    def _place(self, text_BL: Tensor, x_BLD: Tensor) -> Tensor:
+        """What open_clip's pooling makes of the numbers of the tokens."""
+        pool_type = self.pool_type if self.cls_emb is None else "last"
+        number_BL = torch.arange(x_BLD.shape[1], device=text_BL.device).expand(len(text_BL), -1)
+        return open_clip.transformer.text_global_pool(number_BL, text_BL, pool_type, self.eos_id)
+
+
+def attend(qkv_BLC: Tensor, num_heads: int, is_causal: bool) -> Tensor:
+    """Self-attention without a mask, or the causal one."""
+    if qkv_BLC.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _ShortAttention.apply(qkv_BLC, num_heads, is_causal)
+    return attend_by_torch(qkv_BLC, num_heads, is_causal)
+
+
+def attend_by_torch(qkv_BLC: Tensor, num_heads: int, is_causal: bool) -> Tensor:
+    """The same, with the kernel that torch has for the device."""
+    heads = [_heads(each, num_heads) for each in qkv_BLC.chunk(3, dim=-1)]
+    mixed_BHLd = F.scaled_dot_product_attention(*heads, is_causal=is_causal)
+    return mixed_BHLd.transpose(1, 2).flatten(2)
+
+
+class _ShortAttention(torch.autograd.Function):
+    """Self-attention of short sequences on a CPU: heads are brought together in one copy, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv_BLC: Tensor, num_heads: int, is_causal: bool) -> Tensor:
+        num, length, _ = qkv_BLC.shape
+        qkv_3NLd = _split(qkv_BLC, 3 * num_heads).view(3, num * num_heads, length, -1)
+        query_NLd, key_NLd, value_NLd = qkv_3NLd
+        ctx.num_heads, ctx.scale = num_heads, 1 / math.sqrt(qkv_3NLd.shape[-1])
+        # A row of 16 numbers in bf16 takes softmax several times as long as in float32, backward most of all.
+        score_NLL = torch.bmm(query_NLd, key_NLd.transpose(1, 2)).to(_at_least_float32(qkv_BLC))
+        score_NLL.mul_(ctx.scale)
+        if is_causal:
+            score_NLL += torch.full_like(score_NLL[0], -math.inf).triu_(1)
+        share_NLL = score_NLL.softmax(2)
+        ctx.save_for_backward(qkv_3NLd, share_NLL)
+        share_NLL = share_NLL.to(value_NLd.dtype)
+        return _join(torch.bmm(share_NLL, value_NLd).view(num_heads, num, length, -1))
+
+    @staticmethod
+    def backward(ctx: Any, grad_BLD: Tensor) -> tuple[Tensor, None, None]:
+        qkv_3NLd, share_NLL = ctx.saved_tensors
+        query_NLd, key_NLd, value_NLd = qkv_3NLd
+        grad_NLd = _split(grad_BLD, ctx.num_heads).view_as(query_NLd)
+        d_share_NLL = torch.bmm(grad_NLd, value_NLd.transpose(1, 2)).to(share_NLL.dtype)
+        d_score_NLL = torch._softmax_backward_data(d_share_NLL, share_NLL, 2, share_NLL.dtype)
+        d_score_NLL = d_score_NLL.mul_(ctx.scale).to(grad_NLd.dtype)
+        share_NLL = share_NLL.to(grad_NLd.dtype)
+        d_qkv_3NLd = torch.empty_like(qkv_3NLd)
+        torch.bmm(d_score_NLL, key_NLd, out=d_qkv_3NLd[0])
+        torch.bmm(d_score_NLL.transpose(1, 2), query_NLd, out=d_qkv_3NLd[1])
+        torch.bmm(share_NLL.transpose(1, 2), grad_NLd, out=d_qkv_3NLd[2])
+        num, length, _ = grad_BLD.shape
+        return _join(d_qkv_3NLd.view(3 * ctx.num_heads, num, length, -1)), None, None
+
+
+def _at_least_float32(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _split(x_BLD: Tensor, num_heads: int) -> Tensor:
+    """Heads first: [H, B, L, d]."""
+    return x_BLD.unflatten(2, (num_heads, -1)).permute(2, 0, 1, 3).contiguous()
+
+
+def _join(x_HBLd: Tensor) -> Tensor:
+    return x_HBLd.permute(1, 2, 0, 3).flatten(2)
+
+
+def _like(mask: Tensor, query_BHLd: Tensor) -> Tensor:
+    """A mask [L, L], or [B * H, L, L] as [B, H, L, L], in the precision of the product."""
+    mask = mask.to(query_BHLd.dtype)
+    return mask if mask.dim() == 2 else mask.unflatten(0, query_BHLd.shape[:2])
+
+
+def _heads(x_BLD: Tensor, num_heads: int) -> Tensor:
+    return x_BLD.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def _is_plain(block: Any) -> bool:
+    """Whether a block is open_clip's ordinary one, of self-attention, with nothing between its parts."""
+    if type(block) is not _PLAIN or hasattr(block, "ln_1_kv"):
+        return False
+    attn = block.attn
+    has_scale = not all(isinstance(each, nn.Identity) for each in (block.ls_1, block.ls_2))
+    is_whole = attn.in_proj_weight is not None and attn.in_proj_bias is not None
+    return is_whole and not has_scale and attn.batch_first and not attn.dropout
+
+
+def _is_causal(tower: Any) -> bool:
+    """Whether the mask of a tower is the causal one, and nothing is added to it."""
+    if not isinstance(tower, _TEXT) or tower.attn_mask is None or tower.cls_emb is not None:
+        return False
+    return torch.equal(tower.attn_mask.cpu(), tower.build_causal_mask())
+
+
+def _reads_one(tower: Any, last: nn.Module) -> bool:
+    """Whether a tower's feature is that of one token; experts are told of all tokens, so these have to be there."""
+    if not isinstance(last, TrainingBlock) or not isinstance(last.mlp, nn.Sequential):
+        return False
+    if tower.output_tokens:
+        return False
+    if isinstance(tower, _IMAGE):
+        return bool(tower.attn_pool is None and tower.pool_type == "tok")
+    return bool(type(tower) is _TEXT and (tower.pool_type != "none" or tower.cls_emb is not None))

@@ -1,0 +1,348 @@
+"""Towers to train with have the numbers of open_clip's own: features, gradients, whatever is frozen or masked."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from clipgraft.lean import open_clip
+from clipgraft.models.build import build
+from clipgraft.models.moe import insert_experts, routings
+from clipgraft.models.patches import drop_patches, split_patches
+from clipgraft.models.training_blocks import (
+    LastTrainingBlock,
+    TrainingBlock,
+    attend,
+    attend_by_torch,
+    speed_up,
+)
+from clipgraft.reductions import image_reduction
+
+CONFIG = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
+    "text_cfg": {"context_length": 9, "vocab_size": 60, "width": 32, "heads": 2, "layers": 2},
+}
+BATCH = 3
+
+KINDS: dict[str, dict[str, Any]] = {
+    "class token": {},
+    "mean of patches": {"vision_cfg": {"pool_type": "avg"}},
+    "norm behind the mean": {"vision_cfg": {"pool_type": "avg", "final_ln_after_pool": True}},
+    "norm behind the token": {"vision_cfg": {"final_ln_after_pool": True}},
+    "fixed positions": {"vision_cfg": {"pos_embed_type": "sin_cos_2d", "no_ln_pre": True}},
+    "QuickGELU": {"quick_gelu": True},
+    "tanh": {
+        "vision_cfg": {"act_kwargs": {"approximate": "tanh"}},
+        "text_cfg": {"act_kwargs": {"approximate": "tanh"}},
+    },
+    "text seen whole": {"text_cfg": {"no_causal_mask": True, "pool_type": "last"}},
+    "first of the text": {"text_cfg": {"no_causal_mask": True, "pool_type": "first"}},
+    "last of a causal text": {"text_cfg": {"pool_type": "last"}},
+    "end of the text by its number": {"text_cfg": {"pool_type": "eos", "eos_id": 59}},
+    "class token of the text": {"text_cfg": {"embed_cls": True}},
+    "one block": {"vision_cfg": {"layers": 1}, "text_cfg": {"layers": 1}},
+    "projection with a bias": {"text_cfg": {"proj_bias": True}},
+    "scaled layers": {"vision_cfg": {"ls_init_value": 0.1}},
+    "other blocks": {"vision_cfg": {"qk_norm": True}, "text_cfg": {"scale_fc": True}},
+    "pooled by attention": {"vision_cfg": {"attentional_pool": True, "attn_pooler_heads": 2}},
+}
+
+
+def model_of(**changes: Any) -> nn.Module:
+    config = copy.deepcopy(CONFIG)
+    for key, value in changes.items():
+        config[key] = {**config[key], **value} if isinstance(value, dict) else value
+    torch.manual_seed(0)
+    model = build(config)
+    for (
+        parameter
+    ) in model.parameters():  # biases and norms that are 0 or 1 would hide what is left out
+        parameter.data.add_(0.02 * torch.randn_like(parameter))
+    return model.train()
+
+
+def batch_of(model: nn.Module, num: int = BATCH) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(num, 3, *model.visual.image_size, generator=generator)
+    end, length = model.text.vocab_size - 1, model.text.context_length
+    texts = torch.randint(1, end, (num, length), generator=generator)
+    for row, place in enumerate(torch.randint(1, length, (num,), generator=generator).tolist()):
+        texts[row, place:] = 0
+        texts[row, place] = end
+    return images.to(model.logit_scale.dtype), texts
+
+
+def run(
+    model: nn.Module, num: int = BATCH, is_mixed: bool = False
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Features, and the gradients of a loss in which each of them counts differently."""
+    images, texts = batch_of(model, num)
+    model.zero_grad()
+    with sdpa_kernel(SDPBackend.MATH):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_mixed):
+            features = model(images, texts)[:2]
+        weights = torch.linspace(-1, 1, features[0].numel()).view_as(features[0])
+        sum((each.float() * weights).sum() for each in features).backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return [each.detach() for each in features], grads
+
+
+def distance(own: Tensor, other: Tensor) -> float:
+    return ((own - other).norm() / other.norm().clamp_min(1e-9)).item()
+
+
+def assert_same(own: nn.Module, other: nn.Module) -> None:
+    (features, grads), (their_features, their_grads) = run(own), run(other)
+    for mine, theirs in zip(features, their_features, strict=True):
+        assert distance(mine, theirs) < 1e-5
+    assert grads.keys() == their_grads.keys()
+    # What is zero but for rounding, as the gradient of a bias of keys, has no relative error.
+    least = 1e-3 * max(grad.norm().item() for grad in their_grads.values())
+    for name, grad in their_grads.items():
+        scale = max(grad.norm().item(), least)
+        assert (grads[name] - grad).norm().item() < 1e-4 * scale, name
+
+
+def quick(plain: nn.Module) -> nn.Module:
+    model = copy.deepcopy(plain)
+    speed_up(model)
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_and_gradients_are_those_of_open_clip(kind):
+    plain = model_of(**KINDS[kind])
+    assert_same(quick(plain), plain)
+
+
+SHAPES = {
+    "ViT-B-32": {},
+    "ViT-B-16": {"layers": 2},
+    "ViT-L-14": {"layers": 1},
+    "ViT-L-14-CLIPA": {"layers": 1},
+    "ViT-B-32-quickgelu": {"layers": 2},
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_published_shapes_have_the_numbers_of_open_clip(name):
+    config = copy.deepcopy(open_clip.get_model_config(name))
+    for part in ("vision_cfg", "text_cfg"):
+        config[part] |= SHAPES[name]
+    config["text_cfg"]["vocab_size"] = 500
+    for key in ("hf_tokenizer_name", "tokenizer_kwargs"):
+        config["text_cfg"].pop(key, None)
+    torch.manual_seed(0)
+    plain = build(config).train()
+    assert_same(quick(plain), plain)
+
+
+@pytest.mark.parametrize("kind", ["class token", "mean of patches", "QuickGELU", "text seen whole"])
+def test_in_bf16_the_error_is_that_of_bf16(kind):
+    plain = model_of(**KINDS[kind])
+    exact = run(plain, 24)
+    errors = []
+    for model in (quick(plain), plain):
+        features, grads = run(model, 24, is_mixed=True)
+        assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
+        both = zip(features, exact[0], strict=True)
+        own, other = (torch.cat([g[n].flatten() for n in exact[1]]) for g in (grads, exact[1]))
+        errors.append([*(distance(a.float(), b) for a, b in both), distance(own, other)])
+    for ours, theirs in zip(*errors, strict=True):
+        assert 0 < ours < 1.25 * theirs, errors
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("way", [attend, attend_by_torch])
+def test_attention_is_the_formula(way, is_causal):
+    torch.manual_seed(0)
+    num, length, heads, width = 2, 5, 3, 4
+    qkv = torch.randn(num, length, 3 * heads * width, dtype=torch.float64, requires_grad=True)
+    query, key, value = qkv.view(num, length, 3, heads, width).permute(2, 0, 3, 1, 4)
+    score = query @ key.transpose(-1, -2) / 2
+    if is_causal:
+        score = score + torch.full((length, length), float("-inf")).triu(1)
+    expected = (score.exp() / score.exp().sum(-1, keepdim=True) @ value).transpose(1, 2).flatten(2)
+    weights = torch.randn_like(expected)
+    (theirs,) = torch.autograd.grad((expected * weights).sum(), qkv)
+    with sdpa_kernel(SDPBackend.MATH):
+        got = way(qkv, heads, is_causal)
+    (ours,) = torch.autograd.grad((got * weights).sum(), qkv)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_the_stem_is_the_convolution():
+    torch.manual_seed(0)
+    conv, images = nn.Conv2d(3, 5, (4, 2), (4, 2), bias=False), torch.randn(2, 3, 8, 6)
+    product = split_patches(images, (2, 3)) @ conv.weight.flatten(1).T
+    torch.testing.assert_close(product, conv(images).flatten(2).transpose(1, 2))
+
+
+def test_only_towers_of_one_token_compute_one_token_at_the_end():
+    pools = {
+        "class token": (True, True),
+        "mean of patches": (False, True),
+        "text seen whole": (True, True),
+        "other blocks": (False, False),
+        "pooled by attention": (False, True),
+    }
+    for kind, expected in pools.items():
+        model = quick(model_of(**KINDS[kind]))
+        last = [tower.transformer.resblocks[-1] for tower in (model.visual, model.text)]
+        assert tuple(isinstance(block, LastTrainingBlock) for block in last) == expected, kind
+
+
+def test_names_values_and_the_random_state_stay():
+    plain = model_of()
+    model = copy.deepcopy(plain)
+    state = torch.get_rng_state()
+    speed_up(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    own, other = model.state_dict(), plain.state_dict()
+    assert list(own) == list(other)
+    assert all(torch.equal(own[name], other[name]) for name in own)
+    assert isinstance(model.text, open_clip.transformer.TextTransformer)
+
+
+def test_evaluation_follows_each_batch_and_not_the_one_before():
+    plain = model_of().eval()
+    model = quick(plain)
+    images, texts = batch_of(plain)
+    with torch.inference_mode():
+        model(images, texts)
+        torch.testing.assert_close(
+            model.encode_text(texts[:2, :7]), plain.encode_text(texts[:2, :7])
+        )
+        torch.testing.assert_close(model.encode_image(images[1:]), plain.encode_image(images[1:]))
+
+
+@pytest.mark.parametrize("raw", ["random", "grid", "block"])
+def test_towers_that_drop_patches_have_the_same_numbers(raw):
+    plain = model_of()
+    drop_patches(plain, image_reduction(raw))
+    plain.visual.image_bits_B = torch.arange(BATCH) * 12345
+    assert_same(quick(plain), plain)
+
+
+def with_experts(**changes: Any) -> nn.Module:
+    model = model_of(**changes)
+    insert_experts(model, 3, 2, image_layers="all", text_layers=[0])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".mlp." in name:
+                parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(name)))
+    return model
+
+
+def test_experts_choose_as_before_for_every_token():
+    plain = with_experts()
+    model = quick(plain)
+    blocks = (model.visual.transformer.resblocks[-1], model.text.transformer.resblocks[-1])
+    assert [type(block) for block in blocks] == [TrainingBlock, LastTrainingBlock]
+    assert_same(model, plain)
+    own, other = routings(model), routings(plain)
+    assert own.keys() == other.keys() == {"visual.0", "visual.1", "text.0"}
+    for name in own:
+        torch.testing.assert_close(own[name].logits_TE, other[name].logits_TE)
+
+
+@pytest.mark.parametrize("make", [model_of, with_experts])
+def test_checkpointing_changes_nothing(make):
+    model = quick(make())
+    features, grads = run(model)
+    model.set_grad_checkpointing(True)
+    again, their_grads = run(model)
+    assert all(torch.equal(a, b) for a, b in zip(features, again, strict=True))
+    assert all(torch.equal(grads[name], their_grads[name]) for name in grads)
+
+
+# Its tracer looks at the gradients of tensors that have none, and warns itself.
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_a_compiled_model_has_the_same_numbers():
+    plain = model_of(quick_gelu=True)
+    model = quick(plain)
+    for tower in (model.visual, model.text):
+        for block in tower.transformer.resblocks:
+            block.compile(backend="aot_eager")
+    assert_same(model, plain)
+
+
+def products(model: nn.Module) -> int:
+    """FLOPs of the products of a backward pass."""
+    images, texts = batch_of(model)
+    loss = sum(each.float().square().sum() for each in model(images, texts)[:2])
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    return counter.get_total_flops()
+
+
+def test_what_is_frozen_costs_no_product():
+    model = quick(model_of(vision_cfg={"pool_type": "avg"}, text_cfg={"layers": 1})).requires_grad_(
+        False
+    )
+    width, tokens = 32, BATCH * 17
+    block = model.visual.transformer.resblocks[1]
+    head = 2 * BATCH * width * 16  # the projection of the feature: backward to what it is of
+    fc, qkv, out = (2 * tokens * width * n * width for n in (4, 3, 1))
+    attention = 4 * 2 * BATCH * 17 * 17 * width  # of queries, keys, values and shares
+    block.mlp.c_proj.requires_grad_(True)
+    assert products(model) == head + fc  # its weight's gradient, and nothing before it
+    block.mlp.requires_grad_(True)
+    assert products(model) == head + 3 * fc
+    block.attn.out_proj.requires_grad_(True)
+    assert products(model) == head + 4 * fc + out
+    block.attn.in_proj_weight.requires_grad_(True)
+    assert products(model) == head + 4 * fc + 2 * out + attention + qkv
+    model.requires_grad_(False)
+    model.visual.transformer.resblocks[0].mlp.requires_grad_(True)
+    assert products(model) == head + 3 * fc + 2 * fc + out + attention + qkv
+
+
+class Masks(TorchFunctionMode):
+    """Notes how attention is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[bool, bool]] = []
+
+    def __torch_function__(self, function, types, arguments=(), named=None):
+        named = named or {}
+        if function is nn.functional.scaled_dot_product_attention:
+            has_mask = named.get("attn_mask") is not None
+            self.seen.append((has_mask, bool(named.get("is_causal"))))
+        return function(*arguments, **named)
+
+
+def test_accelerators_are_given_no_mask_that_flash_attention_lacks():
+    model = quick(model_of())
+    images, texts = batch_of(model)
+    model.to("meta")
+    with Masks() as masks:
+        model.encode_image(images.to("meta"))
+        assert masks.seen == [(False, False)] * 2
+        masks.seen.clear()
+        model.encode_text(texts.to("meta"))
+        assert masks.seen == [
+            (False, True),
+            (True, False),
+        ]  # the last: one token sees those before it
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpu_has_the_same_numbers(kind):
+    plain = model_of(**KINDS[kind])
+    images, texts = batch_of(plain)
+    expected = plain(images, texts)[:2]
+    got = quick(plain).cuda()(images.cuda(), texts.cuda())[:2]
+    for own, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(own.cpu(), other, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,123 @@
+"""The batch-size finder, on real trainings of a finished run; memory is bounded by what a trial was seen to take."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from clipgraft.batch_size import (
+    SCRIPTS,
+    Trials,
+    advice,
+    check_processes,
+    find_job,
+    finished_inputs,
+    group_mb,
+    main,
+    watched,
+)
+from clipgraft.config import ConfigError
+from clipgraft.launch import find_devices
+from clipgraft.provenance import MANIFEST
+
+SMALL = Path(__file__).parent / "config" / "small.yaml"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Index and shards of a run whose activations take far more memory than its weights."""
+    root = tmp_path_factory.mktemp("sizes")
+    raw = yaml.safe_load(SMALL.read_text())
+    raw["model"]["config"]["vision_cfg"]["patch_size"] = 2
+    full = {**raw["pretrain"][1], "watch": None}
+    raw["pretrain"] = [{**full, "batch_size": 62, "samples_seen": 1000}]
+    (root / "config.yaml").write_text(yaml.safe_dump(raw))
+    phase = find_job("small", "pretrain/full", [root / "config.yaml"])
+    index, shard = phase.inputs["index"], phase.inputs["shard"]
+    for job in (index.inputs["download"], index, shard):
+        words = ["--settings", json.dumps(job.settings), "--out", root / "results" / job.folder]
+        for name, of in job.inputs.items():
+            words += ["--input", f"{name}={root / 'results' / of.folder / MANIFEST}"]
+        subprocess.run([sys.executable, SCRIPTS / f"{job.stage}.py", *words], check=True)
+    return root / "results"
+
+
+def trials_of(results: Path, memory_mb: int | None) -> Trials:
+    job = find_job("small", "pretrain", [results.parent / "config.yaml"])
+    return Trials(job, finished_inputs(job, results), 1, memory_mb)
+
+
+@pytest.mark.skipif(bool(find_devices()), reason="bounds the memory of the host")
+def test_the_largest_part_that_fits_is_found_by_real_steps(results, tmp_path, capsys):
+    peaks_mb = []
+    for size, num_parts in ((31, 2), (62, 1)):
+        out = tmp_path / str(size)
+        out.mkdir()
+        said, peak_mb, is_over = watched(
+            trials_of(results, None).command(size, num_parts, out), None
+        )
+        assert (out / MANIFEST).exists() and not is_over, said
+        peaks_mb.append(peak_mb)
+    assert peaks_mb[0] + 30 < peaks_mb[1]
+    trials = trials_of(results, sum(peaks_mb) // 2)
+    assert trials.largest() == 31
+    tried = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [(words[0], words[6:]) for words in tried] == [
+        ("2", ["fits"]),
+        ("31", ["fits"]),
+        ("62", ["does", "not", "fit"]),
+    ]
+    assert advice(trials, 31) == (
+        "pretrain/full: batch_size 62 over 1 process, 31 at a time: accumulate: 2 (instead of 1)"
+    )
+
+
+def test_a_job_that_fails_for_another_reason_is_no_lack_of_memory(results):
+    trials = trials_of(results, None)
+    trials.inputs["index"] = trials.inputs["shard"]
+    with pytest.raises(ConfigError, match=r"fails with parts of 31:(.|\n)*has no tokens"):
+        trials.fits(31, 2)
+
+
+def test_who_is_killed_by_the_kernel_wanted_too_much():
+    command = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
+    assert watched(command, None)[2]
+
+
+def test_bounds_of_all_groups_around_a_process_count(tmp_path):
+    inner = tmp_path / "groups/outer/inner"
+    inner.mkdir(parents=True)
+    for folder, bound in ((inner, "max"), (inner.parent, str(300 * 2**20))):
+        (folder / "memory.max").write_text(f"{bound}\n")
+        (folder / "memory.current").write_text(f"{100 * 2**20}\n")
+    (tmp_path / "own").write_text("0::/outer/inner\n")
+    assert group_mb(tmp_path / "groups", tmp_path / "own") == [200]
+    assert group_mb(tmp_path / "groups", tmp_path / "none") == []
+
+
+def test_processes_that_cannot_share_the_batch_are_refused(results):
+    job = find_job("small", "pretrain", [results.parent / "config.yaml"])
+    check_processes(2, job)
+    for num in (0, 4, 124):
+        with pytest.raises(ConfigError, match=rf"--processes {num}: .*batch_size = 62 does not"):
+            check_processes(num, job)
+
+
+def test_what_is_missing_or_misspelt_is_named_before_anything_runs(results, tmp_path, capsys):
+    config = results.parent / "config.yaml"
+    with pytest.raises(ConfigError, match=r"no run 'x' in .* Hint: small"):
+        find_job("x", "pretrain", [config])
+    with pytest.raises(ConfigError, match=r"no training of run small, .* pretrain/full, finetune_"):
+        find_job("small", "finetune_expert", [config])  # there are two
+    assert find_job("small", "finetune_expert/1", [config]).stage == "finetune_expert"
+    words = ["small", "pretrain/full", "--configfile", str(config), "--results", str(tmp_path)]
+    with pytest.raises(
+        SystemExit, match=r"batch_size: pretrain/full needs .* snakemake .*manifest"
+    ):
+        main(words)
+    assert capsys.readouterr().out == ""

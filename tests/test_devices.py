@@ -1,0 +1,57 @@
+"""What a process computes on."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from clipgraft.devices import read_later
+
+PAGES = """
+import resource, sys, torch
+from clipgraft.devices import keep_freed_memory
+torch.set_num_threads(1)
+if sys.argv[1] == "keep":
+    keep_freed_memory(torch.device("cpu"))
+def step():
+    return [torch.ones(2**22) for _ in range(5)][0].sum().item()  # 16 MB each
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not the GNU C library")
+def test_freed_memory_that_is_kept_is_used_again():
+    """Else every step gets 80 MB of pages anew; glibc's own thresholds move, and are held here where they begin."""
+    counts = {}
+    fixed = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+    for how in ("keep", "plain"):
+        command = [sys.executable, "-c", PAGES, how]
+        env = {**os.environ, **fixed}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+        counts[how] = int(done.stdout)
+    assert 10 * counts["keep"] < counts["plain"]  # it may grow once more, never in every step
+
+
+def test_a_number_that_is_read_late_is_as_it_was():
+    value = torch.tensor(2.0, requires_grad=True)
+    read = read_later(value)
+    value.data.fill_(3.0)
+    assert read() == read() == 2.0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_number_on_a_gpu_that_is_read_late_is_as_it_was():
+    value = torch.tensor(2.0, device="cuda")
+    read = read_later(value)
+    value.fill_(3.0)
+    assert read() == 2.0

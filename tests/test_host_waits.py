@@ -1,0 +1,183 @@
+"""A step never makes a device wait for the host, or the host for a device, but where it is named here.
+
+On a CPU nothing waits; but what would is dispatched all the same, and seen.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_references import made
+from test_train import LOSSES, folder, make_data, phase
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from clipgraft.data.tokens import Tokens
+from clipgraft.experts import finetune_expert
+from clipgraft.graft import assemble
+from clipgraft.pretrain import pretrain
+from clipgraft.router import finetune_router
+from clipgraft.settings import AssembleJob, ExpertJob, RouterJob
+from clipgraft.train import Fit
+
+# Their result or its shape is needed on the host; `lift_fresh` is a constant that the host sends.
+WAITS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "_unique2",
+    "unique_dim",
+    "masked_select",
+    "equal",
+    "bincount",
+    "lift_fresh",
+}
+NAMED = {"trimmed"}  # functions that may: it looks at texts before they are sent
+ONCE = {"_of_channels"}  # in the first step of a process
+
+
+class Waits(TorchDispatchMode):
+    """Which functions of the library wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        indices = args[1] if name.startswith("index") and isinstance(args[1], list | tuple) else ()
+        if name in WAITS or any(torch.is_tensor(x) and x.dtype == torch.bool for x in indices):
+            self.found.add(function_of_ours(sys._getframe()))
+        return func(*args, **(kwargs or {}))
+
+
+def function_of_ours(frame: FrameType | None) -> str:
+    """The innermost one of the library that a frame was called by."""
+    while frame is not None and "/clipgraft/" not in frame.f_code.co_filename:
+        frame = frame.f_back
+    return frame.f_code.co_name if frame is not None else ""
+
+
+@contextmanager
+def steps_seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[set[str]]]:
+    """What waits in each step of the trainings that run meanwhile."""
+    found: list[set[str]] = []
+    step = Fit._step
+
+    def seen(self: Fit, *arguments: Any) -> Any:
+        with Waits() as waits:
+            result = step(self, *arguments)
+        found.append(waits.found - ONCE)
+        return result
+
+    monkeypatch.setattr(Fit, "_step", seen)
+    yield found
+    monkeypatch.undo()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data, a reference, a base, labels of which one shares its batches with another, and a mixture."""
+    root = tmp_path_factory.mktemp("waits")
+    make_data(root)
+    tokens = Tokens.open(root / "index")
+    made(root / "near", tokens.tokenizer, vocab_size=tokens.vocab_size, dim=16)
+    data = root / "index", root / "shard"
+    pretrain(phase(samples_seen=0), *data, None, folder(root / "base"))
+    folder(root / "labels")
+    np.save(root / "labels" / "labels.npy", np.repeat(np.arange(5), 8).astype(np.int32))
+    about = {"samples_id": tokens.samples_id, "rounds": 1}
+    (root / "labels" / "clusters.json").write_text(json.dumps(about))
+    settings = AssembleJob(num_experts=2, top_k=1, copies=True, noise=0.5, seed=0)
+    assemble(settings, [root / "base"], folder(root / "moe"))
+    return root
+
+
+TERMS = {"feature": 0.5, "affinity": 1.0, "interactive": 0.5}
+PRETRAINED: dict[str, dict[str, Any]] = {
+    "contrastive": {},
+    **{name: {"loss": LOSSES[name]} for name in LOSSES if name != "v3"},
+    "clipped": {"optim": {"lr": 1e-3, "max_grad_norm": 0.1}},
+    "in parts": {"accumulate": 2},
+    "augmented": {"flip_prob": 0.5, "color_jitter": (0.2, 0.2, 0.2, 0.1), "gray_scale_prob": 0.1},
+    "guided": {"references": ["near"], "distillation": TERMS},
+    **{name: {"optim": {"name": name, "lr": 1e-3}} for name in ("lamb", "lion", "sgd")},
+}
+
+
+@pytest.mark.parametrize("case", PRETRAINED)
+def test_a_step_of_pretraining_waits_for_nothing(root, tmp_path, monkeypatch, case):
+    changes = dict(PRETRAINED[case])
+    named = [{"model": str(root / name)} for name in changes.pop("references", [])]
+    settings = phase(samples_seen=48, temperature=0.1, references=named, **changes)
+    with steps_seen(monkeypatch) as found:
+        pretrain(settings, root / "index", root / "shard", None, folder(tmp_path / "out"))
+    remembered = {"read"} if settings.loss.is_global else set()
+    captions = {"<lambda>"} if named else set()  # as a reference reads them
+    assert found == [NAMED | remembered | captions] * 3
+
+
+def test_the_threshold_of_the_temperature_is_the_one_number_that_is_read(
+    root, tmp_path, monkeypatch
+):
+    """On a GPU it is that of the step before, which is over by then. What is remembered is read from the host, too."""
+    settings = phase(samples_seen=48, temperature=0.1, loss=LOSSES["v3"])
+    with steps_seen(monkeypatch) as found:
+        pretrain(settings, root / "index", root / "shard", None, folder(tmp_path / "out"))
+    assert found == [NAMED | {"read", "_tau"}] * 3
+
+
+def test_a_step_of_an_expert_waits_for_nothing_where_labels_share_a_batch(
+    root, tmp_path, monkeypatch
+):
+    settings = ExpertJob(
+        batches="homogeneous",
+        samples_seen=40,
+        batch_size=20,
+        optim={"lr": 1e-3},
+        stop_ratio=None,
+        seed=0,
+    )
+    inputs = root / "base", root / "index", root / "shard", root / "labels"
+    with steps_seen(monkeypatch) as found:
+        finetune_expert(settings, *inputs, folder(tmp_path / "out"))
+    assert found == [NAMED | {"objective"}] * 2
+
+
+def test_a_step_of_a_router_waits_for_what_texts_and_experts_leave_out_alone(
+    root, tmp_path, monkeypatch
+):
+    settings = RouterJob(samples_seen=40, batch_size=20, optim={"lr": 1e-3}, seed=0)
+    inputs = root / "moe", root / "index", root / "shard"
+    with steps_seen(monkeypatch) as found:
+        finetune_router(settings, *inputs, folder(tmp_path / "out"))
+    assert found == [NAMED | {"_before_text", "_loop"}] * 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_step_on_a_gpu_waits_for_nothing(root, tmp_path, monkeypatch):
+    """As torch sees it, which says where."""
+    step = Fit._step
+
+    def seen(self: Fit, *arguments: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            return step(self, *arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Fit, "_step", seen)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        settings = phase(samples_seen=48)
+        pretrain(settings, root / "index", root / "shard", None, folder(tmp_path / "out"))
+    where = {Path(each.filename).name for each in said if "synchronizing" in str(each.message)}
+    assert where <= {"build.py"}  # `_of_channels`, once
