@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 # One core, and the same for both sides; before numpy and torch are imported.
-for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ[_name] = "1"
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+os.environ |= dict.fromkeys(THREADS, "1")
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # it asks the package index at import
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,17 +52,28 @@ class Row:
     note: str = ""
 
 
-def arguments() -> argparse.Namespace:
-    """The command line of every benchmark."""
+def command_line() -> argparse.ArgumentParser:
+    """What every benchmark understands."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="less data, under 50 s")
-    return parser.parse_args()
+    return parser
+
+
+def arguments() -> argparse.Namespace:
+    """The command line of most benchmarks."""
+    return command_line().parse_args()
 
 
 def one_core() -> None:
     """Pin this process, and what it starts, to one core, where the system lets it."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+
+def all_cores() -> None:
+    """Undo `one_core`, for a process whose time is not compared."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
 
 
 def rates(sides: Mapping[str, Callable[[], int]], repeats: int) -> dict[str, list[float]]:
@@ -106,8 +117,22 @@ def within(name: str, ours: list[float], bound: float, unit: str, note: str = ""
     return Row(name, median, bound, unit, bound / median, 1.0, spread, note=note)
 
 
-def report(name: str, rows: list[Row]) -> None:
-    """Print the table and the JSON object."""
+def report(
+    name: str,
+    rows: list[Row],
+    profiles: Mapping[str, Mapping[str, float]] | None = None,
+    file: Path | None = None,
+) -> None:
+    """Print the table and the JSON object.
+
+    Args:
+        name: of the benchmark.
+        rows: what was measured.
+        profiles: shares of the time of a step by part, of each side that was profiled.
+        file: gets the JSON object in place of the last line.
+    """
+    if profiles:
+        _print_profiles(profiles)
     for row in rows:
         reached = "" if row.ratio is None or row.target is None else _verdict(row)
         values = "  ".join(_short(value) for value in (row.ours, row.peer))
@@ -116,8 +141,21 @@ def report(name: str, rows: list[Row]) -> None:
         print(f"{row.name:<58} {values:>20} {row.unit:<9} {ratio:>6} {spread:<18} {reached}")
         if row.note:
             print(f"    {row.note}")
-    about = {"name": name, "machine": _machine(), "commit": _commit()}
-    print(json.dumps(about | {"rows": [_rounded(asdict(row)) for row in rows]}))
+    about: dict[str, object] = {"name": name, "machine": _machine(), "commit": _commit()}
+    about |= {"rows": [_rounded(asdict(row)) for row in rows]}
+    if profiles:
+        about["profiles"] = {side: _rounded(shares) for side, shares in profiles.items()}
+    if file is None:
+        print(json.dumps(about))
+    else:
+        file.write_text(json.dumps(about) + "\n")
+
+
+def _print_profiles(profiles: Mapping[str, Mapping[str, float]]) -> None:
+    parts = list(next(iter(profiles.values())))
+    print(f"{'share of a step, by torch profiler':<58} {'  '.join(f'{p:>9}' for p in parts)}")
+    for side, shares in profiles.items():
+        print(f"{side:<58} {'  '.join(f'{shares[part]:>9.1%}' for part in parts)}")
 
 
 def _verdict(row: Row) -> str:
@@ -129,7 +167,7 @@ def _short(value: float | None) -> str:
     return "-" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _rounded(row: dict[str, object]) -> dict[str, object]:
+def _rounded(row: Mapping[str, object]) -> dict[str, object]:
     def cut(value: object) -> object:
         if isinstance(value, tuple):
             return [cut(each) for each in value]

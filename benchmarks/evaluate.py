@@ -28,7 +28,17 @@ from pathlib import Path
 
 import torch
 import yaml
-from _common import ROOT, Row, arguments, faster, one_core, report, within  # first: sets threads
+from _common import (  # first: sets threads
+    ROOT,
+    THREADS,
+    Row,
+    all_cores,
+    arguments,
+    faster,
+    one_core,
+    report,
+    within,
+)
 from safetensors.torch import save_file
 
 from clipgraft.checkpoint import save_model
@@ -36,6 +46,7 @@ from clipgraft.data.index import build_index
 from clipgraft.data.vocabulary import Encoder
 from clipgraft.lean import open_clip
 from clipgraft.models.build import build, describe
+from clipgraft.provenance import content_id, describe_outputs
 from clipgraft.settings import IndexJob
 
 # The second is imported, not used; of the third, the last that makes a number of an array of one.
@@ -138,7 +149,9 @@ def write_model(folder: Path, config: dict) -> None:
 
 def write_manifest(folder: Path, stage: str) -> None:
     """What a job needs to know of a folder that no job has made."""
-    about = {"stage": stage, "id": "benchmark", "outputs": {}, "settings": {}}
+    outputs = describe_outputs(folder)
+    about = {"stage": stage, "settings": {}, "inputs": {}, "outputs": outputs}
+    about["id"] = content_id(stage, {}, outputs)
     (folder / "manifest.json").write_text(json.dumps(about))
 
 
@@ -298,8 +311,10 @@ print(int(peak) / 1024, seconds, result["text_to_image"]["R@1"])
 def memory(folder: Path, num: int, dim: int) -> Row:
     """Resident memory of retrieval among so many images and five times as many texts, in a process of its own."""
     command = [sys.executable, "-c", LARGE, str(folder), str(num), str(dim)]
-    env = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
+    env = {**os.environ, **dict.fromkeys(THREADS, str(os.cpu_count()))}
+    done = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, env=env, preexec_fn=all_cores
+    )
     peak_mb, seconds, recall = map(float, done.stdout.split())
     scores_gb = 4 * 5 * num**2 / 1e9
     note = f"all scores at once would be {scores_gb:,.0f} GB; {seconds:,.0f} s, R@1 text to image {recall:.3f}"
@@ -319,7 +334,6 @@ def main() -> None:
     num, repeats = (200, 1) if quick else (10_000, 3)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        large = memory(folder, *((5_000, 128) if quick else (100_000, 512)))  # with all cores
         one_core()
         models = ["demo"] if quick else list(MODELS)
         for model in models:
@@ -337,7 +351,8 @@ def main() -> None:
             for model in models:
                 out = folder / f"{key}-{model}"
                 rows += compared(folder / model, data, index / "index", out, repeats)
-    report("evaluate", [*rows, large])
+        rows.append(memory(folder, *((5_000, 128) if quick else (100_000, 512))))
+    report("evaluate", rows)
 
 
 if __name__ == "__main__":

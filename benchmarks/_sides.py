@@ -1,0 +1,234 @@
+"""The two sides of a training step: the real training programs, ours and open_clip's, on prepared batches.
+
+`Fit.run` and `open_clip_train.main` themselves, with `Turns` in place of their loaders: no step is copied here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import reduce
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from _profile import marked
+from _turns import NUM_BATCHES, NUM_STEPS, Case, Turns, batch_of
+from torch import Tensor, nn
+
+from clipgraft import dist, train
+from clipgraft.data.loader import Batch
+from clipgraft.data.sampler import UniformBatches
+from clipgraft.devices import precision
+from clipgraft.experts import expert_objective
+from clipgraft.experts import trained_parameters as trained_in_expert
+from clipgraft.loss_settings import LossSettings
+from clipgraft.models.build import build, describe, normalize
+from clipgraft.models.moe import upcycle
+from clipgraft.objectives import objective_of
+from clipgraft.recipes import TrainSettings
+from clipgraft.router import RoutingLoss
+from clipgraft.router import trained_parameters as trained_in_router
+from clipgraft.settings import ExpertJob, RouterJob
+
+TOP_K = 2
+OPTIM = {  # of both
+    "lr": 1e-4,
+    "beta1": 0.9,
+    "beta2": 0.98,
+    "eps": 1e-6,
+    "weight_decay": 0.2,
+    "max_grad_norm": 1.0,
+    "warmup_steps": 1,
+}
+MEAN_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class Ours:
+    """`Fit.run`.
+
+    Attributes:
+        part: what is trained: all, mlps (of a dense model), routers (of a mixture).
+        changes: settings of a training.
+        environment: variables.
+        without: names in `clipgraft.train` that stand back for what `REPLACED` has.
+    """
+
+    part: str = "all"
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
+
+    def is_possible(self) -> bool:
+        """Whether this version of ours has the settings that are changed."""
+        return self.changes.keys() <= TrainSettings.model_fields.keys()
+
+    def size(self, case: Case) -> int:
+        """Samples of a step."""
+        return case.batch
+
+    def run(self, case: Case, orders: Connection, folder: Path) -> None:
+        """Train until the turns end."""
+        os.environ.update(self.environment)
+        for name in self.without:
+            *modules, leaf = name.split(".")
+            place = reduce(getattr, modules, train)
+            assert hasattr(place, leaf), f"clipgraft.train has no {name}"
+            setattr(place, leaf, REPLACED[name])
+        torch.manual_seed(0)
+        model, spec = build(case.config), describe(case.config)
+        moe = mixture(model, case.num_experts) if case.num_experts else None
+        world = dist.World(0, 1, torch.device(case.device))
+        raw = {"samples_seen": NUM_STEPS * case.batch, "batch_size": case.batch, "optim": OPTIM}
+        raw |= self.changes
+        settings = TrainSettings.model_validate(raw)
+        objective = objective_of(world, LossSettings(), settings.optim, None, 1.0)
+        routing, trained = None, None
+        if moe is not None:
+            router = RouterJob.model_validate({**raw, "seed": 0})
+            routing, trained = RoutingLoss(router, moe, is_first=True), trained_in_router(model, self.part)  # fmt: skip
+        elif self.part == "mlps":
+            expert = ExpertJob.model_validate({**raw, "batches": "ordinary", "seed": 0})
+            objective, trained = expert_objective(world, expert, None), trained_in_expert(model, expert)  # fmt: skip
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained is None or name in trained)
+        turns = Turns(case, orders, [our_batch(case, number) for number in range(NUM_BATCHES)])
+        turns.model, num = model, 16 * case.batch
+        train.Loader = lambda *_, **__: turns  # type: ignore[assignment,misc]
+        train.Fit(
+            model,
+            marked("loss", objective),
+            settings,
+            SimpleNamespace(shards=range(num), tokens=None),  # type: ignore[arg-type]  # for the loader
+            UniformBatches(num, case.batch, 0),
+            case.config["vision_cfg"]["image_size"],
+            case.config["text_cfg"]["context_length"],
+            spec["preprocess"],
+            0,
+            world,
+            extra_loss=routing,
+        ).run(folder)
+
+
+def mixture(model: nn.Module, num_experts: int) -> dict[str, Any]:
+    """Make all MLPs experts, all alike; returns what `model.json` would say of them."""
+    states, generator = [model.state_dict()] * num_experts, torch.Generator().manual_seed(0)
+    layers = {"image_layers": "all", "text_layers": "all"}
+    return upcycle(model, states, top_k=TOP_K, generator=generator, **layers)
+
+
+def our_batch(case: Case, number: int) -> Batch:
+    """As our loader would bring it, but on the device."""
+    images_BCHW, text_BL = batch_of(case, number, case.config["text_cfg"]["context_length"])
+    rows_B = torch.arange(case.batch)
+    return Batch(images_BCHW.to(case.device), text_BL, rows_B, rows_B, False)
+
+
+def _unfused(*args: Any, **how: Any) -> torch.optim.Optimizer:
+    optimizer = _BUILT(*args, **how)
+    for group in optimizer.param_groups:
+        group["fused"] = None
+    return optimizer
+
+
+_BUILT = train.build_optimizer
+# What a switch replaces in `clipgraft.train`, in the process of its side alone.
+REPLACED: dict[str, Callable[..., Any]] = {
+    "devices.attention": lambda device: nullcontext(),  # the kernel that torch chooses
+    "trimmed": lambda model, text_BL: text_BL,  # texts stay padded to the context
+    "build_optimizer": _unfused,  # torch's AdamW as open_clip builds it
+    "speed_up": lambda model, *_: model,  # open_clip's own blocks
+}
+
+
+@dataclass(frozen=True)
+class OpenClip:
+    """`open_clip_train.main`.
+
+    Attributes:
+        context: its texts are padded to so many tokens.
+        compiled: with --torchcompile.
+    """
+
+    context: int
+    compiled: bool = False
+
+    def size(self, case: Case) -> int:
+        """Samples of a step."""
+        return case.batch
+
+    def run(self, case: Case, orders: Connection, folder: Path) -> None:
+        """Train until the turns end."""
+        import open_clip
+        from open_clip_train import main as program
+        from open_clip_train.data import DataInfo
+
+        config = {**case.config, "custom_text": True, "quick_gelu": False}
+        (folder / "benchmark.json").write_text(json.dumps(config))
+        open_clip.add_model_config(folder / "benchmark.json")
+        turns = Turns(case, orders, [self.batch(case, number) for number in range(NUM_BATCHES)])
+        epoch = program.train_one_epoch
+
+        def train_one_epoch(model, data, loss, *rest, **how):
+            turns.model = model
+            return epoch(model, data, marked("loss", loss), *rest, **how)
+
+        program.get_data = lambda *_, **__: {"train": DataInfo(turns)}  # type: ignore[arg-type]
+        program.train_one_epoch = train_one_epoch
+        is_mixed = precision(torch.device(case.device)) == torch.bfloat16
+        options = {
+            "model": "benchmark",
+            "precision": "amp_bf16" if is_mixed else "fp32",
+            "device": case.device,
+            "force-context-length": self.context,
+            "batch-size": case.batch,
+            "epochs": 1,
+            "lr": OPTIM["lr"],
+            "beta1": OPTIM["beta1"],
+            "beta2": OPTIM["beta2"],
+            "eps": OPTIM["eps"],
+            "wd": OPTIM["weight_decay"],
+            "warmup": OPTIM["warmup_steps"],
+            "grad-clip-norm": OPTIM["max_grad_norm"],
+            "workers": 0,
+            "train-data": "prepared",
+            "dataset-type": "webdataset",
+            "logs": folder,
+            "name": "benchmark",
+        }
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        program.main([*words, *(["--torchcompile"] if self.compiled else [])])
+
+    def batch(self, case: Case, number: int) -> tuple[Tensor, Tensor]:
+        """As its loader would bring it, but on the device."""
+        images_BCHW, text_BL = batch_of(case, number, self.context)
+        images_BCHW = normalize(images_BCHW, *MEAN_STD).contiguous()
+        return images_BCHW.to(case.device), text_BL.to(case.device)
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """Square matrix products in training's precision: what the hardware does at best.
+
+    Attributes:
+        side: of the matrices.
+    """
+
+    side: int
+
+    def size(self, case: Case) -> int:
+        """FLOPs of a product."""
+        return 2 * self.side**3
+
+    def run(self, case: Case, orders: Connection, folder: Path) -> None:
+        """Multiply until the turns end."""
+        device = torch.device(case.device)
+        a, b = (torch.randn(self.side, self.side, device=device).to(precision(device)) for _ in "ab")  # fmt: skip
+        for _ in Turns(case, orders, [None]):
+            a @ b

@@ -1,0 +1,293 @@
+"""A whole training beside `open_clip_train.main`: images per second of processes, from JPEG photos, data included.
+
+    python benchmarks/train_run.py [--quick] [--json FILE]
+
+Both read the same photos and captions. open_clip reads them from WebDataset tars, as it is made to; ours from shards that
+its own stages made of those tars first (the rows say how long that took, once for all trainings). Same architecture, full
+vocabulary, 16 text tokens (longer captions are cut), batch, number of samples, AdamW settings, clipping, schedule, crops
+of 90 to 100 % of the area and precision. Each side has all cores: torch's threads and ours for decoding, torch's threads
+and --workers processes of open_clip's, whose default is 4; the number that was fastest in the first round has rows of its
+own. Other differences: open_clip writes a log line for every step, which gives the times, and one checkpoint at the end;
+ours writes the model, and state when it is due. The loss of both is the mean of the last quarter of the steps.
+
+"Excluding start-up" is the second half of the steps: ours from `metrics.jsonl`, open_clip from the times of its batches.
+"Including" is from the start of the process to its end.
+
+On a GPU: `python benchmarks/train_run.py --json FILE`, under ten minutes; open_clip then has one worker per core alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from _common import ROOT, Row, command_line, faster, report, within  # first: sets threads
+from _photos import write_photos
+from train_step import config_of, small
+
+from clipgraft.config import load_config, sweep_points
+from clipgraft.devices import precision
+from clipgraft.planning import plan_runs
+from clipgraft.versions import PlannedJob
+
+SIZE, CONTEXT, VOCABULARY = 112, 16, 49_408
+REACH, DATA_WAIT = 2.5, 0.03
+CORES = len(os.sched_getaffinity(0))
+DEFAULT_WORKERS = 4  # of open_clip
+OPTIM = {"lr": 5.0e-4, "weight_decay": 0.2, "beta2": 0.98, "eps": 1.0e-6, "max_grad_norm": 1.0}
+# Its main, with one more model, and without the mark at the end of a tar: open_clip 3.3 is made for webdataset up to
+# 0.2.86, and later versions have that mark, which stops its reader.
+OPEN_CLIP = """
+import functools, sys
+import open_clip
+from open_clip_train import data, main
+data.tar_file_expander = functools.partial(data.tar_file_expander, eof_value=None)
+open_clip.add_model_config(sys.argv[1])
+main.main(sys.argv[2:])
+"""
+STEP = re.compile(r"Data \(t\): ([\d.]+) Batch \(t\): ([\d.]+),.* Loss: ([\d.]+)")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What both train.
+
+    Attributes:
+        config: of the model, in open_clip's form.
+        num_photos: that differ.
+        batch: samples of a step.
+        steps: in all.
+        warmup: steps of them.
+    """
+
+    config: dict[str, Any]
+    num_photos: int
+    batch: int
+    steps: int
+    warmup: int
+
+    @property
+    def samples(self) -> int:
+        """Of the whole training."""
+        return self.batch * self.steps
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training went.
+
+    Attributes:
+        rate: images per second of the second half of the steps.
+        whole: the same of the whole process.
+        wait: share of the second half that was spent waiting for data.
+        loss: mean of the last quarter of the steps.
+    """
+
+    rate: float
+    whole: float
+    wait: float
+    loss: float
+
+
+def plan(*, quick: bool) -> Plan:
+    """The model for Flickr8k with patches of 16 on the CPU, ViT-B/16 on a GPU, next to nothing where it is quick."""
+    b16 = config_of("B/16", SIZE, CONTEXT)
+    if quick:
+        config = small(b16)
+        config["text_cfg"]["vocab_size"] = VOCABULARY
+        return Plan(config, 64, 16, 8, 2)
+    if torch.cuda.is_available():
+        return Plan(b16, 2048, 2048, 96, 10)
+    raw = yaml.safe_load((ROOT / "tests/config/flickr8k.yaml").read_text())["model"]["config"]
+    sizes = {"image_size": SIZE, "patch_size": 16}, {"context_length": CONTEXT, "vocab_size": VOCABULARY}  # fmt: skip
+    vision, text = (
+        {**raw[name], **size} for name, size in zip(("vision_cfg", "text_cfg"), sizes, strict=True)
+    )
+    return Plan({**raw, "vision_cfg": vision, "text_cfg": text}, 4096, 256, 48, 5)
+
+
+class Both:
+    """Photos, shards and the model's config in a folder, and the commands of both sides."""
+
+    def __init__(self, root: Path, plan: Plan) -> None:
+        """Write the photos, and make shards of them."""
+        self.root, self.plan = root, plan
+        self.made_of = write_photos(root / "photos", plan.num_photos, max(plan.num_photos // 16, 8))
+        config = {**plan.config, "custom_text": True, "quick_gelu": False}
+        (root / "benchmark.json").write_text(json.dumps(config))
+        self.phase = self._phase()
+        start = time.monotonic()
+        for job in self.phase.inputs.values():
+            self._make(job)
+        self.prepared = time.monotonic() - start
+
+    def _make(self, job: PlannedJob) -> None:
+        """What a job needs, and the job, as its rule would."""
+        out = self._folder(job)
+        if not out.exists():
+            for each in job.inputs.values():
+                self._make(each)
+            self._run(self._script(job, out), self.root / f"{job.stage}.log")
+
+    def _script(self, job: PlannedJob, out: Path) -> list[str]:
+        words = [ROOT / f"scripts/{job.stage}.py", "--settings", json.dumps(job.settings)]
+        for slot, of in job.inputs.items():
+            words += ["--input", f"{slot}={self._folder(of)}/manifest.json"]
+        return [sys.executable, *map(str, [*words, "--out", out, "--threads", CORES])]
+
+    def _folder(self, job: PlannedJob) -> Path:
+        return self.root / "results" / job.folder
+
+    def _phase(self) -> PlannedJob:
+        vision, text = (dict(self.plan.config[name]) for name in ("vision_cfg", "text_cfg"))
+        del vision["image_size"], text["context_length"], text["vocab_size"]
+        phase = {
+            "name": "full",
+            "image_size": SIZE,
+            "text_length": CONTEXT,
+            "samples_seen": self.plan.samples,
+            "batch_size": self.plan.batch,
+            "crop_scale": [0.9, 1.0],
+            "optim": {**OPTIM, "warmup_steps": self.plan.warmup},
+        }
+        raw = {
+            "download": {
+                "train": {"kind": "tars", "tars": str(self.root / "photos/*.tar")},
+                "renders": {"kind": "shapes", "split": "renders", "num_samples": 24},
+            },
+            "index": {"vocabulary": "full", "drop_duplicates": False},
+            "model": {"config": {**self.plan.config, "vision_cfg": vision, "text_cfg": text}},
+            "pretrain": [phase],
+            "moe": None,
+            "evaluate": {"tasks": {"renders": {"data": "renders", "retrieval": True}}},
+            "runs": {"train_run": {}},
+        }
+        [jobs] = plan_runs(load_config(raw), sweep_points(raw)).values()
+        return next(job for job in jobs if job.name == "pretrain/full")
+
+    def ours(self, name: str) -> Outcome:
+        """Train with the script that the rule runs."""
+        out = self.root / name
+        seconds = self._run(self._script(self.phase, out), self.root / f"{name}.log")
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        half = [row for row in rows if row["step"] > self.plan.steps // 2]
+        before = rows[-len(half) - 1]
+        took = half[-1]["seconds"] - before["seconds"]
+        waits = [row["data_wait"] / row["samples_per_second"] for row in half]
+        share = sum(waits) / sum(1 / row["samples_per_second"] for row in half)
+        rate = (half[-1]["samples_seen"] - before["samples_seen"]) / took
+        losses = [row["loss"] for row in rows if row["step"] > self.plan.steps * 3 // 4]
+        return Outcome(rate, self.plan.samples / seconds, share, statistics.fmean(losses))
+
+    def open_clip(self, name: str, workers: int) -> Outcome:
+        """Train with open_clip's program."""
+        is_gpu = torch.cuda.is_available()
+        mixed = precision(torch.device("cuda" if is_gpu else "cpu")) == torch.bfloat16
+        options = {
+            "model": "benchmark",
+            "precision": "amp_bf16" if mixed else "fp32",
+            "device": "cuda" if is_gpu else "cpu",
+            "train-data": "::".join(map(str, sorted((self.root / "photos").glob("*.tar")))),
+            "train-num-samples": self.plan.samples,
+            "dataset-type": "webdataset",
+            "batch-size": self.plan.batch,
+            "workers": workers,
+            "epochs": 1,
+            "lr": OPTIM["lr"],
+            "wd": OPTIM["weight_decay"],
+            "beta1": 0.9,
+            "beta2": OPTIM["beta2"],
+            "eps": OPTIM["eps"],
+            "grad-clip-norm": OPTIM["max_grad_norm"],
+            "warmup": self.plan.warmup,
+            "log-every-n-steps": 1,
+            "logs": self.root / "open_clip",
+            "name": name,
+        }
+        words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+        command = [sys.executable, "-c", OPEN_CLIP, str(self.root / "benchmark.json"), *words]
+        log = self.root / f"{name}.log"
+        seconds = self._run(command, log)
+        steps = [tuple(map(float, found)) for found in STEP.findall(log.read_text())]
+        assert len(steps) == self.plan.steps, log.read_text()[-3000:]
+        half = steps[self.plan.steps // 2 :]
+        waited, took = (sum(column) for column in list(zip(*half, strict=True))[:2])
+        loss = statistics.fmean(step[2] for step in steps[self.plan.steps * 3 // 4 :])
+        rate = len(half) * self.plan.batch / took
+        return Outcome(rate, self.plan.samples / seconds, waited / took, loss)
+
+    def _run(self, command: list[str], log: Path) -> float:
+        """Seconds of a process that may use all cores."""
+        limits = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+        environment = {key: value for key, value in os.environ.items() if key not in limits}
+        path = {"PYTHONPATH": str(ROOT / "lib")}
+        start = time.monotonic()
+        with log.open("w") as output:
+            done = subprocess.run(command, env=environment | path, stdout=output, stderr=output)
+        assert done.returncode == 0, log.read_text()[-3000:]
+        return time.monotonic() - start
+
+
+def measure(both: Both, repeats: int) -> list[Row]:
+    """Trainings of both sides in turns; the first round tries how many workers open_clip wants."""
+    is_gpu = torch.cuda.is_available()
+    tried = [CORES] if is_gpu or repeats == 1 else sorted({1, CORES, DEFAULT_WORKERS})
+    ours = [both.ours("ours0")]
+    peers = {workers: [both.open_clip(f"open_clip{workers}-0", workers)] for workers in tried}
+    best = max(peers, key=lambda workers: peers[workers][0].rate)
+    kept = sorted({best, DEFAULT_WORKERS} & set(tried))
+    for number in range(1, repeats):
+        ours.append(both.ours(f"ours{number}"))
+        for workers in kept:
+            peers[workers].append(both.open_clip(f"open_clip{workers}-{number}", workers))
+    rows = []
+    about = f"{both.made_of}; {both.prepared:,.0f} s for the shards, once; batch {both.plan.batch}, {both.plan.steps} steps"
+    for workers in kept:
+        is_best, is_default = workers == best and len(tried) > 1, workers == DEFAULT_WORKERS
+        who = f"{workers} workers{', its best' * is_best}{', its default' * is_default}"
+        note = f"{about}; {_last(ours, peers[workers])}"
+        for what, key in (("excluding", "rate"), ("including", "whole")):
+            mine, theirs = ([getattr(x, key) for x in side] for side in (ours, peers[workers]))
+            target = REACH if key == "rate" and workers == best else None
+            name = f"{what} start-up, beside {who}"
+            rows.append(faster(name, mine, theirs, "images/s", target, note))
+    waits = [max(each.wait, 1e-4) for each in ours]
+    note = f"open_clip's: {statistics.median(x.wait for x in peers[best]):.1%}"
+    wait = within("share of time that waits for data", waits, DATA_WAIT, "share", note)
+    rows.append(wait if is_gpu else replace(wait, target=None))
+    if not is_gpu:
+        name = f"cuda: share of time that waits for data, of {DATA_WAIT}"
+        rows.append(Row(name, None, None, "share", None, None, note="no CUDA device"))
+    return rows
+
+
+def _last(ours: list[Outcome], peers: list[Outcome]) -> str:
+    mine, theirs = (statistics.median(each.loss for each in side) for side in (ours, peers))
+    return f"loss of the last quarter {mine:.3f} (ours), {theirs:.3f}"
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = command_line()
+    parser.add_argument("--json", type=Path, help="write JSON there; the table comes last")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        both = Both(Path(scratch), plan(quick=args.quick))
+        repeats = 1 if args.quick or torch.cuda.is_available() else 3
+        rows = measure(both, repeats)
+    report("train_run", rows, None, args.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,277 @@
+"""The training step beside open_clip's own: samples per second in turns, share of the hardware's matmul rate, switches.
+
+    python benchmarks/train_step.py [--quick] [--device cpu|cuda] [--only step parts switches] [--model WORD]
+        [--json FILE]
+
+Both sides are the real loops, `Fit.run` and `open_clip_train.main`, on the same prepared batches (`_sides.py`): same
+architecture, batch, precision, AdamW settings and clipping to norm 1; open_clip computes its loss under autocast as it
+always does, ours in float32. Pictures lie ready on the device, as bytes for ours, which normalises them in its step, and
+as normalised floats for open_clip, whose workers do that. open_clip has two rows: with texts padded to 77 tokens, which
+is its default, and with as many tokens as ours computes, which is the claim.
+
+MFU is the model's FLOPs (three forward passes; what is computed twice and padding are not counted; attention as if
+nothing were masked) over the rate of square matrix products in the same precision, in the same turns. Bounds of trained
+parts: their time over their share of the FLOPs of a full step.
+
+On a GPU: `python benchmarks/train_step.py --device cuda --only step --json FILE`, under ten minutes; then the same with
+parts and switches.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from _common import ROOT, Row, command_line, faster, report  # first: sets threads
+from _sides import TOP_K, Matmul, OpenClip, Ours
+from _turns import Case, Side, text_lengths, turns
+
+from clipgraft.cost import Trained, sample_flops
+
+CORES = len(os.sched_getaffinity(0))  # threads of every side
+VOCABULARY, CONTEXT, E = 49_408, 77, 4
+FLICKR8K = (14.1, 4.0)  # tokens of a caption, with start and end
+REACH_SHARE = 1 / 1.1
+PEERS = {  # by side: what its row is called, and the ratio to reach
+    "open_clip": ("same text tokens", 1.5),
+    "padded": ("open_clip padded to 77 tokens", None),
+    "compiled": ("open_clip with --torchcompile", 1.2),
+}
+
+# What is on by default beside what it would be without, or off by default beside what it would be with.
+ON = {
+    "bf16 where the hardware has it, beside fp32": Ours(
+        environment={"CLIPGRAFT_PRECISION": "fp32"}
+    ),
+    "the attention kernel of devices.attention, beside torch's choice": Ours(
+        without=("devices.attention",)
+    ),
+    "texts trimmed to the longest, beside padded to the context": Ours(without=("trimmed",)),
+    "fused AdamW, beside torch's default": Ours(without=("build_optimizer",)),
+    "fast blocks, beside open_clip's": Ours(without=("speed_up",)),
+}
+OFF = {
+    "grad_checkpointing": Ours(changes={"grad_checkpointing": True}),
+    "accumulate: 2": Ours(changes={"accumulate": 2}),
+    "compile": Ours(changes={"compile": True}),
+    "compile and cuda_graphs": Ours(changes={"compile": True, "cuda_graphs": True}),
+}
+
+
+def config_of(name: str, image_size: int, context: int) -> dict[str, Any]:
+    """Config of a ViT-B/32, B/16 or L/14."""
+    width, words, layers = (768, 512, 12) if name[0] == "B" else (1024, 768, 24)
+    vision = {"patch_size": int(name[2:]), "width": width, "layers": layers}
+    text = {"width": words, "heads": words // 64, "layers": 12, "vocab_size": VOCABULARY}
+    return {
+        "embed_dim": words,
+        "vision_cfg": {**vision, "image_size": image_size},
+        "text_cfg": {**text, "context_length": context},
+    }
+
+
+def config_in(file: str, vocabulary: int) -> dict[str, Any]:
+    """The model of a config of ours, at the sizes of its first phase."""
+    raw = yaml.safe_load((ROOT / file).read_text())
+    config, phase = raw["model"]["config"], raw["pretrain"][0]
+    vision = {**config["vision_cfg"], "image_size": phase["image_size"]}
+    text = {
+        **config["text_cfg"],
+        "context_length": phase["text_length"],
+        "vocab_size": vocabulary,
+    }
+    return {**config, "vision_cfg": vision, "text_cfg": text}
+
+
+def cpu_cases(*, quick: bool) -> list[Case]:
+    """The demo's model, that for Flickr8k, and a B/32; quick: the demo's alone, in small batches."""
+    demo = Case("demo model", config_in("config.yaml", 200), 128, 16, threads=CORES)
+    if quick:
+        return [replace(demo, batch=16, threads=1)]
+    flickr8k = config_in("tests/config/flickr8k.yaml", 7_000)
+    b32 = config_of("B/32", 224, CONTEXT)
+    return [
+        demo,
+        Case("Flickr8k model", flickr8k, 256, 10, threads=CORES),
+        Case("ViT-B/32", b32, 32, 24, lengths=FLICKR8K, threads=CORES),
+    ]
+
+
+def gpu_cases(*, quick: bool) -> list[Case]:
+    """What is claimed for a GPU; quick: the first and the last, as many tokens, narrow, on the CPU."""
+    short, full, l14 = (
+        config_of(*sizes) for sizes in (("B/16", 112, 16), ("B/16", 224, 77), ("L/14", 224, 77))
+    )
+    cases = [
+        Case("ViT-B/16 (I50,T16)", short, 2048, 16, mfu=0.4),
+        Case("ViT-B/16 full", full, 512, 77, mfu=0.5),
+        Case("ViT-L/14", l14, 256, 77, mfu=0.5),
+        Case(f"ViT-L/14 top {TOP_K} of {E}", l14, 128, 77, num_experts=E, mfu=0.5),
+    ]
+    if quick:
+        return [replace(case, config=small(case.config), batch=4) for case in cases[::3]]
+    return [replace(case, device="cuda", threads=CORES) for case in cases]
+
+
+def small(config: dict[str, Any]) -> dict[str, Any]:
+    """As many tokens, one narrow block."""
+    vision = {**config["vision_cfg"], "width": 32, "layers": 1, "head_width": 16}
+    text = {**config["text_cfg"], "width": 32, "heads": 2, "layers": 1, "vocab_size": 100}
+    return {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+
+
+def flops(case: Case, weights: Literal["all", "mlps", "routers"] = "all") -> float:
+    """Of one sample of a step, mean over the texts of a batch; padding is not counted."""
+    vision, text = case.config["vision_cfg"], case.config["text_cfg"]
+    layers = {
+        f"{side}_layers": range(x["layers"]) for side, x in (("image", vision), ("text", text))
+    }
+    moe = {"num_experts": case.num_experts, "top_k": TOP_K, **layers} if case.num_experts else None
+    tokens, trained = 1 + (vision["image_size"] // vision["patch_size"]) ** 2, Trained(weights)
+    lengths = text_lengths(case, 0).tolist()
+    return statistics.fmean(sample_flops(case.config, tokens, n, trained, moe) for n in lengths)
+
+
+def step_rows(
+    case: Case, seconds: float, repeats: int
+) -> tuple[list[Row], dict[str, dict[str, float]]]:
+    """Ours beside open_clip's step, with and without its compiler on a GPU; and the profiles of both.
+
+    open_clip has no mixtures: beside ours stands its dense step, at the rate that the FLOPs of the mixture leave it.
+    """
+    context = case.config["text_cfg"]["context_length"]
+    same = min(-(-case.longest // 8) * 8, context)  # as ours trims
+    matmul = Matmul(8192 if case.device == "cuda" else 2048 if case.batch > 16 else 512)
+    sides: dict[str, Side] = {"ours": Ours(), "open_clip": OpenClip(same), "matmul": matmul}
+    if case.mfu is None:
+        sides["padded"] = OpenClip(CONTEXT)
+    if case.device == "cuda":
+        sides["compiled"] = OpenClip(same, compiled=True)
+    rates, profiles, about = turns(sides, case, seconds, repeats)
+    of_sample = flops(case)
+    gain = of_sample / flops(replace(case, num_experts=0))
+    pairs = zip(rates["ours"], rates["matmul"], strict=True)
+    share = statistics.median(rate * of_sample / matmul for rate, matmul in pairs)
+    note = f"batch {case.batch}, {about}, MFU {share:.1%}"
+    note += f"; peer: its dense step over the FLOP ratio {gain:.2f}" * bool(case.num_experts)
+    rows = []
+    for side, (what, target) in PEERS.items():
+        if side in rates:
+            peer = [rate / gain for rate in rates[side]]
+            name = f"{case.name}: step, {what}"
+            row = faster(
+                name, rates["ours"], peer, "samples/s", target, f"{note}, {same} text tokens"
+            )
+            rows.append(replace(row, limit_share=share))
+    if case.mfu is not None:
+        reach = None if case.num_experts else 1.0
+        name = f"{case.name}: MFU"
+        rows.append(Row(name, share, case.mfu, "share", share / case.mfu, reach, None, share, note))
+    named = {"ours": profiles["ours"], "open_clip": profiles["open_clip"]}
+    return rows, {f"{case.name}, {side}": shares for side, shares in named.items()}
+
+
+def part_rows(case: Case, seconds: float, repeats: int) -> list[Row]:
+    """Stages that train a part: their samples per second beside those of a full step over their share of FLOPs."""
+    rows = []
+    for part, used in (("mlps", case), ("routers", replace(case, num_experts=E))):
+        rates, _, about = turns(
+            {name: Ours(name) for name in ("all", part)}, used, seconds, repeats
+        )
+        share = flops(used, part) / flops(used)
+        bound = [rate / share for rate in rates["all"]]
+        note = f"batch {case.batch}, {about}; peer: the full step over the share {share:.2f}"
+        name = f"{case.name}: only {part}, time over its FLOP share"
+        rows.append(faster(name, rates[part], bound, "samples/s", REACH_SHARE, note))
+    return rows
+
+
+def switch_rows(case: Case, seconds: float, repeats: int, *, quick: bool) -> list[Row]:
+    """Ours as it is beside ours with one thing changed: above 1, the switch pays (where it is off: would pay).
+
+    Compiling takes minutes, and is left out where it is quick.
+    """
+    text = {**case.config["text_cfg"], "context_length": CONTEXT}  # longer than any text
+    case = replace(case, config={**case.config, "text_cfg": text}, longest=16)
+    rows = []
+    for name, changed in {**ON, **OFF}.items():
+        if quick and "compile" in name:
+            continue
+        what = f"{case.name}: {name}{' (off by default)' * (name in OFF)}"
+        if not changed.is_possible():
+            rows.append(failed(what, RuntimeError("not in this version")))
+            continue
+        try:
+            rates, _, about = turns({"as_is": Ours(), "changed": changed}, case, seconds, repeats)
+        except RuntimeError as error:  # no compiler, say
+            rows.append(failed(what, error))
+            continue
+        sides = ("changed", "as_is") if name in OFF else ("as_is", "changed")
+        with_it, without = (rates[side] for side in sides)
+        note = f"batch {case.batch}, {about}, context {CONTEXT}, longest text 16 tokens"
+        rows.append(faster(what, with_it, without, "samples/s", None, note))
+    return rows
+
+
+def failed(name: str, error: RuntimeError) -> Row:
+    """A row that says why it was not measured."""
+    reason = str(error).strip().splitlines()[-1]
+    return Row(name, None, None, "samples/s", None, None, note=reason)
+
+
+def every_step(
+    cases: list[Case], seconds: float, repeats: int
+) -> tuple[list[Row], dict[str, dict[str, float]]]:
+    """Steps of all models; on a GPU, one that fails (memory, say) leaves the others their rows."""
+    rows: list[Row] = []
+    profiles: dict[str, dict[str, float]] = {}
+    for case in cases:
+        try:
+            more, of_case = step_rows(case, seconds, repeats)
+        except RuntimeError as error:
+            if case.device == "cpu":
+                raise
+            more, of_case = [failed(case.name, error)], {}
+        rows += more
+        profiles |= of_case
+    return rows, profiles
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = command_line()
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: all there are")
+    what = ("step", "parts", "switches")
+    parser.add_argument("--only", nargs="+", choices=what, default=what, help="default: all")
+    parser.add_argument("--model", default="", help="models whose name has this in it")
+    parser.add_argument("--json", type=Path, help="write JSON there; the table comes last")
+    args = parser.parse_args()
+    seconds, repeats = (0.1, 2) if args.quick else (1.5, 5) if args.device == "cuda" else (4.0, 7)
+    has_gpu = torch.cuda.is_available()
+    of_cpu = [] if args.device == "cuda" else cpu_cases(quick=args.quick)
+    of_gpu = gpu_cases(quick=args.quick) if (has_gpu and args.device != "cpu") or args.quick else []
+    of_cpu, of_gpu = ([x for x in cases if args.model in x.name] for cases in (of_cpu, of_gpu))
+    on_gpu = [case for case in of_gpu if case.device == "cuda"]
+    rows: list[Row] = []
+    profiles: dict[str, dict[str, float]] = {}
+    if "step" in args.only:
+        rows, profiles = every_step([*of_cpu, *of_gpu], seconds, repeats)
+    if "parts" in args.only:
+        for case in [*of_cpu[:2], *on_gpu[:1]]:
+            rows += part_rows(case, seconds, repeats)
+    if "switches" in args.only:
+        for case in [*of_cpu[:2][-1:], *on_gpu[:1]]:
+            rows += switch_rows(case, seconds, repeats, quick=args.quick)
+    if not has_gpu:
+        name = "cuda: B/16 (I50,T16) and full, L/14, MoE L/14, beside open_clip; MFU"
+        rows.append(Row(name, None, None, "samples/s", None, None, note="no CUDA device"))
+    report("train_step", rows, profiles, args.json)
+
+
+if __name__ == "__main__":
+    main()
