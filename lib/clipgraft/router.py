@@ -28,7 +28,7 @@ from clipgraft.losses.balance import (
     pooled_balance_loss,
     routing_sums,
 )
-from clipgraft.models.moe import insert_experts, router_parameters, routings
+from clipgraft.models.moe import insert_experts, keep_kernels, router_parameters, routings
 from clipgraft.objectives import Features, Loss, pair_loss
 from clipgraft.schedule import num_steps
 from clipgraft.settings import RouterJob
@@ -41,6 +41,9 @@ log = logging.getLogger(__name__)
 TOWERS = {"image": "visual", "text": "text"}
 IDLE = 0.01  # of even use: an expert that was trained for nothing
 CROWDED = 0.9  # of the way from even use to all tokens: a dense model in disguise
+KERNELS = (
+    256  # of experts on a CPU, forward and backward: with fewer, most are made again in each step
+)
 PATIENCE = 0.1  # of the training: fresh routers are uneven, and first steps may be large
 
 
@@ -72,6 +75,7 @@ def finetune_router(
         ConfigError: if `init` has no routers.
     """
     torch.manual_seed(settings.seed)
+    keep_kernels(KERNELS)
     with dist.world() as world:
         data = Data.open(index, shard)
         loaded = load_model(init, insert_experts=insert_experts)

@@ -1,14 +1,14 @@
 """Tokens through their experts: three ways of execution, one result.
 
-`loop` sorts the rows (token, choice) by expert and runs each expert on its rows: on CPUs it is as fast as the products
-allow. `grouped` runs the sorted rows through one grouped product per matrix, so that the host never waits for the
+`loop` sorts the rows (token, choice) by expert and runs each expert on its rows, and on a few more, so that their numbers
+repeat: on CPUs it is as fast as the products allow. `grouped` runs the sorted rows through one grouped product per matrix, so that the host never waits for the
 device to learn how many rows an expert has; torch has a fast one for bf16 on compute capability 9 and 10. `dense` runs
 all experts on all tokens, E / K times the work, and no shape in it depends on the data: for export, and to test the
 others. Rows are brought to experts and back by permutations, forward and backward, never by sums in the order in which
 threads arrive: the same result on every run. Which way is taken is no setting, for it changes nothing but speed.
 """
 
-# Shapes: T tokens, P = T * K routed rows, D width, F hidden, E experts, K top-k
+# Shapes: T tokens, P = T * K choices, R >= P rows that experts run on, D width, F hidden, E experts, K top-k
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ BACKENDS = ("auto", "loop", "grouped", "dense")
 _FAST_MAJORS = (9, 10)  # elsewhere torch's grouped product is a loop that waits for the device
 _ALIGNMENT = 8  # bf16 numbers in the 16 bytes that strides must be multiples of
 
+_LEAST_STEP, _STEPS = 32, 128  # of the rows of an expert on the host
 _probed: dict[int | None, bool] = {}
 
 
@@ -90,15 +91,13 @@ def mix(experts: Experts, x_TD: Tensor, gates_TK: Tensor, topk_TK: Tensor, backe
     Returns:
         [T, D], in the precision of the products; gradients of experts without tokens are zero, not missing.
     """
+    x_TD = x_TD.to(compute_dtype(x_TD))  # before it is repeated
     if backend == "dense":
         return _dense(experts, x_TD, gates_TK, topk_TK)
-    top_k = topk_TK.shape[1]
     expert_P, order_P = topk_TK.flatten().sort(stable=True)
-    place_P = order_P.argsort()
-    x_PD = _Repeat.apply(x_TD, order_P, place_P, top_k)
     run = _grouped if backend == "grouped" else _loop
-    y_PD = _Permute.apply(run(experts, x_PD, expert_P), place_P, order_P)
-    y_TKD = y_PD.view(-1, top_k, y_PD.shape[1])
+    y_PD = run(experts, x_TD, expert_P, order_P, topk_TK.shape[1])
+    y_TKD = y_PD.view(*topk_TK.shape, y_PD.shape[1])
     return (y_TKD * gates_TK[..., None]).sum(1).to(y_PD.dtype)
 
 
@@ -108,32 +107,52 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def _loop(experts: Experts, x_PD: Tensor, expert_P: Tensor) -> Tensor:
-    num_rows = expert_P.bincount(minlength=len(experts.fc_EFD)).tolist()
+def _loop(experts: Experts, x_TD: Tensor, expert_P: Tensor, order_P: Tensor, top_k: int) -> Tensor:
+    """One expert after the other, each on its rows, made up to whole steps with rows that nobody reads.
+
+    oneDNN makes a kernel for each shape it meets, which takes longer than a small product itself.
+    """
+    step = _row_step(len(expert_P))
+    num_E = expert_P.bincount(minlength=len(experts.fc_EFD))
+    room_E = (num_E + step - 1) // step * step
+    moved_E = (room_E - num_E).cumsum(0) - (room_E - num_E)
+    number_P = torch.arange(len(order_P), device=order_P.device)
+    place_P = torch.empty_like(order_P).index_copy_(0, order_P, number_P + moved_E[expert_P])
+    rooms = room_E.tolist()
+    choice_R = order_P.new_zeros(sum(rooms)).index_copy_(0, place_P, number_P)
+    x_RD = _Repeat.apply(x_TD, choice_R // top_k, place_P, top_k)
     # An expert without rows is run all the same, for its gradient.
-    dtype = compute_dtype(x_PD)
+    gelu = experts.gelu
     parts = zip(
-        x_PD.split(num_rows),
-        *(_Unstack.apply(tensor, dtype) for tensor in experts[:4]),
+        x_RD.split(rooms),
+        *(_Unstack.apply(tensor, x_RD.dtype) for tensor in experts[:4]),
         strict=True,
     )
-    gelu = experts.gelu
-    return torch.cat([F.linear(gelu(F.linear(x, w1, b1)), w2, b2) for x, w1, b1, w2, b2 in parts])
+    y_RD = torch.cat([F.linear(gelu(F.linear(x, w1, b1)), w2, b2) for x, w1, b1, w2, b2 in parts])
+    return _Pick.apply(y_RD, place_P)
 
 
-def _grouped(experts: Experts, x_PD: Tensor, expert_P: Tensor) -> Tensor:
+def _row_step(num_rows: int) -> int:
+    """A power of two: few hundred numbers of rows are left, and an expert has less than a 64th of all rows too many."""
+    return max(_LEAST_STEP, 1 << (num_rows // _STEPS).bit_length())
+
+
+def _grouped(
+    experts: Experts, x_TD: Tensor, expert_P: Tensor, order_P: Tensor, top_k: int
+) -> Tensor:
     """With biases as products, too: their gradients, sums over the rows of an expert, come out the same every time."""
-    dtype = compute_dtype(x_PD)
+    place_P = order_P.argsort()
+    x_PD = _Repeat.apply(x_TD, order_P // top_k, place_P, top_k)
+    dtype = x_PD.dtype
     number_E = torch.arange(len(experts.fc_EFD), device=x_PD.device)
     ends_E = torch.searchsorted(expert_P, number_E, right=True).int()
     with torch.autocast(x_PD.device.type, enabled=False):  # it does not know grouped products
-        x_PD = x_PD.to(dtype)
         fc_EFD, fc_bias_EF, proj_EDF, proj_bias_ED = (tensor.to(dtype) for tensor in experts[:4])
         is_expert_PE = (expert_P[:, None] == number_E).to(dtype)
         h_PF = F.grouped_mm(x_PD, fc_EFD.transpose(1, 2), offs=ends_E)
         h_PF = experts.gelu(h_PF.addmm(is_expert_PE, fc_bias_EF))
         y_PD = F.grouped_mm(h_PF, proj_EDF.transpose(1, 2), offs=ends_E)
-        return y_PD.addmm(is_expert_PE, proj_bias_ED)
+        return _Pick.apply(y_PD.addmm(is_expert_PE, proj_bias_ED), place_P)
 
 
 def _dense(experts: Experts, x_TD: Tensor, gates_TK: Tensor, topk_TK: Tensor) -> Tensor:
@@ -166,33 +185,37 @@ class _Unstack(torch.autograd.Function):
 
 
 class _Repeat(torch.autograd.Function):
-    """Each token once per choice, sorted by expert; backward, the sum over the choices of a token."""
+    """A token for each of R rows; backward, the sum over its K choices. Rows that are no choice's are not looked at."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, order_P: Tensor, place_P: Tensor, top_k: int) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, token_R: Tensor, place_P: Tensor, top_k: int) -> Tensor:
         ctx.save_for_backward(place_P)
         ctx.top_k = top_k
-        return x_TD[order_P // top_k]
+        return x_TD[token_R]
 
     @staticmethod
-    def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
         (place_P,) = ctx.saved_tensors
-        grad_TKD = grad_PD[place_P].view(-1, ctx.top_k, grad_PD.shape[1])
+        grad_TKD = grad_RD[place_P].view(-1, ctx.top_k, grad_RD.shape[1])
         return grad_TKD.sum(1), None, None, None
 
 
-class _Permute(torch.autograd.Function):
-    """Rows in another order; backward, in the inverse one."""
+class _Pick(torch.autograd.Function):
+    """Rows in the order of the choices; backward, each to its place, and nothing to the others."""
 
     @staticmethod
-    def forward(ctx: Any, x_PD: Tensor, order_P: Tensor, inverse_P: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse_P)
-        return x_PD[order_P]
+    def forward(ctx: Any, y_RD: Tensor, place_P: Tensor) -> Tensor:
+        ctx.save_for_backward(place_P)
+        ctx.num = len(y_RD)
+        return y_RD[place_P]
 
     @staticmethod
-    def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor, None, None]:
-        (inverse_P,) = ctx.saved_tensors
-        return grad_PD[inverse_P], None, None
+    def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor, None]:
+        (place_P,) = ctx.saved_tensors
+        shape = ctx.num, grad_PD.shape[1]
+        is_whole = ctx.num == len(grad_PD)
+        grad_RD = grad_PD.new_empty(shape) if is_whole else grad_PD.new_zeros(shape)
+        return grad_RD.index_copy_(0, place_P, grad_PD), None
 
 
 def _fits_grouped(width: int, hidden: int) -> bool:

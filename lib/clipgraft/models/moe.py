@@ -167,9 +167,7 @@ def insert_experts(
     Raises:
         ConfigError: if a block does not exist, or top_k is too large.
     """
-    # Experts get another number of rows in each layer of each batch, and oneDNN keeps a kernel with its buffers for
-    # each of the last 1,024 shapes: gigabytes, and slower than making them anew. Read at a process's first product.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+    keep_kernels(32)  # buffers of float32 products take gigabytes
     if not 1 <= top_k <= num_experts:
         raise ConfigError(
             f"moe.top_k = {top_k} of {num_experts} experts. Hint: 1 to {num_experts}; num_experts counts expert 0"
@@ -189,6 +187,14 @@ def insert_experts(
             _hook(module, state, is_text=tower == "text")
         spelled_out["image_layers" if tower == "visual" else "text_layers"] = numbers
     return {"num_experts": num_experts, "top_k": top_k, **spelled_out}
+
+
+def keep_kernels(num: int) -> None:
+    """How many kernels oneDNN keeps with their buffers, one for each shape of a product; its default is 1,024.
+
+    Read at a process's first product; who asks first is heard, and ONEDNN_PRIMITIVE_CACHE_CAPACITY before all.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(num))
 
 
 def layer_numbers(layers: str | Sequence[int], num_layers: int, tower: str) -> list[int]:
