@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from _profile import marked
 from _turns import NUM_BATCHES, NUM_STEPS, Case, Turns, batch_of
+from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
+import clipgraft
 from clipgraft import dist, train
 from clipgraft.data.loader import Batch
 from clipgraft.data.sampler import UniformBatches
@@ -30,6 +32,7 @@ from clipgraft.experts import trained_parameters as trained_in_expert
 from clipgraft.loss_settings import LossSettings
 from clipgraft.models.build import build, describe, normalize
 from clipgraft.models.moe import upcycle
+from clipgraft.models.training_blocks import attend_by_torch
 from clipgraft.objectives import objective_of
 from clipgraft.recipes import TrainSettings
 from clipgraft.router import RoutingLoss
@@ -57,7 +60,7 @@ class Ours:
         part: what is trained: all, mlps (of a dense model), routers (of a mixture).
         changes: settings of a training.
         environment: variables.
-        without: names in `clipgraft.train` that stand back for what `REPLACED` has.
+        without: names below `clipgraft` that stand back for what `REPLACED` has.
     """
 
     part: str = "all"
@@ -78,8 +81,8 @@ class Ours:
         os.environ.update(self.environment)
         for name in self.without:
             *modules, leaf = name.split(".")
-            place = reduce(getattr, modules, train)
-            assert hasattr(place, leaf), f"clipgraft.train has no {name}"
+            place = reduce(getattr, modules, clipgraft)
+            assert hasattr(place, leaf), f"clipgraft has no {name}"
             setattr(place, leaf, REPLACED[name])
         torch.manual_seed(0)
         model, spec = build(case.config), describe(case.config)
@@ -138,12 +141,16 @@ def _unfused(*args: Any, **how: Any) -> torch.optim.Optimizer:
 
 
 _BUILT = train.build_optimizer
-# What a switch replaces in `clipgraft.train`, in the process of its side alone.
+# What a switch replaces in `clipgraft`, in the process of its side alone.
 REPLACED: dict[str, Callable[..., Any]] = {
     "devices.attention": lambda device: nullcontext(),  # the kernel that torch chooses
-    "trimmed": lambda model, text_BL: text_BL,  # texts stay padded to the context
-    "build_optimizer": _unfused,  # torch's AdamW as open_clip builds it
-    "speed_up": lambda model, *_: model,  # open_clip's own blocks
+    "devices.keep_freed_memory": lambda device: None,  # freed memory goes back to the kernel
+    "models.training_blocks.WholeVisionTransformer": VisionTransformer,  # the stem is a convolution
+    "models.training_blocks.attend": attend_by_torch,
+    "models.training_blocks.reads_one": lambda tower, last: False,  # last blocks compute all tokens
+    "train.build_optimizer": _unfused,  # torch's AdamW as open_clip builds it
+    "train.speed_up": lambda model: None,  # open_clip's own towers
+    "train.trimmed": lambda model, text_BL: text_BL,  # texts stay padded to the context
 }
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import os
 import statistics
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -43,17 +44,25 @@ PEERS = {  # by side: what its row is called, and the ratio to reach
     "compiled": ("open_clip with --torchcompile", 1.2),
 }
 
+_TOWERS = "models.training_blocks"
 # What is on by default beside what it would be without, or off by default beside what it would be with.
 ON = {
     "bf16 where the hardware has it, beside fp32": Ours(
         environment={"CLIPGRAFT_PRECISION": "fp32"}
     ),
-    "the attention kernel of devices.attention, beside torch's choice": Ours(
-        without=("devices.attention",)
+    "texts trimmed to the longest, beside padded to the context": Ours(without=("train.trimmed",)),
+    "fused AdamW, beside torch's default": Ours(without=("train.build_optimizer",)),
+    "fast towers as a whole, beside open_clip's": Ours(without=("train.speed_up",)),
+    "of these the stem as a product, beside a convolution": Ours(
+        without=(f"{_TOWERS}.WholeVisionTransformer",)
     ),
-    "texts trimmed to the longest, beside padded to the context": Ours(without=("trimmed",)),
-    "fused AdamW, beside torch's default": Ours(without=("build_optimizer",)),
-    "fast blocks, beside open_clip's": Ours(without=("speed_up",)),
+    "of these the last block for one token, beside all": Ours(without=(f"{_TOWERS}.reads_one",)),
+}
+ON_CPU = {  # no choice elsewhere
+    "of these attention of short sequences, beside torch's choice": Ours(
+        without=(f"{_TOWERS}.attend", "devices.attention")
+    ),
+    "freed memory kept, beside given back": Ours(without=("devices.keep_freed_memory",)),
 }
 OFF = {
     "grad_checkpointing": Ours(changes={"grad_checkpointing": True}),
@@ -191,17 +200,14 @@ def part_rows(case: Case, seconds: float, repeats: int) -> list[Row]:
     return rows
 
 
-def switch_rows(case: Case, seconds: float, repeats: int, *, quick: bool) -> list[Row]:
-    """Ours as it is beside ours with one thing changed: above 1, the switch pays (where it is off: would pay).
-
-    Compiling takes minutes, and is left out where it is quick.
-    """
+def switch_rows(
+    case: Case, seconds: float, repeats: int, switches: Mapping[str, Ours]
+) -> list[Row]:
+    """Ours as it is beside ours with one thing changed: above 1, the switch pays (where it is off: would pay)."""
     text = {**case.config["text_cfg"], "context_length": CONTEXT}  # longer than any text
     case = replace(case, config={**case.config, "text_cfg": text}, longest=16)
     rows = []
-    for name, changed in {**ON, **OFF}.items():
-        if quick and "compile" in name:
-            continue
+    for name, changed in switches.items():
         what = f"{case.name}: {name}{' (off by default)' * (name in OFF)}"
         if not changed.is_possible():
             rows.append(failed(what, RuntimeError("not in this version")))
@@ -265,8 +271,13 @@ def main() -> None:
         for case in [*of_cpu[:2], *on_gpu[:1]]:
             rows += part_rows(case, seconds, repeats)
     if "switches" in args.only:
-        for case in [*of_cpu[:2][-1:], *on_gpu[:1]]:
-            rows += switch_rows(case, seconds, repeats, quick=args.quick)
+        for case in of_cpu:
+            rows += switch_rows(case, seconds, repeats, {**ON, **ON_CPU})
+        for case in on_gpu[:1]:
+            rows += switch_rows(case, seconds, repeats, ON)
+        off = {name: OFF[name] for name in OFF if not (args.quick and "compile" in name)}
+        for case in [*of_cpu[:2][-1:], *on_gpu[:1]]:  # compiling takes minutes
+            rows += switch_rows(case, seconds, repeats, off)
     if not has_gpu:
         name = "cuda: B/16 (I50,T16) and full, L/14, MoE L/14, beside open_clip; MFU"
         rows.append(Row(name, None, None, "samples/s", None, None, note="no CUDA device"))

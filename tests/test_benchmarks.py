@@ -66,7 +66,8 @@ def test_both_sides_of_a_step_run_and_all_their_time_has_a_part():
 @LONG
 def test_every_switch_has_a_row():
     measured = ratios(quick("train_step", "--only", "switches"))
-    for what in ("fp32", "torch's choice", "trimmed", "AdamW", "grad_checkpointing", "accumulate"):
+    switches = ("fp32", "torch's choice", "trimmed", "AdamW", "grad_checkpointing", "accumulate")
+    for what in (*switches, "a whole", "stem", "last block", "freed memory"):
         assert any(what in name and ratio > 0 for name, ratio in measured.items()), what
 
 

@@ -40,7 +40,7 @@ def speed_up(model: nn.Module) -> None:
         for block in filter(_is_plain, blocks):
             block.__class__ = TrainingBlock
             block.is_causal = _is_causal(tower)
-        if len(blocks) and _reads_one(tower, blocks[-1]):
+        if len(blocks) and reads_one(tower, blocks[-1]):
             blocks[-1].__class__ = LastTrainingBlock
             if type(tower) is _TEXT:
                 tower.__class__ = OneTokenTextTransformer
@@ -142,6 +142,17 @@ class OneTokenTextTransformer(_TEXT):  # type: ignore[misc,valid-type]
         return open_clip.transformer.text_global_pool(number_BL, text_BL, pool_type, self.eos_id)
 
 
+def reads_one(tower: Any, last: nn.Module) -> bool:
+    """Whether a tower's feature is that of one token; experts are told of all tokens, so these have to be there."""
+    if not isinstance(last, TrainingBlock) or not isinstance(last.mlp, nn.Sequential):
+        return False
+    if tower.output_tokens:
+        return False
+    if isinstance(tower, _IMAGE):
+        return bool(tower.attn_pool is None and tower.pool_type == "tok")
+    return bool(type(tower) is _TEXT and (tower.pool_type != "none" or tower.cls_emb is not None))
+
+
 def attend(qkv_BLC: Tensor, num_heads: int, is_causal: bool) -> Tensor:
     """Self-attention without a mask, or the causal one."""
     if qkv_BLC.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -230,14 +241,3 @@ def _is_causal(tower: Any) -> bool:
     if not isinstance(tower, _TEXT) or tower.attn_mask is None or tower.cls_emb is not None:
         return False
     return torch.equal(tower.attn_mask.cpu(), tower.build_causal_mask())
-
-
-def _reads_one(tower: Any, last: nn.Module) -> bool:
-    """Whether a tower's feature is that of one token; experts are told of all tokens, so these have to be there."""
-    if not isinstance(last, TrainingBlock) or not isinstance(last.mlp, nn.Sequential):
-        return False
-    if tower.output_tokens:
-        return False
-    if isinstance(tower, _IMAGE):
-        return bool(tower.attn_pool is None and tower.pool_type == "tok")
-    return bool(type(tower) is _TEXT and (tower.pool_type != "none" or tower.cls_emb is not None))
