@@ -429,7 +429,7 @@ def test_the_keys_of_models_are_those_of_open_clip():
 
     import open_clip
 
-    from clipgraft.recipes import MODEL_KEYS, TEXT_KEYS, VISION_KEYS
+    from clipgraft.model_settings import MODEL_KEYS, TEXT_KEYS, VISION_KEYS
 
     arguments = set(inspect.signature(open_clip.CustomTextCLIP).parameters)
     assert set(MODEL_KEYS) == arguments | {"custom_text"}

@@ -18,9 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from clipgraft import cost
 from clipgraft.architectures import OURS, architecture
 from clipgraft.config import ConfigError
+from clipgraft.model_settings import ModelSettings
 from clipgraft.models.build import build
 from clipgraft.models.moe import insert_experts
-from clipgraft.recipes import ModelSettings, PhaseSettings
+from clipgraft.recipes import PhaseSettings
 
 CLIPA = ["ViT-L-14-CLIPA", "ViT-H-14-CLIPA", "ViT-bigG-14-CLIPA", "ViT-H-14-CLIPA-336"]
 OURS_BY_NAME = [path.stem for path in sorted(OURS.glob("*.json"))]

@@ -19,8 +19,9 @@ from clipgraft.cost import image_tokens
 from clipgraft.data.download import download
 from clipgraft.data.index import build_index
 from clipgraft.data.shards import write_shards
+from clipgraft.model_settings import ModelSettings
 from clipgraft.pretrain import pretrain
-from clipgraft.recipes import ModelSettings, PhaseSettings
+from clipgraft.recipes import PhaseSettings
 from clipgraft.settings import IndexJob, PretrainJob, ShardJob
 from clipgraft.sources import ShapesSource
 

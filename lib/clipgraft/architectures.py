@@ -13,7 +13,9 @@ from typing import Any
 
 from clipgraft.config import ConfigError
 from clipgraft.loss_settings import ReferenceSettings
-from clipgraft.recipes import ModelSettings, PhaseSettings, interactive_misfit
+from clipgraft.misfits import interactive_misfit
+from clipgraft.model_settings import ModelSettings
+from clipgraft.recipes import PhaseSettings
 
 OURS = Path(__file__).resolve().parent.parent.parent / "presets" / "models"
 

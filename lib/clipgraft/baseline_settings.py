@@ -11,8 +11,9 @@ from typing import Any, Literal, get_args
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from clipgraft.loss_settings import changed
-from clipgraft.recipes import OptimSettings, hint
+from clipgraft.recipes import OptimSettings
 from clipgraft.sources import Settings
+from clipgraft.spelling import hint
 
 Kind = Literal["mlp", "full", "copies", "two_experts", "soup", "ensemble"]
 KINDS: tuple[str, ...] = get_args(Kind)

@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from clipgraft.recipes import hint
 from clipgraft.reductions import REDUCTION_KINDS
 from clipgraft.run_settings import RunSettings
 from clipgraft.sources import SOURCE_KINDS
+from clipgraft.spelling import hint
 
 S = TypeVar("S", bound=BaseModel)
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, get_args
 
 from clipgraft.evaluation_settings import RobustnessSettings
-from clipgraft.recipes import (
-    hint,
+from clipgraft.misfits import (
     position_kind,
     position_misfit,
     start_misfit,
@@ -19,6 +18,7 @@ from clipgraft.recipes import (
 )
 from clipgraft.reductions import num_kept
 from clipgraft.sources import Attribute, MixedSource, ShapesSource, TarSource
+from clipgraft.spelling import hint
 
 if TYPE_CHECKING:
     from clipgraft.run_settings import RunSettings

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipgraft.config import ConfigError
-from clipgraft.recipes import hint
+from clipgraft.spelling import hint
 
 # key | name | samples | classes | main metric, as in DataComp's tasklist.yml (arXiv:2304.14108, appendix N).
 _TABLE = """

@@ -17,7 +17,8 @@ import yaml
 from clipgraft import cost
 from clipgraft.architectures import architecture
 from clipgraft.config import ConfigError, merge, validate
-from clipgraft.recipes import ModelSettings, PhaseSettings
+from clipgraft.model_settings import ModelSettings
+from clipgraft.recipes import PhaseSettings
 from clipgraft.schedule import num_steps, num_warmup_steps, peak_lr
 
 # Dense bf16 TFLOP/s (fp16 on the V100, which has no bf16) and GB of memory, as their makers state them.

@@ -16,12 +16,13 @@ from clipgraft.config import ConfigError
 from clipgraft.data.tokens import Tokens
 from clipgraft.data.vocabulary import is_same_vocabulary
 from clipgraft.evaluation.watch import open_watch
+from clipgraft.misfits import start_misfit, vocabulary_misfit
 from clipgraft.models.build import build, describe, model_config, pretrained_state, token_rows
 from clipgraft.models.inherit import inherit
 from clipgraft.models.patches import drop_patches
 from clipgraft.models.positions import TextResize, start_positions
 from clipgraft.objectives import memory_of, objective_of
-from clipgraft.recipes import PhaseSettings, start_misfit, vocabulary_misfit
+from clipgraft.recipes import PhaseSettings
 from clipgraft.references import (
     CachedReference,
     open_references,

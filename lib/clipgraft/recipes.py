@@ -1,12 +1,11 @@
-"""Recipes: the settings of a model and of its training, which pretraining, experts and routers share.
+"""Recipes: the settings of a training, which pretraining, experts and routers share.
 
 Part of `settings`, in a file of its own like `sources`.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -31,7 +30,6 @@ from clipgraft.reductions import (
     TRUNCATE,
     ImageReduction,
     TextReduction,
-    text_mask_of,
 )
 from clipgraft.schedule import num_steps, num_warmup_steps
 from clipgraft.sources import Fraction, Name, Settings
@@ -39,77 +37,6 @@ from clipgraft.sources import Fraction, Name, Settings
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 HueShift = Annotated[float, Field(ge=0, le=0.5)]
 Tau = Annotated[float, Field(ge=0.005, le=1)]
-
-
-# Keys of open_clip's model configs (tests/test_config.py holds them against open_clip's own).
-MODEL_KEYS = """
-    cast_dtype custom_text embed_dim init_logit_bias init_logit_scale
-    nonscalar_logit_scale output_dict quick_gelu text_cfg vision_cfg
-""".split()
-VISION_KEYS = """
-    act_kwargs attentional_pool attn_pooler_heads attn_pooler_queries block_type
-    final_ln_after_pool head_width image_size layers ls_init_value mlp_ratio no_ln_pre
-    norm_kwargs output_tokens patch_dropout patch_size pool_type pos_embed_type qk_norm
-    scale_attn scale_attn_inner scale_fc scale_heads scaled_cosine_attn timm_drop
-    timm_drop_path timm_model_name timm_model_pretrained timm_pool timm_proj
-    timm_proj_bias width
-""".split()
-TEXT_KEYS = """
-    act_kwargs block_type context_length embed_cls eos_id final_ln_after_pool heads
-    hf_model_name hf_model_pretrained hf_pooler_type hf_proj_type hf_tokenizer_name
-    layers ls_init_value mlp_ratio no_causal_mask norm_kwargs output_tokens pad_id
-    pool_type proj_bias proj_type qk_norm scale_attn scale_attn_inner scale_fc
-    scale_heads scaled_cosine_attn tokenizer_kwargs tokenizer_mode vocab_size width
-""".split()
-
-
-class PreprocessSettings(Settings):
-    """How a model wants its images; what is not given is as for the weights it starts from, or OpenAI's CLIP."""
-
-    mean: tuple[Fraction, Fraction, Fraction] | None = None
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
-    interpolation: Literal["bicubic", "bilinear"] | None = None
-    resize_mode: Literal["shortest", "squash"] | None = Field(
-        None,
-        description="shortest: resize the short side, take the middle; squash: resize to a square.",
-    )
-
-
-class ModelSettings(Settings):
-    """An architecture of open_clip's transformers: by name, or spelled out as its own model config."""
-
-    name: str | None = Field(
-        None, description="One of presets/models, or an open_clip model name, e.g. ViT-B-16."
-    )
-    config: dict[str, Any] | None = Field(
-        None, description="embed_dim, vision_cfg, text_cfg as in open_clip's model JSONs."
-    )
-    pretrained: str | None = Field(
-        None, description="open_clip tag or local checkpoint to start from; needs `name`."
-    )
-    preprocess: PreprocessSettings = PreprocessSettings()
-
-    @model_validator(mode="after")
-    def _one_of(self) -> ModelSettings:
-        if (self.name is None) == (self.config is None):
-            raise ValueError("give either `name` or `config`, not both and not neither")
-        config = self.config or {}
-        missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
-        if self.config is not None and missing:
-            raise ValueError(
-                f"config lacks {', '.join(missing)}. Hint: it has the form of open_clip's model JSONs"
-            )
-        known = {"": MODEL_KEYS, "vision_cfg": VISION_KEYS, "text_cfg": TEXT_KEYS}
-        for section, keys in known.items():
-            part = config.get(section, {}) if section else config
-            where = f"config.{section}" if section else "config"
-            if not isinstance(part, dict):
-                raise ValueError(f"{where} must be a mapping, got {part!r}")
-            for key in part:
-                if key not in keys and not (section == "text_cfg" and key in TEXT_MASKS):
-                    raise ValueError(f"unknown key `{key}` in model.{where}{hint(str(key), keys)}")
-        text_mask_of(config)
-        return self
 
 
 class OptimSettings(Settings):
@@ -446,124 +373,3 @@ class PhaseSettings(TrainSettings):
                 f"temperature = {self.temperature} is outside of loss.tau_bounds = [{low}, {high}]"
             )
         return self
-
-
-def position_kind(phase: PhaseSettings, was_frozen: bool) -> str:
-    """What image positions are in a phase: `learned`, `sincos_frozen` or `sincos_init`.
-
-    Args:
-        phase: may leave it to the model.
-        was_frozen: whether the table before was sines and cosines, or the model's `pos_embed_type` is `sin_cos_2d`.
-    """
-    return phase.pos_embed or ("sincos_frozen" if was_frozen else "learned")
-
-
-def position_misfit(phase: PhaseSettings, was_frozen: bool, is_carried: bool) -> str:
-    """Why a phase cannot have its image positions; empty if it can.
-
-    Args:
-        phase: what it asks for.
-        was_frozen: as in `position_kind`.
-        is_carried: whether the table comes from a phase before, or with public weights.
-    """
-    kind, recompute = position_kind(phase, was_frozen), phase.pos_resize == "recompute"
-    if recompute and kind == "learned":
-        return (
-            f"pretrain.{phase.name}.pos_resize = recompute: the position table is learned, so there is nothing to "
-            "compute it from. Hint: pos_resize: interpolate, or pos_embed: sincos_frozen or sincos_init"
-        )
-    if is_carried and kind == "sincos_frozen" and not was_frozen and not recompute:
-        return (
-            f"pretrain.{phase.name}.pos_embed = sincos_frozen: the table before was learned, and interpolation would "
-            "freeze what is no sin-cos table. Hint: pos_resize: recompute, or pos_embed: learned"
-        )
-    return ""
-
-
-def start_misfit(phase: PhaseSettings, is_carried: bool, has_pretrained: bool) -> str:
-    """Why a phase cannot start as it asks; empty if it can.
-
-    Args:
-        phase: what it asks for.
-        is_carried: whether there is a phase before.
-        has_pretrained: whether the model starts from public weights.
-    """
-    where = f"pretrain.{phase.name}"
-    if phase.init_from and (is_carried or has_pretrained):
-        other = "the phase before" if is_carried else "model.pretrained"
-        return f"{where}.init_from = reference: the weights are those of {other}. Hint: remove one"
-    if is_carried or has_pretrained or phase.init_from:
-        return ""
-    kept = [f"lock = [{', '.join(phase.lock)}]"] if phase.lock else []
-    kept += ["loss.temperature = locked"] if phase.loss.tau == "locked" else []
-    kept += ["text_pos_resize = stretch"] if phase.text_pos_resize == "stretch" else []
-    if kept:
-        return (
-            f"{where}.{kept[0]}: there are no initial weights to keep. Hint: model.pretrained, init_from: reference, "
-            "or a phase before"
-        )
-    return ""
-
-
-def stretch_misfit(keep: int, num_rows: int) -> str:
-    """Why a table of text positions cannot be stretched; empty if it can.
-
-    Args:
-        keep: `text_pos_keep`.
-        num_rows: of the table.
-    """
-    if keep < num_rows and num_rows > 1:
-        return ""
-    return (
-        f"text_pos_keep = {keep}: the text has {num_rows} positions, so nothing is left to stretch. "
-        f"Hint: less than {num_rows}, or text_pos_resize: linear"
-    )
-
-
-def interactive_misfit(phase: PhaseSettings, reference: str, dim: int, reference_dim: int) -> str:
-    """Why a reference is nothing for interactive distillation; empty if it is, or there is none.
-
-    Args:
-        phase: what it asks for.
-        reference: its model.
-        dim: of the model's features.
-        reference_dim: of the reference's.
-    """
-    if not phase.distillation.interactive or dim == reference_dim:
-        return ""
-    return (
-        f"pretrain.{phase.name}.distillation.interactive needs equal dimensions: reference {reference} has "
-        f"{reference_dim}, the model has {dim}. Hint: feature or affinity, which take any"
-    )
-
-
-def vocabulary_misfit(text_cfg: dict[str, Any], vocabulary: str) -> str:
-    """Why a text tower cannot read the captions of an index; empty if it can.
-
-    Args:
-        text_cfg: as in open_clip's model configs.
-        vocabulary: `corpus`, `full` or `wordpiece`.
-    """
-    tokenizer, pool = text_cfg.get("hf_tokenizer_name"), text_cfg.get("pool_type", "argmax")
-    if vocabulary == "wordpiece" and pool not in ("first", "last"):
-        return (
-            f"text_cfg.pool_type = {pool} takes the feature at the end token, and index.vocabulary = wordpiece has "
-            "none. Hint: text_cfg: {pool_type: last, no_causal_mask: true}"
-        )
-    if vocabulary != "wordpiece" and tokenizer is not None:
-        return (
-            f"text_cfg.hf_tokenizer_name = {tokenizer} is not what index.vocabulary = {vocabulary} gives. "
-            "Hint: index: {vocabulary: wordpiece}"
-        )
-    return ""
-
-
-def hint(word: str, known: Iterable[str]) -> str:
-    """What a misspelt word may have meant, or what there is."""
-    known = list(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return (
-        f"; did you mean `{close[0]}`?"
-        if close
-        else (f". Known: {', '.join(known)}" if known else "")
-    )

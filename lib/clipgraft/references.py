@@ -28,10 +28,11 @@ from clipgraft.data.tokens import Tokenizer
 from clipgraft.data.vocabulary import is_same_vocabulary
 from clipgraft.loss_settings import ReferenceSettings
 from clipgraft.losses.distillation import Projection
+from clipgraft.misfits import interactive_misfit
 from clipgraft.models.build import normalize, trimmed
 from clipgraft.models.public import Encode
 from clipgraft.objectives import ReferenceFeatures
-from clipgraft.recipes import AugmentationSettings, PhaseSettings, interactive_misfit
+from clipgraft.recipes import AugmentationSettings, PhaseSettings
 from clipgraft.training_data import Data
 
 log = logging.getLogger(__name__)

@@ -20,8 +20,9 @@ from clipgraft.evaluation_settings import (
     WatchJob,
     WatchSettings,
 )
+from clipgraft.model_settings import ModelSettings
 from clipgraft.moe_settings import ClusterSettings, ExpertSettings, MoeSettings, RouterSettings
-from clipgraft.recipes import ModelSettings, PhaseSettings, TrainSettings
+from clipgraft.recipes import PhaseSettings, TrainSettings
 from clipgraft.reductions import TEXT_MASKS, text_mask_of
 from clipgraft.resource_settings import ResourceSettings, SlurmSettings
 from clipgraft.settings import EmbedSettings, IndexSettings, ShardSettings, Stage

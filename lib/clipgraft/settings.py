@@ -23,6 +23,7 @@ from clipgraft.evaluation_settings import (
     TaskSettings,
     WatchJob,
 )
+from clipgraft.model_settings import ModelSettings
 from clipgraft.moe_settings import (
     BatchOrder,
     ClusterSettings,
@@ -30,11 +31,7 @@ from clipgraft.moe_settings import (
     MoeSettings,
     RouterSettings,
 )
-from clipgraft.recipes import (
-    AugmentationSettings,
-    ModelSettings,
-    PhaseSettings,
-)
+from clipgraft.recipes import AugmentationSettings, PhaseSettings
 from clipgraft.sources import (
     Name,
     OneSource,

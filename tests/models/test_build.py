@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from clipgraft.config import ConfigError
+from clipgraft.model_settings import ModelSettings
 from clipgraft.models.build import (
     build,
     describe,
@@ -17,7 +18,6 @@ from clipgraft.models.build import (
     pretrained_state,
 )
 from clipgraft.models.positions import TextResize
-from clipgraft.recipes import ModelSettings
 
 
 def inline(config: dict, **more) -> ModelSettings:

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipgraft.config import ConfigError
+from clipgraft.model_settings import ModelSettings
 from clipgraft.models.build import build, describe, model_config
 from clipgraft.models.inherit import area_matrix, inherit, resample_kernel
 from clipgraft.models.moe import insert_experts
 from clipgraft.models.positions import TextResize
-from clipgraft.recipes import ModelSettings
 
 KERNEL, POSITIONS = "visual.conv1.weight", "visual.positional_embedding"
 

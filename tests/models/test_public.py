@@ -21,11 +21,11 @@ from clipgraft.config import ConfigError
 from clipgraft.data.tokens import Tokenizer
 from clipgraft.data.vocabulary import clip_merges, write_merges
 from clipgraft.lean import with_timm
+from clipgraft.model_settings import ModelSettings
 from clipgraft.models import public
 from clipgraft.models.build import build, describe, model_config
 from clipgraft.models.inherit import inherit
 from clipgraft.models.moe import insert_experts, upcycle
-from clipgraft.recipes import ModelSettings
 
 TEXT = {"context_length": 8, "vocab_size": 40, "width": 32, "heads": 2, "layers": 2}
 TIMM = {"image_size": 160, "timm_model_pretrained": True}  # its weights are not to be downloaded

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from clipgraft.architectures import architecture
 from clipgraft.config import ConfigError
+from clipgraft.model_settings import ModelSettings
 from clipgraft.models.build import build, model_config, pretrained_state
 from clipgraft.models.weights import check_fit
-from clipgraft.recipes import ModelSettings
 
 V1 = ["ViT-B-16-CL16", "ViT-L-16-CL16-Syntax-GAP", "ViT-L-16-CL8-Syntax-GAP", "ViT-L-16-CL32-GAP"]
 V2 = ["ViT-L-14-CLIPA", "ViT-H-14-CLIPA-336", "ViT-bigG-14-CLIPA"]

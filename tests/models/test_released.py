@@ -17,10 +17,10 @@ from clipgraft.clipmoe import main
 from clipgraft.config import ConfigError
 from clipgraft.export.__main__ import main as export
 from clipgraft.lean import open_clip
+from clipgraft.model_settings import ModelSettings
 from clipgraft.models.build import build, model_config, pretrained_state
 from clipgraft.models.moe import routings, upcycle
 from clipgraft.models.released import read_released, released_state
-from clipgraft.recipes import ModelSettings
 
 D, EMBED, PATCH, SIDE, L, VOCAB, LAYERS, E = 128, 32, 8, 16, 24, 50, 2, 3
 KEEP = 20

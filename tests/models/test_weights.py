@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from clipgraft.config import ConfigError
+from clipgraft.model_settings import ModelSettings
 from clipgraft.models.build import build, model_config, pretrained_state
 from clipgraft.models.weights import read_state
-from clipgraft.recipes import ModelSettings
 
 NUM_ROWS = 12  # of the data set of the run
 

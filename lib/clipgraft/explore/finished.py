@@ -14,8 +14,8 @@ from typing import Any
 from clipgraft.compare import LOCK
 from clipgraft.config import ConfigError
 from clipgraft.provenance import check_outputs, read_manifest
-from clipgraft.recipes import hint
 from clipgraft.report.costs import input_folder
+from clipgraft.spelling import hint
 
 INDEX = "index/"
 

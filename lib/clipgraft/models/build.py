@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from clipgraft.architectures import architecture
 from clipgraft.config import ConfigError
 from clipgraft.lean import open_clip, with_timm
+from clipgraft.model_settings import ModelSettings
 from clipgraft.models.positions import LINEAR, TextResize, resize_positions
 from clipgraft.models.weights import fit_state, pretrained_file, pretrained_tag, read_state
-from clipgraft.recipes import ModelSettings
 from clipgraft.reductions import TEXT_MASKS
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from clipgraft.config import ConfigError
 from clipgraft.lean import open_clip
-from clipgraft.recipes import PhaseSettings, position_kind, position_misfit, stretch_misfit
+from clipgraft.misfits import position_kind, position_misfit, stretch_misfit
+from clipgraft.recipes import PhaseSettings
 
 log = logging.getLogger(__name__)
 

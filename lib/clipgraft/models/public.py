@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from clipgraft.config import ConfigError
 from clipgraft.lean import open_clip
+from clipgraft.model_settings import ModelSettings, PreprocessSettings
 from clipgraft.models.build import (
     adopt_activation,
     architecture_of,
@@ -34,7 +35,6 @@ from clipgraft.models.weights import (
     pretrained_tag,
     read_state,
 )
-from clipgraft.recipes import ModelSettings, PreprocessSettings
 
 log = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from clipgraft.config import ConfigError
 from clipgraft.lean import open_clip
+from clipgraft.model_settings import ModelSettings
 from clipgraft.models.positions import IMAGE, TEXT
-from clipgraft.recipes import ModelSettings
 
 KERNEL = "visual.conv1.weight"  # of the patches
 _WRAPPERS = ("module.", "_orig_mod.")  # of several devices, of the compiler; in either order

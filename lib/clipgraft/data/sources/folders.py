@@ -10,8 +10,8 @@ from clipgraft.data.images import SUFFIXES
 from clipgraft.data.outcomes import Outcome
 from clipgraft.data.sources.classes import class_label, write_classes
 from clipgraft.data.utf8 import clean, is_utf8
-from clipgraft.recipes import hint
 from clipgraft.sources import ClassFolderSource, FolderSource
+from clipgraft.spelling import hint
 
 
 def local_folder(name: str) -> Path:

@@ -1,0 +1,81 @@
+"""The settings of an architecture. Part of `settings`, in a file of its own like `sources`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, PositiveFloat, model_validator
+
+from clipgraft.reductions import TEXT_MASKS, text_mask_of
+from clipgraft.sources import Fraction, Settings
+from clipgraft.spelling import hint
+
+# Keys of open_clip's model configs (tests/test_config.py holds them against open_clip's own).
+MODEL_KEYS = """
+    cast_dtype custom_text embed_dim init_logit_bias init_logit_scale
+    nonscalar_logit_scale output_dict quick_gelu text_cfg vision_cfg
+""".split()
+VISION_KEYS = """
+    act_kwargs attentional_pool attn_pooler_heads attn_pooler_queries block_type
+    final_ln_after_pool head_width image_size layers ls_init_value mlp_ratio no_ln_pre
+    norm_kwargs output_tokens patch_dropout patch_size pool_type pos_embed_type qk_norm
+    scale_attn scale_attn_inner scale_fc scale_heads scaled_cosine_attn timm_drop
+    timm_drop_path timm_model_name timm_model_pretrained timm_pool timm_proj
+    timm_proj_bias width
+""".split()
+TEXT_KEYS = """
+    act_kwargs block_type context_length embed_cls eos_id final_ln_after_pool heads
+    hf_model_name hf_model_pretrained hf_pooler_type hf_proj_type hf_tokenizer_name
+    layers ls_init_value mlp_ratio no_causal_mask norm_kwargs output_tokens pad_id
+    pool_type proj_bias proj_type qk_norm scale_attn scale_attn_inner scale_fc
+    scale_heads scaled_cosine_attn tokenizer_kwargs tokenizer_mode vocab_size width
+""".split()
+
+
+class PreprocessSettings(Settings):
+    """How a model wants its images; what is not given is as for the weights it starts from, or OpenAI's CLIP."""
+
+    mean: tuple[Fraction, Fraction, Fraction] | None = None
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    interpolation: Literal["bicubic", "bilinear"] | None = None
+    resize_mode: Literal["shortest", "squash"] | None = Field(
+        None,
+        description="shortest: resize the short side, take the middle; squash: resize to a square.",
+    )
+
+
+class ModelSettings(Settings):
+    """An architecture of open_clip's transformers: by name, or spelled out as its own model config."""
+
+    name: str | None = Field(
+        None, description="One of presets/models, or an open_clip model name, e.g. ViT-B-16."
+    )
+    config: dict[str, Any] | None = Field(
+        None, description="embed_dim, vision_cfg, text_cfg as in open_clip's model JSONs."
+    )
+    pretrained: str | None = Field(
+        None, description="open_clip tag or local checkpoint to start from; needs `name`."
+    )
+    preprocess: PreprocessSettings = PreprocessSettings()
+
+    @model_validator(mode="after")
+    def _one_of(self) -> ModelSettings:
+        if (self.name is None) == (self.config is None):
+            raise ValueError("give either `name` or `config`, not both and not neither")
+        config = self.config or {}
+        missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
+        if self.config is not None and missing:
+            raise ValueError(
+                f"config lacks {', '.join(missing)}. Hint: it has the form of open_clip's model JSONs"
+            )
+        known = {"": MODEL_KEYS, "vision_cfg": VISION_KEYS, "text_cfg": TEXT_KEYS}
+        for section, keys in known.items():
+            part = config.get(section, {}) if section else config
+            where = f"config.{section}" if section else "config"
+            if not isinstance(part, dict):
+                raise ValueError(f"{where} must be a mapping, got {part!r}")
+            for key in part:
+                if key not in keys and not (section == "text_cfg" and key in TEXT_MASKS):
+                    raise ValueError(f"unknown key `{key}` in model.{where}{hint(str(key), keys)}")
+        text_mask_of(config)
+        return self
