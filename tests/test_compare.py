@@ -126,6 +126,29 @@ def test_a_setting_far_upstream_makes_another_row_and_a_seed_does_not(store):
     assert counts == {"moe (routers)": "2", "moe (routers_1)": "1"}
 
 
+def test_probes_have_a_table_of_their_own_with_random_weights_of_all_seeds(store):
+    for seed, guess in enumerate(("0.2", "0.4")):
+        folder = job(store, "evaluate", f"untrained-{seed}", {"task": "renders", "untrained": seed})
+        lock = store / f"runs/routers_{seed}/versions.json"
+        about = json.loads(lock.read_text())
+        about["evaluate/untrained/renders"] = str(folder.relative_to(store))
+        lock.write_text(json.dumps(about))
+        page = store / f"runs/routers_{seed}/report/results.csv"
+        head, chance, base, moe = page.read_text().splitlines()
+        empty = "untrained" + "," * head.count(",")
+        probed = [f"{head},renders/probe_size_acc", f"{chance},0.5", f"{base},0.9", f"{moe},0.8"]
+        page.write_text("\n".join([*probed, f"{empty},{guess}"]) + "\n")
+    main, probes, note = compare(["routers_0", "routers_1"], store).split("\n\n")
+    assert "untrained" not in main and "probe" not in main and note.startswith("per cent")
+    assert lines_of(probes) == {
+        "model": ["seeds", "renders/probe:size"],
+        "chance": ["50.0"],
+        "base": ["2", "90.0 +- 0.0*"],
+        "moe": ["2", "80.0 +- 0.0"],
+        "untrained": ["2", said([0.2, 0.4])],
+    }
+
+
 def test_a_run_without_a_report_is_named(store):
     with pytest.raises(ConfigError, match=r"run 'nil' has no .*results.csv. Hint: snakemake"):
         compare(["routers_0", "nil"], store)

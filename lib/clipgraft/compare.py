@@ -1,9 +1,10 @@
-"""Comparing runs: one table over seeds, `python -m clipgraft.runs compare RUN ...`.
+"""Comparing runs: tables over seeds, `python -m clipgraft.runs compare RUN ...`.
 
 A model of several runs is one row if all that led to it was set alike, seeds left out; how it was set is read from
 manifests, so names of runs mean nothing, and what runs share counts once. Models of one name that were set
 differently stand below one another, told apart by the runs that they come from. The best expert of each run, by its
-leading metric, is a row of its own: chosen on what is shown, which flatters it.
+leading metric, is a row of its own: chosen on what is shown, which flatters it. Linear probes and retrieval among
+candidates that agree have a table of their own.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -24,6 +25,7 @@ from clipgraft.provenance import MANIFEST, read_manifest
 LOCK = "versions.json"
 BEST = "best_expert"
 _SHOWN = ("/mean_R@1", "_acc1", "evalset/Average")  # how the metrics of the table end
+_ATTRIBUTES = ("/probe_", "/given_")  # what the metrics of the second table have in their names
 _LAST = "best_expert upcycled moe"
 _UNITS = {"E": 1e18, "P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
 _NOTE = (
@@ -106,10 +108,7 @@ def collect(runs: Sequence[str], results: Path) -> tuple[list[Row], dict[str, st
             row.results[str(evaluations[model])] = line
             row.bases[str(evaluations[model])] = lines.get("base", {})
     ordered = _in_order(rows)
-    names = [row.model for row in ordered]
-    for row in ordered:
-        several = names.count(row.model) > 1
-        row.title = row.model.replace("_", " ") + (f" ({_common(row.runs)})" if several else "")
+    _entitle(ordered)
     return ordered, chance
 
 
@@ -146,7 +145,8 @@ def main_metrics(chance: Mapping[str, str]) -> list[str]:
 
 def short_name(metric: str) -> str:
     """For the head of a table."""
-    return metric.replace("mean_R@1", "R@1").replace("_acc1", "")
+    short = metric.replace("mean_R@1", "R@1").replace("_acc1", "")
+    return short.removesuffix("_acc").replace("/probe_", "/probe:").replace("/given_", "/given:")
 
 
 def _recipe(folder: Path, known: dict[Path, str] | None = None) -> str:
@@ -155,6 +155,7 @@ def _recipe(folder: Path, known: dict[Path, str] | None = None) -> str:
     if folder not in known:
         manifest = read_manifest(folder)
         settings = {key: value for key, value in manifest["settings"].items() if key != "seed"}
+        settings["untrained"] = settings.get("untrained") is not None  # a seed, too
         inputs = {
             name: _recipe((folder / about["manifest"].removesuffix(MANIFEST)).resolve(), known)
             for name, about in sorted(manifest["inputs"].items())
@@ -174,15 +175,23 @@ def _in_order(rows: Mapping[tuple[str, str], Row]) -> list[Row]:
 
 
 def _text(rows: Sequence[Row], chance: Mapping[str, str]) -> str:
-    metrics = main_metrics(chance)
     lead = lead_metric(chance)
+    attributes = [name for name in chance if any(part in name for part in _ATTRIBUTES)]
+    tables = [_table(rows, chance, main_metrics(chance), lead)]
+    if attributes:
+        tables.append(_table(rows, chance, attributes, ""))
+    return "\n".join([*tables, _NOTE])
+
+
+def _table(
+    rows: Sequence[Row], chance: Mapping[str, str], metrics: Sequence[str], lead: str
+) -> str:
+    """Of the models that have any of these metrics; with costs and gains where there is a leading metric."""
+    rows = [row for row in rows if not metrics or any(row.values(name) for name in metrics)]
     best = {name: max(mean(v) for row in rows if (v := row.values(name))) for name in metrics}
-    head = ["model", "seeds", "after", "FLOP", "FLOP/pair"]
-    head += [short_name(name) for name in metrics]
-    lines = [[*head, "over base"]]
-    lines.append(
-        ["chance", "", "", "", "", *(percent([100 * float(chance[n])]) for n in metrics), ""]
-    )
+    head = ["model", "seeds", "after", "FLOP", "FLOP/pair", *map(short_name, metrics), "over base"]
+    guessed = [percent([100 * float(chance[name])]) for name in metrics]
+    lines = [head, ["chance", "", "", "", "", *guessed, ""]]
     for row in rows:
         costs = next(iter(row.results.values()))
         cells = [row.title, str(len(row.results))]
@@ -195,7 +204,9 @@ def _text(rows: Sequence[Row], chance: Mapping[str, str]) -> str:
             is_best = values and f"{mean(values):.1f}" == f"{best[name]:.1f}"
             cells.append(percent(values) + ("*" if is_best else " "))
         lines.append([*cells, percent(row.gains(lead), sign="+") if row.model != "base" else "-"])
-    return _aligned(lines) + "\n" + _NOTE
+    if not lead:
+        lines = [[*line[:2], *line[5:-1]] for line in lines]
+    return _aligned(lines)
 
 
 def percent(values: Sequence[float], sign: str = "") -> str:
@@ -206,10 +217,19 @@ def percent(values: Sequence[float], sign: str = "") -> str:
     return f"{mean(values):{sign}.1f}{spread}"
 
 
-def _common(runs: Sequence[str]) -> str:
-    """What the names of runs begin with, or the one name."""
-    alike = takewhile(lambda letters: len(set(letters)) == 1, zip(*runs, strict=False))
-    return "".join(letters[0] for letters in alike).rstrip("_-") or ", ".join(runs)
+def _entitle(rows: Sequence[Row]) -> None:
+    """Name each row after its model, and where that is not enough after its runs: without their last numbers if it can."""
+    models = [row.model for row in rows]
+    of_seeds = [(row.model, _family(row)) for row in rows if len(row.runs) > 1]
+    for row in rows:
+        is_plain = of_seeds.count((row.model, _family(row))) == 1 and len(row.runs) > 1
+        runs = f" ({_family(row) if is_plain else ', '.join(row.runs)})"
+        row.title = row.model.replace("_", " ") + runs * (models.count(row.model) > 1)
+
+
+def _family(row: Row) -> str:
+    """The names of the runs without the numbers of seeds."""
+    return ", ".join(dict.fromkeys(re.sub(r"(?<=.)[_-]?\d+$", "", run) for run in row.runs))
 
 
 def short_count(count: str) -> str:
