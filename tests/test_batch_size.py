@@ -77,6 +77,12 @@ def test_the_largest_part_that_fits_is_found_by_real_steps(results, tmp_path, ca
     )
 
 
+def test_what_a_fork_shares_with_its_parent_is_counted_once():
+    work = "import os, time; x = b'x' * 200_000_000; pid = os.fork(); time.sleep(0.5); pid and os.wait()"
+    said, peak_mb, _ = watched([sys.executable, "-c", work], None)
+    assert not said and 190 < peak_mb < 300
+
+
 def test_a_job_that_fails_for_another_reason_is_no_lack_of_memory(results):
     trials = trials_of(results, None)
     trials.inputs["index"] = trials.inputs["shard"]

@@ -320,7 +320,7 @@ def test_a_batch_in_parts_trains_like_the_whole_batch(data, tmp_path, name):
         weights.append(read_weights(out))
     whole, parts = weights
     for key in whole:
-        torch.testing.assert_close(parts[key], whole[key], rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(parts[key], whole[key], rtol=1e-5, atol=4e-6)
 
 
 def test_parts_have_the_gradient_of_the_whole_and_draw_the_same_random_numbers():

@@ -177,12 +177,16 @@ def family(pid: int) -> list[int]:
 
 
 def own_mb(pid: int) -> int:
-    """The most memory that a process has had so far, but for pages of files."""
+    """The most memory that a process has had so far, but for pages of files; 0 while it is a copy of its parent."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        told = {name: rest.split() for name, _, rest in (line.partition(":") for line in lines)}
+        words = [Path(f"/proc/{each}/cmdline").read_text() for each in (pid, told["PPid"][0])]
     except OSError:
         return 0
-    kb = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith(" kB")}
+    if words[0] == words[1]:  # forked, and not yet another program: all it has is the parent's
+        return 0
+    kb = {name: int(rest[0]) for name, rest in told.items() if rest[-1:] == ["kB"]}
     return max(0, kb.get("VmHWM", 0) - kb.get("RssFile", 0)) // 1024
 
 
