@@ -59,6 +59,7 @@ def comparison(names: Sequence[str], results: Path) -> str:
         ConfigError: if a run has no report.
     """
     rows, chance = collect(names, results)
+    rows = [row for row in rows if any(map(row.values, main_metrics(chance)))] or rows
     runs = {name: _open(name, results) for name in dict.fromkeys(names)}
     metrics, lead = main_metrics(chance), lead_metric(chance)
     colours = {id(row): _COLOURS[i % len(_COLOURS)] for i, row in enumerate(rows)}
