@@ -41,9 +41,7 @@ log = logging.getLogger(__name__)
 TOWERS = {"image": "visual", "text": "text"}
 IDLE = 0.01  # of even use: an expert that was trained for nothing
 CROWDED = 0.9  # of the way from even use to all tokens: a dense model in disguise
-KERNELS = (
-    256  # of experts on a CPU, forward and backward: with fewer, most are made again in each step
-)
+KERNELS = 256  # of products on a CPU: with fewer, those of experts are made again in each step
 PATIENCE = 0.1  # of the training: fresh routers are uneven, and first steps may be large
 
 

@@ -1,11 +1,12 @@
 """Tokens through their experts: three ways of execution, one result.
 
-`loop` sorts the rows (token, choice) by expert and runs each expert on its rows, and on a few more, so that their numbers
-repeat: on CPUs it is as fast as the products allow. `grouped` runs the sorted rows through one grouped product per matrix, so that the host never waits for the
-device to learn how many rows an expert has; torch has a fast one for bf16 on compute capability 9 and 10. `dense` runs
-all experts on all tokens, E / K times the work, and no shape in it depends on the data: for export, and to test the
-others. Rows are brought to experts and back by permutations, forward and backward, never by sums in the order in which
-threads arrive: the same result on every run. Which way is taken is no setting, for it changes nothing but speed.
+`loop` sorts the rows (token, choice) by expert and runs each expert on its rows, and on a few more, so that their
+numbers repeat: on CPUs it is as fast as the products allow. `grouped` runs the sorted rows through one grouped
+product per matrix, so that the host never waits for the device to learn how many rows an expert has; torch has a fast
+one for bf16 on compute capability 9 and 10. `dense` runs all experts on all tokens, E / K times the work, and no
+shape in it depends on the data: for export, and to test the others. Rows are brought to experts and back by
+permutations, forward and backward, never by sums in the order in which threads arrive: the same result on every run.
+Which way is taken is no setting, for it changes nothing but speed.
 """
 
 # Shapes: T tokens, P = T * K choices, R >= P rows that experts run on, D width, F hidden, E experts, K top-k
