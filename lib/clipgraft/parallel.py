@@ -89,7 +89,9 @@ def in_all_processes(model: nn.Module, world: dist.World) -> nn.Module:
     """What is called in training: the model itself if it is sharded or alone, else in DDP."""
     if world.size == 1 or sharded_modules(model):
         return model
-    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return nn.parallel.DistributedDataParallel(
+        model, gradient_as_bucket_view=True, broadcast_buffers=False
+    )
 
 
 @contextmanager
