@@ -168,26 +168,32 @@ def rate(out: Path) -> float:
 
 
 def two_processes(finished: Finished, folder: Path, num_samples: int, repeats: int) -> Row:
-    """One process, two of one training, and two trainings at once, in turns; each process has one thread."""
-    sides: Mapping[str, list[tuple[str, int]]] = {
-        "one": [("one", 1)],
-        "two": [("two", 2)],
-        "apart": [("left", 1), ("right", 1)],
+    """One process, two of one training, and two trainings of half the batch, in turns; each process has one thread.
+
+    The last have the work of the second, and nothing to say to one another.
+    """
+    batch = int(finished.phase.settings["batch_size"])
+    sides: Mapping[str, list[tuple[str, int, int]]] = {
+        "one": [("one", 1, 1)],
+        "two": [("two", 2, 1)],
+        "apart": [("left", 1, 2), ("right", 1, 2)],
     }
     measured: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(repeats):
         for side, trainings in sides.items():
-            outs = [folder / f"{name}{number}" for name, _ in trainings]
+            outs = [folder / f"{name}{number}" for name, *_ in trainings]
             commands: list[Any] = [
-                finished.training(out, num, samples_seen=num_samples)
-                for out, (_, num) in zip(outs, trainings, strict=True)
+                finished.training(
+                    out, num, samples_seen=num_samples // share, batch_size=batch // share
+                )
+                for out, (_, num, share) in zip(outs, trainings, strict=True)
             ]
             codes = [process.wait() for process in [started(command) for command in commands]]
             assert set(codes) == {0}, commands
             measured[side].append(sum(rate(out) for out in outs))
     ratios = [two / (2 * one) for one, two in zip(measured["one"], measured["two"], strict=True)]
     one, two, apart = (statistics.median(measured[side]) for side in sides)
-    note = f"of two trainings that know nothing of one another: {two / apart:.2f}"
+    note = f"of two trainings of half the batch that know nothing of one another: {two / apart:.2f}"
     spread = (min(ratios), max(ratios))
     efficiency = statistics.median(ratios)
     name = "two processes on two cores, of twice one"

@@ -22,7 +22,13 @@ from clipgraft.recipes import PhaseSettings
 from clipgraft.schedule import num_steps
 
 PRESETS = Path(__file__).resolve().parent.parent.parent / "presets"
-STUDIES = {"experts_study", "inverse_scaling", "losses_reference", "losses_study"}  # ours
+STUDIES = {  # ours
+    "experts_small_batch",
+    "experts_study",
+    "inverse_scaling",
+    "losses_reference",
+    "losses_study",
+}
 DEVICES, PAIRS = (8, 64, 512), (1_000_000, 400_000_000, 2_000_000_000)
 EXPERTS = 4  # as CLIP-MoE has
 CORES, NODE_MEMORY, DISK, DAYS = (

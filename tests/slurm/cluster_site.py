@@ -62,11 +62,11 @@ class Site:
                 text=True,
             )
 
-    def snakemake(self, *words: str, code: int = 0) -> str:
+    def snakemake(self, *words: str, code: int = 0, minutes: float = 7) -> str:
         """Run snakemake to its end; returns what it printed."""
         process = self.begin(*words)
         try:
-            ended = process.wait(timeout=400)
+            ended = process.wait(timeout=60 * minutes)
         finally:
             process.kill()
         printed = (self.root / "printed.txt").read_text()
