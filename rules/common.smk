@@ -136,8 +136,13 @@ def run_of(stage, wildcards):
 
 
 def batch_size(stage):
-    """The global batch, which processes share evenly; 0 where there is none."""
-    return lambda wildcards: planned(stage, wildcards).settings.get("batch_size", 0)
+    """Samples of the global batch that processes take at a time and share evenly; 0 where there is none."""
+
+    def at_a_time(wildcards):
+        settings = planned(stage, wildcards).settings
+        return settings.get("batch_size", 0) // settings.get("accumulate", 1)
+
+    return at_a_time
 
 
 def sources(stage):

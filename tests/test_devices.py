@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from clipgraft.devices import read_later
+from clipgraft.devices import fetch_later
 
 PAGES = """
 import resource, sys, torch
@@ -44,7 +44,7 @@ def test_freed_memory_that_is_kept_is_used_again():
 
 def test_a_number_that_is_read_late_is_as_it_was():
     value = torch.tensor(2.0, requires_grad=True)
-    read = read_later(value)
+    read = fetch_later(value)
     value.data.fill_(3.0)
     assert read() == read() == 2.0
 
@@ -52,6 +52,6 @@ def test_a_number_that_is_read_late_is_as_it_was():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_number_on_a_gpu_that_is_read_late_is_as_it_was():
     value = torch.tensor(2.0, device="cuda")
-    read = read_later(value)
+    read = fetch_later(value)
     value.fill_(3.0)
     assert read() == 2.0

@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ from trainings import FORKS, exit_codes
 
 from clipgraft import dist, training_state
 from clipgraft.config import ConfigError
-from clipgraft.training_state import Pace, Parts, TrainingState
+from clipgraft.train import GO_ON, LEAVE, SAVE, SPEAK, Fit
+from clipgraft.training_state import Pace, Parts, Stop, TrainingState
 
 
 def state_of(step: int) -> dict:
@@ -321,3 +323,22 @@ def test_saves_that_cost_nothing_come_as_often_as_they_were_asked_for(monkeypatc
     with pace.saving():
         time.sleep(0.01)
     assert pace.is_due()  # after every step
+
+
+@pytest.mark.parametrize(
+    "rank, is_told, save, speak, wish",
+    [
+        (0, False, False, False, GO_ON),
+        (0, False, False, True, SPEAK),
+        (0, False, True, True, SAVE),
+        (1, False, True, True, GO_ON),
+        (1, True, False, False, LEAVE),
+    ],
+)
+def test_the_process_that_writes_says_when_and_any_may_be_told_to_leave(
+    rank, is_told, save, speak, wish
+):
+    """The others do not know how long a save takes: by their clocks it would be due every minute."""
+    fit = SimpleNamespace(world=dist.World(rank, 2, torch.device("cpu")))
+    pace, meter = (SimpleNamespace(is_due=lambda answer=each: answer) for each in (save, speak))
+    assert Fit._wish(fit, Stop(is_told), pace, meter) == wish

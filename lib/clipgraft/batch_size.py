@@ -113,6 +113,7 @@ class Trials:
             "samples_seen": STEPS * batch_size,
             "optim": {**self.job.settings["optim"], **warmups},
             "watch": None,
+            "cuda_graphs": False,  # not with parts
         }
         if "stop_ratio" in self.job.settings:  # two steps teach nothing
             changes["stop_ratio"] = None

@@ -76,19 +76,26 @@ def device_memory(device: torch.device) -> dict[str, int]:
     }
 
 
-def read_later(value: Tensor) -> Callable[[], float]:
-    """Begin to copy a number from its device; what is returned waits for it, not for work that was queued after it."""
-    copy = value.detach().to("cpu", non_blocking=True, copy=True)
-    if not value.is_cuda:
-        return copy.item
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, without waiting for what the device is at: only pinned memory goes so."""
+    if device.type == "cuda" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def fetch_later(tensor: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy a tensor to the host; what is returned waits for it, not for work that was queued after it."""
+    copy = tensor.detach().to("cpu", non_blocking=True, copy=True)
+    if not tensor.is_cuda:
+        return lambda: copy
     copied = torch.cuda.Event()
     copied.record()
 
-    def read() -> float:
+    def fetch() -> Tensor:
         copied.synchronize()
-        return float(copy)
+        return copy
 
-    return read
+    return fetch
 
 
 def random_state() -> list[Any]:

@@ -24,7 +24,7 @@ NUM_ROWS = 100  # rows of a whole training, about
 
 
 class Meter:
-    """Averages between two log lines; keeps about `NUM_ROWS` rows and speaks every `LOG_SECONDS`."""
+    """Averages between two rows, of which there are about `NUM_ROWS` and one for each save; speaks every `LOG_SECONDS`."""
 
     def __init__(
         self,
@@ -83,6 +83,30 @@ class Meter:
         """Close the current row, if it has steps."""
         if not self.count:
             return
+        row, now = self._row(step)
+        self.rows.append(row)
+        if self.watch is not None:
+            self.watch(row)
+        self.sums, self.count = {}, 0
+        self.row_time, self.row_step, self.row_waited = now, step, self.waited
+        if self.is_due() or step == self.num_steps:
+            self.speak(row, now)
+
+    def is_due(self) -> bool:
+        """Whether it is time to speak."""
+        return time.monotonic() - self.spoke > LOG_SECONDS
+
+    def glance(self, step: int) -> None:
+        """Speak in the middle of a row, if it has steps; by all processes together."""
+        if self.count:
+            self.speak(*self._row(step))
+
+    def _row(self, step: int) -> tuple[dict[str, Any], float]:
+        """The current row as it is after a step, and the time when that was over.
+
+        Raises:
+            ConfigError: if the loss is not finite.
+        """
         values = self._means()
         now = time.monotonic()
         seconds, samples = now - self.row_time, (step - self.row_step) * self.batch_size
@@ -101,13 +125,7 @@ class Meter:
                 f"the loss is {row['loss']} between steps {self.row_step} and {step} of {self.num_steps} (tau "
                 f"{row['tau']:.4g}, lr {self.lr:.3g}). Hint: a lower optim.lr, a longer warmup, or max_grad_norm"
             )
-        self.rows.append(row)
-        if self.watch is not None:
-            self.watch(row)
-        self.sums, self.count = {}, 0
-        self.row_time, self.row_step, self.row_waited = now, step, self.waited
-        if now - self.spoke > LOG_SECONDS or step == self.num_steps:
-            self.speak(row, now)
+        return row, now
 
     def _means(self) -> dict[str, Any]:
         """Of steps and processes, in one collective and one look at the device."""

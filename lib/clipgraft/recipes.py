@@ -261,7 +261,8 @@ class PhaseSettings(TrainSettings):
     )
     temperature: Tau = Field(
         0.07,
-        description="Tau at the start of the first phase, and of every phase in which it is constant.",
+        description="Tau at the start of training from random weights, and of every phase in which it is constant; elsewhere it "
+        "comes with the weights.",
     )
     loss: LossSettings = LossSettings()
     references: list[ReferenceSettings] = Field(

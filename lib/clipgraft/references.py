@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipgraft import devices
 from clipgraft.checkpoint import load_reference
 from clipgraft.config import ConfigError
 from clipgraft.data.cached import ReferenceCache
@@ -84,7 +85,8 @@ class OnlineReference:
         about = self._preprocess
         images_BCHW = resize(images_BCHW, about["size"], about["interpolation"])
         images_BCHW = normalize(images_BCHW, about["mean"], about["std"])
-        text_BL = trimmed(self._model, self._text(batch)).to(images_BCHW.device)
+        text_BL = trimmed(self._model, self._text(batch)).contiguous()
+        text_BL = devices.send(text_BL, images_BCHW.device)
         image_BD = self._model.encode_image(images_BCHW).float()
         text_BD = self._model.encode_text(text_BL).float()
         return ReferenceFeatures(

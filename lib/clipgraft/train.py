@@ -64,7 +64,9 @@ log = logging.getLogger(__name__)
 
 PROJECTIONS = "projections"  # what their names in the saved state begin with
 
-GO_ON, SAVE, LEAVE = range(3)  # what a process wishes after a step; the most that one does is done
+GO_ON, SPEAK, SAVE, LEAVE = range(
+    4
+)  # what a process wishes after a step; the most that one does is done
 
 Sampler = UniformBatches | HomogeneousBatches | RoundRobinBatches
 
@@ -119,7 +121,7 @@ class Fit:
     short_captions: str | None = None
     watch: Watcher | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
-    _logit_scale: Callable[[], float] | None = None  # as the step before left it, read late
+    _logit_scale: Callable[[], Tensor] | None = None  # as the step before left it, read late
 
     @property
     def num_steps(self) -> int:
@@ -144,10 +146,12 @@ class Fit:
         """
         num_parts = self.world.size * self.settings.accumulate
         if self.settings.batch_size % num_parts:
+            fewer = self.settings.batch_size // num_parts * num_parts
+            in_parts = f" x accumulate = {self.settings.accumulate}"
             raise ConfigError(
                 f"batch_size = {self.settings.batch_size} does not divide by {self.world.size} processes"
-                f"{f' x accumulate = {num_parts // self.world.size}' if num_parts > self.world.size else ''}. "
-                f"Hint: {self.settings.batch_size // num_parts * num_parts}"
+                f"{in_parts if self.settings.accumulate > 1 else ''}. "
+                f"Hint: {f'{fewer}, or fewer processes' if fewer else 'fewer processes, or a smaller accumulate'}"
             )
         devices.keep_freed_memory(self.world.device)
         for each in (self.model, self.projections):
@@ -263,9 +267,7 @@ class Fit:
                 self._look(meter, 0)
             for step, batch in enumerate(loader, start=first_step):
                 # Asked before the step and answered after it, so that nobody waits for the others.
-                agreed = dist.ask_largest(
-                    lambda: LEAVE if stop.requested else SAVE if pace.is_due() else GO_ON
-                )
+                agreed = dist.ask_largest(lambda: self._wish(stop, pace, meter))
                 loss, lr, extras = self._step(model, parts, batch, step)
                 done = step + 1
                 meter.add(done, loss, lr, loader.wait_seconds, extras)
@@ -273,6 +275,8 @@ class Fit:
                 wish = agreed()
                 if done == self.num_steps:
                     break
+                if wish == SPEAK:
+                    meter.glance(done)
                 if wish >= SAVE:
                     meter.flush(done)
                     with pace.saving():
@@ -283,6 +287,14 @@ class Fit:
                     sys.exit(REQUEUE)
         meter.flush(self.num_steps)
         parts.check_finite(self.num_steps, self.num_steps, self.world.device)
+
+    def _wish(self, stop: Stop, pace: Pace, meter: Meter) -> int:
+        """Anyone may be told to stop; clocks are the first process's, which alone writes and speaks."""
+        if stop.requested:
+            return LEAVE
+        if not self.world.is_first:
+            return GO_ON
+        return SAVE if pace.is_due() else SPEAK if meter.is_due() else GO_ON
 
     def _look(self, meter: Meter, step: int) -> None:
         if self.watch is None or not self.watch.is_due(step):
@@ -306,17 +318,19 @@ class Fit:
             parallel.clip_gradients(parts.trained.values(), self.settings.optim.max_grad_norm)
         lr = set_rates(parts.optimizer, self.settings, self.loss, step, self._tau)
         parts.optimizer.step()
+        if self.memory is not None:
+            self.memory.settle()
         if self.model.logit_scale.requires_grad:
             low, high = (-math.log(tau) for tau in reversed(self.loss.tau_bounds))
             self.model.logit_scale.data.clamp_(low, high)  # type: ignore[operator,union-attr]
         if self.loss.lr_tau_schedule == "step_thresh":
-            self._logit_scale = devices.read_later(self.model.logit_scale)  # type: ignore[arg-type]
+            self._logit_scale = devices.fetch_later(self.model.logit_scale)  # type: ignore[arg-type]
         return loss, lr, extras
 
     def _tau(self) -> float:
         if self._logit_scale is None:
-            self._logit_scale = devices.read_later(self.model.logit_scale)  # type: ignore[arg-type]
-        return math.exp(-self._logit_scale())
+            self._logit_scale = devices.fetch_later(self.model.logit_scale)  # type: ignore[arg-type]
+        return math.exp(-self._logit_scale().item())
 
     def _backward(
         self, model: nn.Module, batch: Batch, epoch: float
@@ -365,7 +379,7 @@ class Fit:
             text_BL = torch.stack([text_BL, batch.short_BL], 1).flatten(0, 1)
         text_BL = trimmed(self.model, text_BL).contiguous()
         with self._autocast():
-            return encode(model, images, text_BL.to(device, non_blocking=True))
+            return encode(model, images, devices.send(text_BL, device))
 
     def _pixels(self, batch: Batch) -> Tensor:
         pixels, uniform_BK = batch.images_BCHW, batch.uniform_BK

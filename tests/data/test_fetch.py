@@ -19,8 +19,9 @@ from server import Site
 
 from clipgraft.config import ConfigError
 from clipgraft.data.download import download
+from clipgraft.data.fetch import last_outcomes
 from clipgraft.data.fetch_process import is_public
-from clipgraft.data.outcomes import read_outcomes
+from clipgraft.data.outcomes import Outcome, read_outcomes, write_outcomes
 from clipgraft.sources import UrlSource
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -376,3 +377,9 @@ def _indexed(root: Path) -> set[str]:
     mixed = [table for table in tables if table["source"][0].as_py()]
     assert len(mixed) == 1
     return set(mixed[0]["uid"].to_pylist())
+
+
+def test_the_last_word_on_an_image_is_that_of_the_later_shard_whatever_its_digits(tmp_path):
+    write_outcomes([Outcome("7", "", "failed", "gone")], tmp_path / "30000.parquet")
+    write_outcomes([Outcome("7", "207000.tar", "ok", "")], tmp_path / "207000.parquet")
+    assert last_outcomes(tmp_path)[7].status == "ok"

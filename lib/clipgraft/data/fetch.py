@@ -88,7 +88,7 @@ def fetch(table: pa.Table, work: Path, threads: int, limits: Limits) -> list[Out
     finished.mkdir(parents=True, exist_ok=True)
     if not (current / "first_shard").is_file():  # else it was stopped in the middle
         shutil.rmtree(current, ignore_errors=True)
-        told = _told(finished)
+        told = last_outcomes(finished)
         had = [row for row, outcome in told.items() if outcome.status == "ok"]
         wanted = table.filter(pc.invert(pc.is_in(table["row"], pa.array(had, pa.int64()))))
         if not wanted.num_rows:
@@ -102,7 +102,7 @@ def fetch(table: pa.Table, work: Path, threads: int, limits: Limits) -> list[Out
         (current / "first_shard").write_text(str(max(stems, default=-1) + 1))
     _run_round(current, finished, threads, limits)
     shutil.rmtree(current)
-    told = _told(finished)
+    told = last_outcomes(finished)
     return [told[row] for row in table["row"].to_pylist()]
 
 
@@ -139,11 +139,11 @@ def key_of(row: int) -> str:
     return f"{row:09d}"
 
 
-def _told(finished: Path) -> dict[int, Outcome]:
+def last_outcomes(finished: Path) -> dict[int, Outcome]:
     """The last word on each row; later shards fetched again what had failed in earlier ones."""
     return {
         int(each.key): each
-        for path in sorted(finished.glob("*.parquet"))
+        for path in sorted(finished.glob("*.parquet"), key=lambda path: int(path.stem))
         for each in read_outcomes(path)
     }
 

@@ -2,8 +2,8 @@
 
 A memory map of a file without a name: it needs no more RAM than what is in use, and it is gone when its processes are,
 however they end. The first process of a node writes, the others read. They take turns: all gather between reading and
-writing, and nobody reads again before all have written. Hosts ask one another for that, since with GPUs each may be a step
-ahead of what its device does.
+writing, and nobody reads again before all have written. Hosts ask one another for that, since with GPUs each is ahead of
+what its device does. So that no device runs dry, what is to be written is fetched once the rest of the step is queued.
 """
 
 # Shapes: N dataset, B local batch, G global batch, C numbers per sample
@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clipgraft import dist
+from clipgraft import devices, dist
 
 
 class SampleMemory:
@@ -33,12 +33,18 @@ class SampleMemory:
         """
         self._is_writer = dist.is_first_on_node()
         self._have_written = dist.ask_largest(lambda: 0)
+        self._pending: tuple[Tensor, Callable[[], Tensor]] | None = None
         shape = (num_samples, len(initial_C))
         path = ""
         if self._is_writer:
             descriptor, path = tempfile.mkstemp(prefix="clipgraft-memory-")
-            os.ftruncate(descriptor, 4 * num_samples * len(initial_C))
-            os.close(descriptor)
+            try:  # with its room reserved: a map of a file that finds none ends the process without a word
+                os.posix_fallocate(descriptor, 0, 4 * num_samples * len(initial_C))
+            except OSError as error:
+                os.unlink(path)
+                raise OSError(error.errno, os.strerror(error.errno), path) from None
+            finally:
+                os.close(descriptor)
         path = dist.same_on_node(path)
         self._table_NC = np.memmap(path, np.float32, "r+", shape=shape)
         if self._is_writer:
@@ -48,19 +54,30 @@ class SampleMemory:
             os.unlink(path)
 
     def read(self, rows_B: Tensor, device: torch.device) -> Tensor:
-        """The numbers [B, C] of some samples; all processes together, once after each `write`."""
+        """The numbers [B, C] of some samples; all processes together, once after each `write` that was settled."""
+        assert self._pending is None
         self._have_written()
-        return torch.from_numpy(self._table_NC[rows_B.numpy()]).to(device)
+        return devices.send(torch.from_numpy(self._table_NC[rows_B.numpy()]), device)
 
     def write(self, rows_B: Tensor, values_BC: Tensor) -> None:
-        """Replace those of the global batch; all processes together, each with its own rows.
+        """Replace those of the global batch once it is settled; all processes together, each with its own rows.
 
         Of a sample that is in the batch twice, the last row counts.
+
+        Args:
+            rows_B: on the host.
+            values_BC: on the device of training.
         """
-        rows_G = dist.gather(rows_B.to(values_BC.device))
-        values_GC = dist.gather(values_BC.float())
+        rows_G = dist.gather(rows_B)
+        self._pending = rows_G, devices.fetch_later(dist.gather(values_BC.float()))
+
+    def settle(self) -> None:
+        """Write what is pending; all processes together, when the rest of the step is queued."""
+        assert self._pending is not None
+        (rows_G, fetch), self._pending = self._pending, None
+        values_GC = fetch()
         if self._is_writer:
-            self._table_NC[rows_G.cpu().numpy()] = values_GC.cpu().numpy()
+            self._table_NC[rows_G.numpy()] = values_GC.numpy()
         self._have_written = dist.ask_largest(lambda: 0)
 
     def state(self) -> Tensor:

@@ -1,0 +1,58 @@
+"""The meter of a training: its rows, and what it says in between."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from clipgraft import meter as meters
+from clipgraft.config import ConfigError
+from clipgraft.meter import Meter
+
+
+def meter_of(num_steps: int, rows: list[dict]) -> Meter:
+    return Meter(num_steps, 4, torch.tensor(2.0), rows)
+
+
+def add(meter: Meter, step: int, loss: float) -> None:
+    meter.add(step, torch.tensor(loss), 1e-3, 0.0, {})
+
+
+def test_a_row_is_the_mean_of_its_steps(monkeypatch):
+    monkeypatch.setattr(meters, "NUM_ROWS", 2)
+    rows: list[dict] = []
+    meter = meter_of(4, rows)
+    for step in range(1, 5):
+        add(meter, step, float(step))
+    assert [(row["step"], row["samples_seen"], row["loss"]) for row in rows] == [
+        (2, 8, 1.5),
+        (4, 16, 3.5),
+    ]
+
+
+def test_in_the_middle_of_a_long_row_it_says_how_it_is_and_keeps_the_row(caplog):
+    rows: list[dict] = []
+    meter = meter_of(1000, rows)
+    add(meter, 1, 2.0)
+    with caplog.at_level(logging.INFO):
+        meter.glance(1)
+    assert "step     1/1000" in caplog.text and "loss 2.000" in caplog.text
+    assert not rows and not meter.is_due()
+    for step in range(2, 11):
+        add(meter, step, 3.0)
+    assert [row["loss"] for row in rows] == [pytest.approx(2.9)]
+
+
+def test_without_a_step_there_is_nothing_to_say(caplog):
+    with caplog.at_level(logging.INFO):
+        meter_of(1000, []).glance(0)
+    assert not caplog.text
+
+
+def test_a_loss_that_is_not_finite_is_seen_in_the_middle_of_a_row():
+    meter = meter_of(1000, [])
+    add(meter, 1, float("nan"))
+    with pytest.raises(ConfigError, match="the loss is nan between steps 0 and 1 of 1000"):
+        meter.glance(1)
