@@ -24,9 +24,9 @@ DEMO_RESOURCES = {
     "finetune_router": {"nodes": 2, "threads": 2, "mem_mb": 3000, "runtime": 30},
     "evaluate": {"threads": 1, "mem_mb": 3000, "runtime": 20},
 }
-MINUTES = 40  # for a DAG; the demo takes a quarter of an hour on two cores
+MINUTES = 60  # for a DAG; the demo takes a quarter of an hour on two cores
 
-pytestmark = LONG
+pytestmark = [LONG, pytest.mark.timeout(60 * MINUTES)]
 
 
 def config_of(name):
