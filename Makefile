@@ -1,8 +1,10 @@
+# make setup  set up .venv, no more; then: source .venv/bin/activate
 # make demo   set up, run the whole DAG on the built-in data set, print the results
 # make explore RUN=demo   try the models of a finished run in the browser, on this machine alone
 # make test   set up, run all tests (LONG=1: also those that take minutes each, on a SLURM of two nodes and with kills)
 # make slurm  have snakemake submit to SLURM: workflow/docs/slurm.md
-# make bench  all benchmarks, results to benchmarks/results/ (QUICK=--quick: under a minute each)
+# make bench  all benchmarks: hours (faults.py alone kills the demo 200 times); overwrites benchmarks/results/
+#             (QUICK=--quick: about a minute each)
 PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.installed
@@ -13,7 +15,9 @@ LONG ?=
 # One more than cores: tests on a SLURM of two nodes mostly wait.
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count() + 1)')
 
-.PHONY: demo explore test slurm bench lint format schema lock unused clean
+.PHONY: setup demo explore test slurm bench lint format schema lock unused clean
+
+setup: $(SETUP)
 
 demo: $(SETUP)
 	$(BIN)/snakemake --cores $(CORES)
