@@ -114,3 +114,13 @@ def test_slurm_is_given_the_whole_geometry(monkeypatch):
     assert is_slurm_allocation()
     monkeypatch.setenv("SLURM_STEP_ID", "0")
     assert not is_slurm_allocation()
+
+
+def test_no_devices_given_is_said_and_the_script_runs_without():
+    """As `--resources gpu=0` has it: Snakemake scales the wish down, but not what a node would have of it."""
+    words = ["--gpu", "0", "--gpus-per-node", "8", "--", "-c"]
+    code = "import os; print(repr(os.environ['CUDA_VISIBLE_DEVICES']))"
+    command = [sys.executable, "-m", "clipgraft.launch", *words, code]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "''\n", done.stderr
+    assert "launch: no GPUs: --resources gpu=0" in done.stderr

@@ -54,12 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         processes = max(1, given.gpus_per_node)
         command = srun_command(given.nodes, processes, given.threads, given.command)
-    elif given.gpus_per_node and not given.gpu and not on_slurm:
-        sys.exit(
-            "launch: error: slurm.devices = gres is for SLURM alone, and this is none. "
-            "Hint: set it in workflow/profiles/slurm/config.yaml, not in your config"
-        )
     elif given.gpus_per_node or given.nodes == 1:
+        if given.gpus_per_node and not given.gpu and not on_slurm:
+            print(
+                "launch: no GPUs: --resources gpu=0, or slurm.devices = gres, which belongs into "
+                "workflow/profiles/slurm/config.yaml",
+                file=sys.stderr,
+            )
         wish = given.gpus_per_node if on_slurm else given.gpu
         devices = lease_wish(wish, given.batch_size)
         command = local_command(len(devices), given.command)
