@@ -512,6 +512,36 @@ def test_another_kind_of_source_replaces_the_settings_of_the_first():
     assert merged == {"kind": "folder", "folder": "x"}
 
 
+@pytest.mark.parametrize("key", ["image_reduction", "text_reduction", "text_mask"])
+def test_another_kind_of_reduction_replaces_the_settings_of_the_first(key):
+    base = {"pretrain": [{"name": "short", key: {"kind": "random", "keep": 0.3}}]}
+    merged = merge(base, {"pretrain": {"short": {key: {"kind": "grid"}}}})
+    assert merged["pretrain"][0][key] == {"kind": "grid"}
+
+
+def test_another_kind_of_loss_or_baseline_keeps_what_it_is_not_told_to_change():
+    raw = changed("pretrain.0.loss", {"tau_bounds": [0.02, 0.9], "weight": 0.5})
+    raw["baselines"] = {"mlp": {"samples_seen": 64}}
+    overlay = {"pretrain": {"short": {"loss": {"kind": "siglip"}}}}
+    raw["runs"] = {"small": overlay | {"baselines": {"mlp": {"kind": "full"}}}}
+    run = load_config(raw)["small"]
+    loss = run.pretrain[0].loss
+    assert (loss.kind, loss.tau_bounds, loss.weight) == ("siglip", (0.02, 0.9), 0.5)
+    assert (run.baselines["mlp"].kind, run.baselines["mlp"].samples_seen) == ("full", 64)
+    overlay = {"finetune_expert": {"short_captions": {"kind": "long"}}}
+    raw["finetune_expert"]["short_captions"] = {"weight": 0.3}
+    raw["runs"] = {"small": overlay}
+    short = load_config(raw)["small"].finetune_expert.short_captions
+    assert (short.kind, short.weight) == ("long", 0.3)
+
+
+def test_an_overlay_over_a_phase_without_a_name_is_refused():
+    raw = changed("pretrain.1.name", None)
+    raw["runs"] = {"x": {"pretrain": {"short": {"image_size": 8}}}}
+    with pytest.raises(ConfigError, match=r"run 'x': pretrain: 1 of 2 items have no `name` \(short"):
+        load_config(raw)
+
+
 def test_settings_cannot_be_changed_after_validation():
     run = load_config(SMALL)["small"]
     with pytest.raises(ValueError, match="frozen"):
