@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from clipgraft.config import ConfigError
+from clipgraft.crosschecks import check_layers
 from clipgraft.loss_settings import ReferenceSettings
 from clipgraft.misfits import interactive_misfit
 from clipgraft.model_settings import ModelSettings
 from clipgraft.recipes import PhaseSettings
+from clipgraft.run_settings import RunSettings
 
 _WEIGHTS = (".bin", ".ckpt", ".npz", ".pt", ".pth", ".safetensors")  # how names of checkpoints end
 OURS = Path(__file__).resolve().parent.parent.parent / "presets" / "models"
@@ -65,6 +67,21 @@ def check_references(phase: PhaseSettings, model: ModelSettings) -> None:
             )
         if dim and its and (misfit := interactive_misfit(phase, each.model, dim, its)):
             raise ConfigError(misfit)
+
+
+def check_blocks(run: RunSettings) -> None:
+    """Hold the blocks with experts against those of a named architecture; on a hub it is known when it is opened.
+
+    Raises:
+        ConfigError: if there is no such architecture, or it has fewer blocks.
+    """
+    if run.model.name is None or ":" in run.model.name:
+        return
+    config = architecture(run.model)
+    try:
+        check_layers(run, config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def check_weights(pretrained: str | None, where: str) -> None:

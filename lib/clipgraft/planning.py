@@ -10,7 +10,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from clipgraft import settings as cfg
-from clipgraft.architectures import check_references, check_weights, image_size_of
+from clipgraft.architectures import (
+    check_blocks,
+    check_references,
+    check_weights,
+    image_size_of,
+)
 from clipgraft.baseline_settings import BaselineSettings
 from clipgraft.config import ConfigError, S, validate
 from clipgraft.evalset_tasks import chosen, expand
@@ -104,6 +109,7 @@ def plan_run(name: str, run: RunSettings) -> list[PlannedJob]:
         indexes[data] = add(f"index/{data}", settings, **downloads, **others)
     index = indexes["train"]
 
+    check_blocks(run)
     check_weights(run.model.pretrained, "model.pretrained")
     phases: list[PlannedJob] = []
     for phase in run.pretrain:
