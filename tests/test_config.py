@@ -34,6 +34,13 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
+        ("pretrain.0.name", "expert_x", ["pretrain: 'expert_x'", "begin with `expert_`", "Hint"]),
+        ("baselines.expert_9", {"kind": "full"}, ["baselines: 'expert_9'", "begin with `expert_`"]),
+        (
+            "evaluate.tasks.evalset",
+            {"data": "renders", "retrieval": True},
+            ["evaluate.tasks.evalset: the results of evaluate.evalset", "Hint: another name"],
+        ),
         ("modle", {}, ["unknown key `modle`", "did you mean `model`"]),
         ("finetune_expert.optim.lrr", 1, ["unknown key `lrr` in finetune_expert.optim", "`lr`"]),
         ("pretrain.0.batchsize", 4, ["unknown key `batchsize` in pretrain.0", "`batch_size`"]),

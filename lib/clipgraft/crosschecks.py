@@ -88,10 +88,16 @@ def _names(run: RunSettings) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"{', '.join(twice)}: a phase or baseline has the name of another model")
+    for name in (*phases, *run.baselines):
+        if name.startswith("expert_"):
+            where = "pretrain" if name in phases else "baselines"
+            raise ValueError(
+                f"{where}: {name!r}: the names of experts begin with `expert_`. Hint: another name"
+            )
 
 
 def _tasks(run: RunSettings) -> None:
-    if run.evaluate.evalset is not None and "evalset" in run.evaluate.tasks:
+    if "evalset" in run.evaluate.tasks:
         raise ValueError(
             "evaluate.tasks.evalset: the results of evaluate.evalset have this name. Hint: another name"
         )
