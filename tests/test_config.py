@@ -41,6 +41,11 @@ def changed(path: str, value: Any) -> dict[str, Any]:
             {"data": "renders", "retrieval": True},
             ["evaluate.tasks.evalset: the results of evaluate.evalset", "Hint: another name"],
         ),
+        (
+            "evaluate.tasks.renders.zero_shot",
+            [{"label": "shape"}, {"label": "shape", "templates": ["a {c}"]}],
+            ["evaluate.tasks.renders: zero_shot names shape twice", "Hint"],
+        ),
         ("modle", {}, ["unknown key `modle`", "did you mean `model`"]),
         ("finetune_expert.optim.lrr", 1, ["unknown key `lrr` in finetune_expert.optim", "`lr`"]),
         ("pretrain.0.batchsize", 4, ["unknown key `batchsize` in pretrain.0", "`batch_size`"]),
