@@ -13,6 +13,7 @@ import pytest
 
 from clipgraft.compare import compare
 from clipgraft.config import ConfigError
+from clipgraft.runs import link_run
 
 HEAD = "model,samples_seen,minutes,samples_after,flops_after,flops_per_pair"
 METRICS = ("renders/mean_R@1", "renders/image_to_text_R@5", "renders/shape_acc1", "new/mean_R@1")
@@ -155,6 +156,14 @@ def test_a_run_without_a_report_is_named(store):
     command = [sys.executable, "-m", "clipgraft.runs", "compare", "nil"]
     done = subprocess.run(command, cwd=store, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("compare: run 'nil' has no results/runs")
+
+
+def test_a_job_may_take_the_place_of_a_folder_of_jobs(tmp_path):
+    link_run("x", {"download/train/a": "download/1", "download/train/b": "download/2"}, tmp_path)
+    link_run("x", {"download/train": "download/3"}, tmp_path)
+    assert os.readlink(tmp_path / "runs/x/download/train") == "../../../download/3"
+    link_run("x", {"download/train/a": "download/1"}, tmp_path)
+    assert os.readlink(tmp_path / "runs/x/download/train/a") == "../../../../download/1"
 
 
 def test_the_best_expert_of_each_run_is_a_row(store):

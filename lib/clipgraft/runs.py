@@ -30,6 +30,8 @@ def link_run(run: str, versions: Mapping[str, str], results: Path = RESULTS) -> 
     for path in sorted(folder.rglob("*"), reverse=True):  # old links; what else is there stays
         if path.is_symlink():
             path.unlink()
+        elif path.is_dir() and not any(path.iterdir()):  # deepest first: a link may take its place
+            path.rmdir()
     for name, target in versions.items():
         link = folder / name
         link.parent.mkdir(parents=True, exist_ok=True)
