@@ -166,6 +166,24 @@ def test_a_job_may_take_the_place_of_a_folder_of_jobs(tmp_path):
     assert os.readlink(tmp_path / "runs/x/download/train/a") == "../../../../download/1"
 
 
+def test_runs_with_other_metrics_each_have_their_own_best_expert(store):
+    for name in ("routers_0", "routers_1"):
+        folder = store / "runs" / name
+        lock, lines = json.loads((folder / "versions.json").read_text()), []
+        for k in (1, 2):
+            expert = job(store, "finetune_expert", f"{name}{k}", {"round": k})
+            done = job(store, "evaluate", f"{name}-{k}", {"task": "renders"}, model=expert)
+            lock[f"evaluate/expert_{k}/renders"] = str(done.relative_to(store))
+            lines.append(f"expert_{k},1,1,1,1,1,{k / 10},0.5,0.5,0.5\n")
+        (folder / "versions.json").write_text(json.dumps(lock))
+        page = folder / "report/results.csv"
+        page.write_text(page.read_text() + "".join(lines))
+    page = store / "runs/routers_1/report/results.csv"
+    page.write_text(page.read_text().replace("mean_R@1", "mean_R@10"))  # accuracy leads
+    for order in (["routers_0", "routers_1"], ["routers_1", "routers_0"]):
+        assert any(name.startswith("best expert") for name in lines_of(compare(order, store)))
+
+
 def test_the_best_expert_of_each_run_is_a_row(store):
     scores = [[0.1, 0.6, 0.2], [0.5, 0.2, 0.4], [0.2, 0.1, 0.3]]
     for seed, of in enumerate(scores):

@@ -94,11 +94,12 @@ def collect(runs: Sequence[str], results: Path) -> tuple[list[Row], dict[str, st
     chance: dict[str, str] = {}
     for run in dict.fromkeys(runs):
         lines = _results_of(run, results)
-        chance = lines.pop("chance") | chance
+        guessed = lines.pop("chance")
+        chance = guessed | chance
         evaluations = _evaluations_of(run, results)
         recipes = {model: _recipe(folder) for model, folder in evaluations.items()}
         experts = [model for model in lines if model.startswith("expert_")]
-        if len(experts) > 1 and (lead := lead_metric(chance)):
+        if len(experts) > 1 and (lead := lead_metric(guessed)):
             best = max(experts, key=lambda model: float(lines[model][lead] or 0))
             lines[BEST], evaluations[BEST] = lines[best], evaluations[best]
             recipes[BEST] = _digest([recipes[model] for model in experts])
