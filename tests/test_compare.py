@@ -156,6 +156,12 @@ def test_a_run_without_a_report_is_named(store):
     command = [sys.executable, "-m", "clipgraft.runs", "compare", "nil"]
     done = subprocess.run(command, cwd=store, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("compare: run 'nil' has no results/runs")
+    store.rename(store.with_name("results"))
+    command[3:] = ["show", "nil"]
+    done = subprocess.run(command, cwd=store.parent, capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("show: run 'nil' has no results/runs/nil/report/results.txt")
+    assert "routers_2, unlocked_0" in done.stderr
 
 
 def test_a_job_may_take_the_place_of_a_folder_of_jobs(tmp_path):

@@ -263,8 +263,9 @@ def _plan_baseline(
         seen -= router.samples_seen
         if seen <= 0:
             raise ConfigError(
-                f"{where}samples_seen = {about.samples_seen:,} leaves nothing for its expert: routers see "
-                f"{router.samples_seen:,} of them (finetune_router.samples_seen). Hint: more"
+                f"{where}samples_seen = {seen + router.samples_seen:,} leaves nothing for its expert: routers see "
+                f"{router.samples_seen:,} of them (finetune_router.samples_seen). Hint: more, here or of "
+                "finetune_expert.samples_seen"
             )
     blocks = {"image_layers": "all", "text_layers": "all"} if about.kind == "full" else {}
     settings = _extend(

@@ -53,10 +53,18 @@ def unused(results: Path = RESULTS) -> Iterator[Path]:
 
 
 def show(run: str, results: Path = RESULTS) -> str:
-    """The results of a run as a table, and where its page is; of a sweep what it shows."""
+    """The results of a run as a table, and where its page is; of a sweep what it shows.
+
+    Raises:
+        ConfigError: if there is no such run, or it has no page.
+    """
     page = "scaling" if (results / "runs" / run / "scaling").exists() else "report"
     folder = results / "runs" / run / page
-    return f"\n{(folder / 'results.txt').read_text()}\n{page}: {folder / f'{page}.html'}"
+    table = folder / "results.txt"
+    if not table.exists():
+        known = sorted(path.parent.name for path in (results / "runs").glob(f"*/{LOCK}"))
+        raise ConfigError(f"run {run!r} has no {table}. Hint: one of {', '.join(known) or 'none yet'}")
+    return f"\n{table.read_text()}\n{page}: {folder / f'{page}.html'}"
 
 
 def main() -> None:
@@ -79,14 +87,11 @@ def main() -> None:
     if given.verb == "link":
         link_run(given.run, given.versions)
         return
-    if given.verb == "show":
-        print(show(given.run))
-        return
-    if given.verb == "compare":
+    if given.verb in ("show", "compare"):
         try:
-            print(compare(given.runs, RESULTS))
+            print(show(given.run) if given.verb == "show" else compare(given.runs, RESULTS))
         except ConfigError as error:
-            sys.exit(f"compare: {error}")
+            sys.exit(f"{given.verb}: {error}")
         return
     total = 0
     for folder in unused():
