@@ -127,6 +127,18 @@ def test_a_setting_far_upstream_makes_another_row_and_a_seed_does_not(store):
     assert counts == {"moe (routers)": "2", "moe (routers_1)": "1"}
 
 
+def test_how_fast_a_training_is_and_what_watches_it_make_no_other_row(store):
+    base = store / "pretrain/p1"
+    watch = {"task": "renders", "every": 8, "best": False}
+    changes = {"compile": True, "parallel": "fsdp", "watch": watch}
+    job(store, "pretrain", "p1", {"lr": 1, "seed": 1, **changes}, watched=store / "nowhere")
+    assert "watched" in (base / "manifest.json").read_text()
+    plain = job(store, "pretrain", "p0", {"lr": 1, "seed": 0, "watch": None, "compile": False})
+    assert plain.exists()
+    rows = lines_of(compare(ALL[:2], store))
+    assert rows["base"][0] == rows["moe"][0] == "2"
+
+
 def test_probes_have_a_table_of_their_own_with_random_weights_of_all_seeds(store):
     for seed, guess in enumerate(("0.2", "0.4")):
         folder = job(store, "evaluate", f"untrained-{seed}", {"task": "renders", "untrained": seed})

@@ -21,6 +21,7 @@ from typing import Any
 
 from clipgraft.config import ConfigError
 from clipgraft.provenance import MANIFEST, read_manifest
+from clipgraft.versions import deciding
 
 LOCK = "versions.json"
 BEST = "best_expert"
@@ -151,15 +152,16 @@ def short_name(metric: str) -> str:
 
 
 def _recipe(folder: Path, known: dict[Path, str] | None = None) -> str:
-    """All that was set for a job and those before it, but seeds, as text."""
+    """All that was set for a job and those before it and decides on results, but seeds, as text."""
     known = {} if known is None else known
     if folder not in known:
         manifest = read_manifest(folder)
-        settings = {key: value for key, value in manifest["settings"].items() if key != "seed"}
+        decides, read = deciding(manifest["settings"], manifest["inputs"])
+        settings = {key: value for key, value in decides.items() if key != "seed"}
         settings["untrained"] = settings.get("untrained") is not None  # a seed, too
         inputs = {
             name: _recipe((folder / about["manifest"].removesuffix(MANIFEST)).resolve(), known)
-            for name, about in sorted(manifest["inputs"].items())
+            for name, about in sorted(read.items())
         }
         known[folder] = _digest([manifest["stage"], settings, inputs])
     return known[folder]
