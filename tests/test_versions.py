@@ -272,6 +272,7 @@ def test_code_reaches_exactly_the_stages_that_use_it(code: Path):
     assert edit("lib/clipgraft/losses/balance.py") == {"finetune_router"}
     assert edit("lib/clipgraft/report/report.py") == {"report"}
     assert edit("lib/clipgraft/report/scaling.py") == {"scaling"}
+    assert edit("lib/clipgraft/cost.py") == {"report", "scaling"}
     assert edit("lib/clipgraft/cluster.py") == {"cluster"}
     assert edit("lib/clipgraft/models/moe.py") == {"assemble", "finetune_router", "evaluate"}
     assert edit("lib/clipgraft/experts.py") == {"finetune_expert"}

@@ -63,7 +63,6 @@ PLUMBING = {
             "compare",
             "launch",
             "architectures",
-            "cost",
             "plan",
             "footprint",
             "scale",
