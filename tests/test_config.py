@@ -46,6 +46,11 @@ def changed(path: str, value: Any) -> dict[str, Any]:
             [{"label": "shape"}, {"label": "shape", "templates": ["a {c}"]}],
             ["evaluate.tasks.renders: zero_shot names shape twice", "Hint"],
         ),
+        (
+            "moe",
+            {"num_experts": 3, "router_init": "centroids", "router_samples": 2},
+            ["moe: router_samples = 2 is less than num_experts = 3", "Hint: thousands"],
+        ),
         ("modle", {}, ["unknown key `modle`", "did you mean `model`"]),
         ("finetune_expert.optim.lrr", 1, ["unknown key `lrr` in finetune_expert.optim", "`lr`"]),
         ("pretrain.0.batchsize", 4, ["unknown key `batchsize` in pretrain.0", "`batch_size`"]),
