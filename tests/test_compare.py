@@ -13,7 +13,7 @@ import pytest
 
 from clipgraft.compare import compare
 from clipgraft.config import ConfigError
-from clipgraft.runs import link_run
+from clipgraft.runs import link_run, shown
 
 HEAD = "model,samples_seen,minutes,samples_after,flops_after,flops_per_pair"
 METRICS = ("renders/mean_R@1", "renders/image_to_text_R@5", "renders/shape_acc1", "new/mean_R@1")
@@ -182,6 +182,17 @@ def test_a_job_may_take_the_place_of_a_folder_of_jobs(tmp_path):
     assert os.readlink(tmp_path / "runs/x/download/train") == "../../../download/3"
     link_run("x", {"download/train/a": "download/1"}, tmp_path)
     assert os.readlink(tmp_path / "runs/x/download/train/a") == "../../../../download/1"
+
+
+def test_a_table_is_shown_after_a_run_only_if_its_page_is_the_planned_one(tmp_path):
+    for version in ("old", "new"):
+        (tmp_path / "report" / version).mkdir(parents=True)
+        (tmp_path / "report" / version / "results.txt").write_text(f"{version} table")
+    assert list(shown({"x": "report/old"}, tmp_path)) == []  # not linked yet
+    link_run("x", {"report": "report/old"}, tmp_path)
+    (table,) = shown({"x": "report/old", "y": "report/old"}, tmp_path)
+    assert "old table" in table
+    assert list(shown({"x": "report/new"}, tmp_path)) == []
 
 
 def test_runs_with_other_metrics_each_have_their_own_best_expert(store):

@@ -67,6 +67,19 @@ def show(run: str, results: Path = RESULTS) -> str:
     return f"\n{table.read_text()}\n{page}: {folder / f'{page}.html'}"
 
 
+def shown(pages: Mapping[str, str], results: Path = RESULTS) -> Iterator[str]:
+    """The tables of runs, as `show` has them; none where the run still links to a page of other settings.
+
+    Args:
+        pages: run to the folder of its planned page in the store (`report/1a2b3c4d`).
+        results: the store.
+    """
+    for run, folder in pages.items():
+        link = results / "runs" / run / folder.split("/")[0]
+        if (link / "results.txt").exists() and link.resolve() == (results / folder).resolve():
+            yield show(run, results)
+
+
 def main() -> None:
     """Command line: `python -m clipgraft.runs link RUN JSON`, `show RUN`, `compare RUN ...` or `unused`."""
     parser = argparse.ArgumentParser(description=__doc__)
