@@ -555,7 +555,9 @@ def test_another_kind_of_loss_or_baseline_keeps_what_it_is_not_told_to_change():
 def test_an_overlay_over_a_phase_without_a_name_is_refused():
     raw = changed("pretrain.1.name", None)
     raw["runs"] = {"x": {"pretrain": {"short": {"image_size": 8}}}}
-    with pytest.raises(ConfigError, match=r"run 'x': pretrain: 1 of 2 items have no `name` \(short"):
+    with pytest.raises(
+        ConfigError, match=r"run 'x': pretrain: 1 of 2 items have no `name` \(short"
+    ):
         load_config(raw)
 
 

@@ -520,7 +520,9 @@ def test_weights_with_the_name_of_a_file_must_be_there_and_tags_need_not():
             versions({"model": {"pretrained": name}})
         reference = {"model": "ViT-B-32", "pretrained": name}
         phase = {"reference": reference, "distillation": {"feature": 1}}
-        with pytest.raises(ConfigError, match=r"pretrain\.short\.references: pretrained = .* no file"):
+        with pytest.raises(
+            ConfigError, match=r"pretrain\.short\.references: pretrained = .* no file"
+        ):
             versions({"pretrain": {"short": phase}})
     for tag in ("openai", "laion2b_s34b_b79k", "hf-hub:timm/vit"):
         versions({"model": {"pretrained": tag}})
@@ -531,11 +533,17 @@ def test_blocks_of_experts_are_held_against_those_of_a_named_architecture():
         versions({"model": {"name": "ViT-B-32", "config": None}, **overlay})
 
     planned(moe={"image_layers": [0, 11]})
-    with pytest.raises(ConfigError, match=r"moe\.image_layers = \[30\]: the vision .* has 12 layers"):
+    with pytest.raises(
+        ConfigError, match=r"moe\.image_layers = \[30\]: the vision .* has 12 layers"
+    ):
         planned(moe={"image_layers": [30]})
-    with pytest.raises(ConfigError, match=r"finetune_expert\.text_layers = \[0, 12\]: .*Hint: 0 to 11"):
+    with pytest.raises(
+        ConfigError, match=r"finetune_expert\.text_layers = \[0, 12\]: .*Hint: 0 to 11"
+    ):
         planned(finetune_expert={"text_layers": [0, 12]}, moe={"text_layers": [0]})
-    with pytest.raises(ConfigError, match=r"copies of one MLP. Hint: moe: {image_layers: \[0, 1\]}"):
+    with pytest.raises(
+        ConfigError, match=r"copies of one MLP. Hint: moe: {image_layers: \[0, 1\]}"
+    ):
         planned(finetune_expert={"image_layers": [0, 1]})
     with pytest.raises(ConfigError, match=r"model\.name = 'ViT-B-23' is no architecture"):
         planned(model={"name": "ViT-B-23", "config": None})

@@ -63,7 +63,9 @@ def show(run: str, results: Path = RESULTS) -> str:
     table = folder / "results.txt"
     if not table.exists():
         known = sorted(path.parent.name for path in (results / "runs").glob(f"*/{LOCK}"))
-        raise ConfigError(f"run {run!r} has no {table}. Hint: one of {', '.join(known) or 'none yet'}")
+        raise ConfigError(
+            f"run {run!r} has no {table}. Hint: one of {', '.join(known) or 'none yet'}"
+        )
     return f"\n{table.read_text()}\n{page}: {folder / f'{page}.html'}"
 
 

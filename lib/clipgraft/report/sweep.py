@@ -259,9 +259,7 @@ def _trial(
             "text": settings[0].text_length,
         },
         strategy={side: _strategy(settings[0], side) for side in SIDES},
-        recipe=json.dumps(
-            [data, [_deciding(each) for each in settings]]
-        ),
+        recipe=json.dumps([data, [_deciding(each) for each in settings]]),
         samples_seen=sum(each.samples_seen for each in settings),
         macs=_running(macs),
         hours=_running(hours),
