@@ -13,7 +13,7 @@ from snakemake.settings.types import DeploymentMethod
 
 from clipgraft.config import ConfigError, load_config, sweep_points
 from clipgraft.planning import SWEEP, plan_runs
-from clipgraft.runs import show
+from clipgraft.runs import shown
 from clipgraft.settings import STAGES
 from clipgraft.versions import MEMORY, WATCHED, deciding, fingerprint, num_failures
 
@@ -195,8 +195,12 @@ def run_versions(wildcards):
 
 
 def show_results():
-    """Print the tables of all runs, if their pages were among what was asked for; of a sweep its own."""
-    for run in (run for run in RUNS if run not in POINTS):
-        page = "scaling" if run == SWEEP else "report"
-        if Path(f"results/runs/{run}/{page}/results.txt").exists():
-            print(show(run), file=sys.stderr)
+    """Print the tables of all runs whose planned pages are there and linked; of a sweep its own."""
+    pages = {
+        run: job.folder
+        for run, jobs in RUNS.items()
+        for job in jobs
+        if run not in POINTS and job.stage in ("report", "scaling")
+    }
+    for table in shown(pages):
+        print(table, file=sys.stderr)

@@ -160,6 +160,10 @@ def test_a_setting_that_is_not_a_baselines_leaves_it_alone(overlay, unchanged):
             ["baselines.two_experts: samples_seen = 64 leaves nothing", "see 64", "Hint: more"],
         ),
         (
+            {"baselines": {"two_experts": {}}, "finetune_expert": {"samples_seen": 0}},
+            ["baselines.two_experts: samples_seen = 64 leaves nothing", "see 64", "Hint: more"],
+        ),
+        (
             {"baselines": {"mlp": {"samples_seen": 8, "optim": {"lr": 1, "warmup_steps": 9}}}},
             ["baselines.mlp: ", "a warm-up of 9 steps is longer than training", "Hint"],
         ),

@@ -13,6 +13,7 @@ import pytest
 
 from clipgraft.compare import compare
 from clipgraft.config import ConfigError
+from clipgraft.runs import link_run, shown
 
 HEAD = "model,samples_seen,minutes,samples_after,flops_after,flops_per_pair"
 METRICS = ("renders/mean_R@1", "renders/image_to_text_R@5", "renders/shape_acc1", "new/mean_R@1")
@@ -126,6 +127,18 @@ def test_a_setting_far_upstream_makes_another_row_and_a_seed_does_not(store):
     assert counts == {"moe (routers)": "2", "moe (routers_1)": "1"}
 
 
+def test_how_fast_a_training_is_and_what_watches_it_make_no_other_row(store):
+    base = store / "pretrain/p1"
+    watch = {"task": "renders", "every": 8, "best": False}
+    changes = {"compile": True, "parallel": "fsdp", "watch": watch}
+    job(store, "pretrain", "p1", {"lr": 1, "seed": 1, **changes}, watched=store / "nowhere")
+    assert "watched" in (base / "manifest.json").read_text()
+    plain = job(store, "pretrain", "p0", {"lr": 1, "seed": 0, "watch": None, "compile": False})
+    assert plain.exists()
+    rows = lines_of(compare(ALL[:2], store))
+    assert rows["base"][0] == rows["moe"][0] == "2"
+
+
 def test_probes_have_a_table_of_their_own_with_random_weights_of_all_seeds(store):
     for seed, guess in enumerate(("0.2", "0.4")):
         folder = job(store, "evaluate", f"untrained-{seed}", {"task": "renders", "untrained": seed})
@@ -155,6 +168,49 @@ def test_a_run_without_a_report_is_named(store):
     command = [sys.executable, "-m", "clipgraft.runs", "compare", "nil"]
     done = subprocess.run(command, cwd=store, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("compare: run 'nil' has no results/runs")
+    store.rename(store.with_name("results"))
+    command[3:] = ["show", "nil"]
+    done = subprocess.run(command, cwd=store.parent, capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("show: run 'nil' has no results/runs/nil/report/results.txt")
+    assert "routers_2, unlocked_0" in done.stderr
+
+
+def test_a_job_may_take_the_place_of_a_folder_of_jobs(tmp_path):
+    link_run("x", {"download/train/a": "download/1", "download/train/b": "download/2"}, tmp_path)
+    link_run("x", {"download/train": "download/3"}, tmp_path)
+    assert os.readlink(tmp_path / "runs/x/download/train") == "../../../download/3"
+    link_run("x", {"download/train/a": "download/1"}, tmp_path)
+    assert os.readlink(tmp_path / "runs/x/download/train/a") == "../../../../download/1"
+
+
+def test_a_table_is_shown_after_a_run_only_if_its_page_is_the_planned_one(tmp_path):
+    for version in ("old", "new"):
+        (tmp_path / "report" / version).mkdir(parents=True)
+        (tmp_path / "report" / version / "results.txt").write_text(f"{version} table")
+    assert list(shown({"x": "report/old"}, tmp_path)) == []  # not linked yet
+    link_run("x", {"report": "report/old"}, tmp_path)
+    (table,) = shown({"x": "report/old", "y": "report/old"}, tmp_path)
+    assert "old table" in table
+    assert list(shown({"x": "report/new"}, tmp_path)) == []
+
+
+def test_runs_with_other_metrics_each_have_their_own_best_expert(store):
+    for name in ("routers_0", "routers_1"):
+        folder = store / "runs" / name
+        lock, lines = json.loads((folder / "versions.json").read_text()), []
+        for k in (1, 2):
+            expert = job(store, "finetune_expert", f"{name}{k}", {"round": k})
+            done = job(store, "evaluate", f"{name}-{k}", {"task": "renders"}, model=expert)
+            lock[f"evaluate/expert_{k}/renders"] = str(done.relative_to(store))
+            lines.append(f"expert_{k},1,1,1,1,1,{k / 10},0.5,0.5,0.5\n")
+        (folder / "versions.json").write_text(json.dumps(lock))
+        page = folder / "report/results.csv"
+        page.write_text(page.read_text() + "".join(lines))
+    page = store / "runs/routers_1/report/results.csv"
+    page.write_text(page.read_text().replace("mean_R@1", "mean_R@10"))  # accuracy leads
+    for order in (["routers_0", "routers_1"], ["routers_1", "routers_0"]):
+        assert any(name.startswith("best expert") for name in lines_of(compare(order, store)))
 
 
 def test_the_best_expert_of_each_run_is_a_row(store):

@@ -34,6 +34,23 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
+        ("pretrain.0.name", "expert_x", ["pretrain: 'expert_x'", "begin with `expert_`", "Hint"]),
+        ("baselines.expert_9", {"kind": "full"}, ["baselines: 'expert_9'", "begin with `expert_`"]),
+        (
+            "evaluate.tasks.evalset",
+            {"data": "renders", "retrieval": True},
+            ["evaluate.tasks.evalset: the results of evaluate.evalset", "Hint: another name"],
+        ),
+        (
+            "evaluate.tasks.renders.zero_shot",
+            [{"label": "shape"}, {"label": "shape", "templates": ["a {c}"]}],
+            ["evaluate.tasks.renders: zero_shot names shape twice", "Hint"],
+        ),
+        (
+            "moe",
+            {"num_experts": 3, "router_init": "centroids", "router_samples": 2},
+            ["moe: router_samples = 2 is less than num_experts = 3", "Hint: thousands"],
+        ),
         ("modle", {}, ["unknown key `modle`", "did you mean `model`"]),
         ("finetune_expert.optim.lrr", 1, ["unknown key `lrr` in finetune_expert.optim", "`lr`"]),
         ("pretrain.0.batchsize", 4, ["unknown key `batchsize` in pretrain.0", "`batch_size`"]),
@@ -510,6 +527,38 @@ def test_a_mistake_in_a_sweep_is_named(path, value, words):
 def test_another_kind_of_source_replaces_the_settings_of_the_first():
     merged = merge({"kind": "shapes", "num_samples": 3}, {"kind": "folder", "folder": "x"})
     assert merged == {"kind": "folder", "folder": "x"}
+
+
+@pytest.mark.parametrize("key", ["image_reduction", "text_reduction", "text_mask"])
+def test_another_kind_of_reduction_replaces_the_settings_of_the_first(key):
+    base = {"pretrain": [{"name": "short", key: {"kind": "random", "keep": 0.3}}]}
+    merged = merge(base, {"pretrain": {"short": {key: {"kind": "grid"}}}})
+    assert merged["pretrain"][0][key] == {"kind": "grid"}
+
+
+def test_another_kind_of_loss_or_baseline_keeps_what_it_is_not_told_to_change():
+    raw = changed("pretrain.0.loss", {"tau_bounds": [0.02, 0.9], "weight": 0.5})
+    raw["baselines"] = {"mlp": {"samples_seen": 64}}
+    overlay = {"pretrain": {"short": {"loss": {"kind": "siglip"}}}}
+    raw["runs"] = {"small": overlay | {"baselines": {"mlp": {"kind": "full"}}}}
+    run = load_config(raw)["small"]
+    loss = run.pretrain[0].loss
+    assert (loss.kind, loss.tau_bounds, loss.weight) == ("siglip", (0.02, 0.9), 0.5)
+    assert (run.baselines["mlp"].kind, run.baselines["mlp"].samples_seen) == ("full", 64)
+    overlay = {"finetune_expert": {"short_captions": {"kind": "long"}}}
+    raw["finetune_expert"]["short_captions"] = {"weight": 0.3}
+    raw["runs"] = {"small": overlay}
+    short = load_config(raw)["small"].finetune_expert.short_captions
+    assert (short.kind, short.weight) == ("long", 0.3)
+
+
+def test_an_overlay_over_a_phase_without_a_name_is_refused():
+    raw = changed("pretrain.1.name", None)
+    raw["runs"] = {"x": {"pretrain": {"short": {"image_size": 8}}}}
+    with pytest.raises(
+        ConfigError, match=r"run 'x': pretrain: 1 of 2 items have no `name` \(short"
+    ):
+        load_config(raw)
 
 
 def test_settings_cannot_be_changed_after_validation():

@@ -118,6 +118,25 @@ def test_centroid_routers_send_clusters_to_experts_of_their_own():
     np.testing.assert_allclose(rows_ED, factor * apart_ED, atol=1e-5)
 
 
+def test_no_more_samples_are_clustered_than_there_are_and_none_twice(
+    base, data, tmp_path, monkeypatch, caplog
+):
+    seen = []
+
+    def keep(x_TD, num_experts, scale, seed):
+        seen.append(len(x_TD))
+        return torch.zeros(num_experts, x_TD.shape[1])
+
+    monkeypatch.setattr("clipgraft.centroids.routers_of", keep)
+    monkeypatch.setattr("clipgraft.centroids.TOKENS_PER_SAMPLE", 10**6)
+    monkeypatch.setattr("clipgraft.centroids.BATCH", NUM - 2)
+    settings = {"router_init": "centroids", "image_layers": [1], "text_layers": [0]}
+    with caplog.at_level("INFO"):
+        assembled(tmp_path / "moe", base, data, **settings)
+    assert f"the tokens of {NUM // 2 * 2} samples" in caplog.text
+    assert seen[0] == NUM // 2 * 2 * 5  # class token and patches
+
+
 def test_centroids_are_of_the_real_tokens_that_come_into_the_mlps_of_the_base(
     base, data, tmp_path, monkeypatch
 ):

@@ -322,7 +322,7 @@ def test_an_edited_architecture_of_ours_re_runs_what_trains_it(tmp_path, monkeyp
     (run,) = load_config(merge(small, {"model": {"name": "mine", "config": None}})).values()
     monkeypatch.setattr(architectures, "OURS", tmp_path)
     seen = []
-    for text in ("{}", '{"embed_dim": 3}'):
+    for text in ('{"vision_cfg": {}}', '{"vision_cfg": {}, "embed_dim": 3}'):
         (tmp_path / "mine.json").write_text(text)
         first = next(job for job in plan_run("x", run) if job.name == "pretrain/short")
         seen.append((first.version, first.sources))

@@ -77,11 +77,17 @@ def test_a_share_of_the_steps_is_rounded_and_a_twentieth_by_default():
         ({"lr": 0.1, "warmup_samples": 1, "warmup_steps": 0}, "one warm-up"),
         ({"lr": 0.1, "warmup_steps": 101}, "101 steps is longer .* are 100 steps"),
         ({"lr": 0.1, "warmup_samples": 1001}, "101 steps is longer"),
+        ({"lr": 0.1, "lr_min": 0.2}, "lr_min = 0.2 is above the peak learning rate, 0.1: "),
+        ({"lr_per_256": 0.256, "lr_min": 0.02}, r"rate, 0.01 \(lr_per_256 in batches of 10\)"),
     ],
 )
 def test_rules_that_contradict_each_other_are_refused(optim, message):
     with pytest.raises(ValidationError, match=message):
         settings(**optim)
+
+
+def test_a_rate_may_stay_at_its_peak():
+    assert settings(lr=0.1, lr_min=0.1).optim.lr_min == 0.1
 
 
 def test_null_takes_a_rule_back():

@@ -262,6 +262,12 @@ def test_collapse_is_an_idle_expert_or_one_that_nearly_every_token_takes(load, t
     assert [e for e in range(len(load)) if f"expert {e} " in said] == expected
 
 
+@pytest.mark.parametrize("num_experts", [2, 3, 5, 6, 7])
+def test_where_every_token_takes_every_expert_none_is_crowded_in_float32(num_experts):
+    load_E = torch.full((num_experts,), 1 / num_experts).tolist()
+    assert collapse(load_E, num_experts) == ""
+
+
 def test_a_model_without_routers_is_refused(data, tmp_path):
     base = folder(tmp_path / "base")
     pretrain(phase(samples_seen=16), *data, None, base)

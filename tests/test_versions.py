@@ -272,6 +272,7 @@ def test_code_reaches_exactly_the_stages_that_use_it(code: Path):
     assert edit("lib/clipgraft/losses/balance.py") == {"finetune_router"}
     assert edit("lib/clipgraft/report/report.py") == {"report"}
     assert edit("lib/clipgraft/report/scaling.py") == {"scaling"}
+    assert edit("lib/clipgraft/cost.py") == {"report", "scaling"}
     assert edit("lib/clipgraft/cluster.py") == {"cluster"}
     assert edit("lib/clipgraft/models/moe.py") == {"assemble", "finetune_router", "evaluate"}
     assert edit("lib/clipgraft/experts.py") == {"finetune_expert"}
@@ -491,3 +492,59 @@ def test_retrained_weights_of_a_reference_are_another_source(teacher):
     after = told()
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {"embed/full.reference_0", "pretrain/full"}
+
+
+def test_replaced_weights_that_a_run_starts_from_are_another_source_of_its_first_phase(tmp_path):
+    weights = tmp_path / "public.pt"
+
+    def told() -> dict[str, tuple[str, ...]]:
+        raw = merge(copy.deepcopy(SMALL), {"model": {"pretrained": str(weights)}})
+        jobs = plan_run("small", load_config(raw)["small"])
+        return {job.name: job.sources for job in jobs}
+
+    weights.write_bytes(bytes(2**21))
+    before = told()
+    weights.touch()
+    assert told() == before
+    weights.write_bytes(b"\1" * 2**21)  # of the same size
+    after = told()
+    assert {name for name in before if before[name] != after[name]} == {"pretrain/short"}
+    weights.unlink()
+    with pytest.raises(ConfigError, match=r"model\.pretrained = .*public\.pt is no file\. Hint: "):
+        told()
+
+
+def test_weights_with_the_name_of_a_file_must_be_there_and_tags_need_not():
+    for name in ("weights.safetensors", "there/weights", "~/nil.pth", "nil.npz"):
+        with pytest.raises(ConfigError, match=r"model\.pretrained = .* is no file"):
+            versions({"model": {"pretrained": name}})
+        reference = {"model": "ViT-B-32", "pretrained": name}
+        phase = {"reference": reference, "distillation": {"feature": 1}}
+        with pytest.raises(
+            ConfigError, match=r"pretrain\.short\.references: pretrained = .* no file"
+        ):
+            versions({"pretrain": {"short": phase}})
+    for tag in ("openai", "laion2b_s34b_b79k", "hf-hub:timm/vit"):
+        versions({"model": {"pretrained": tag}})
+
+
+def test_blocks_of_experts_are_held_against_those_of_a_named_architecture():
+    def planned(**overlay: dict) -> None:
+        versions({"model": {"name": "ViT-B-32", "config": None}, **overlay})
+
+    planned(moe={"image_layers": [0, 11]})
+    with pytest.raises(
+        ConfigError, match=r"moe\.image_layers = \[30\]: the vision .* has 12 layers"
+    ):
+        planned(moe={"image_layers": [30]})
+    with pytest.raises(
+        ConfigError, match=r"finetune_expert\.text_layers = \[0, 12\]: .*Hint: 0 to 11"
+    ):
+        planned(finetune_expert={"text_layers": [0, 12]}, moe={"text_layers": [0]})
+    with pytest.raises(
+        ConfigError, match=r"copies of one MLP. Hint: moe: {image_layers: \[0, 1\]}"
+    ):
+        planned(finetune_expert={"image_layers": [0, 1]})
+    with pytest.raises(ConfigError, match=r"model\.name = 'ViT-B-23' is no architecture"):
+        planned(model={"name": "ViT-B-23", "config": None})
+    versions({"model": {"name": "hf-hub:timm/vit", "config": None}, "moe": {"image_layers": [30]}})

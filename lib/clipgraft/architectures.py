@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from clipgraft.config import ConfigError
+from clipgraft.crosschecks import check_layers
 from clipgraft.loss_settings import ReferenceSettings
 from clipgraft.misfits import interactive_misfit
 from clipgraft.model_settings import ModelSettings
 from clipgraft.recipes import PhaseSettings
+from clipgraft.run_settings import RunSettings
 
+_WEIGHTS = (".bin", ".ckpt", ".npz", ".pt", ".pth", ".safetensors")  # how names of checkpoints end
 OURS = Path(__file__).resolve().parent.parent.parent / "presets" / "models"
 
 
@@ -58,11 +61,43 @@ def check_references(phase: PhaseSettings, model: ModelSettings) -> None:
         if each.pretrained is None:
             its = _folder_dim(each.model, f"pretrain.{phase.name}.references")
         else:
+            check_weights(each.pretrained, f"pretrain.{phase.name}.references: pretrained")
             its = _embed_dim(
                 ModelSettings(name=each.model), f"pretrain.{phase.name}.references: model"
             )
         if dim and its and (misfit := interactive_misfit(phase, each.model, dim, its)):
             raise ConfigError(misfit)
+
+
+def check_blocks(run: RunSettings) -> None:
+    """Hold the blocks with experts against those of a named architecture; on a hub it is known when it is opened.
+
+    Raises:
+        ConfigError: if there is no such architecture, or it has fewer blocks.
+    """
+    if run.model.name is None or ":" in run.model.name:
+        return
+    config = architecture(run.model)
+    try:
+        check_layers(run, config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def check_weights(pretrained: str | None, where: str) -> None:
+    """What can be known of public weights before anything runs; tags of open_clip are known when they are opened.
+
+    Raises:
+        ConfigError: if they are named like a file that is not there; `where` they were asked for.
+    """
+    if pretrained is None or ":" in pretrained:  # of a hub
+        return
+    is_file = "/" in pretrained or pretrained.endswith(_WEIGHTS)
+    if is_file and not local_path(pretrained).is_file():
+        raise ConfigError(
+            f"{where} = {pretrained!r}: {local_path(pretrained)} is no file. Hint: a checkpoint on this machine "
+            f"(paths are relative to {Path().resolve()}), or a tag of open_clip"
+        )
 
 
 def image_size_of(reference: ReferenceSettings) -> int:
@@ -73,7 +108,7 @@ def image_size_of(reference: ReferenceSettings) -> int:
     """
     side: Any = reference.image_size
     if side is None and reference.pretrained is None:
-        side = _read(_folder(reference.model) / "model.json")["preprocess"]["size"]
+        side = _read(local_path(reference.model) / "model.json")["preprocess"]["size"]
     elif side is None and ":" not in reference.model:
         vision = architecture(ModelSettings(name=reference.model))["vision_cfg"]
         side = vision.get("image_size", 224)  # open_clip's own default
@@ -82,6 +117,11 @@ def image_size_of(reference: ReferenceSettings) -> int:
             f"references: the image size of {reference.model} is not known. Hint: give `image_size`"
         )
     return side
+
+
+def local_path(name: str) -> Path:
+    """A path as written: `$NAME` from the environment, `~` the home folder."""
+    return Path(os.path.expandvars(name)).expanduser()
 
 
 def our_file(settings: ModelSettings) -> Path | None:
@@ -98,7 +138,7 @@ def _embed_dim(model: ModelSettings, where: str = "model.name") -> int | None:
 
 
 def _folder_dim(name: str, where: str) -> int:
-    path = _folder(name) / "model.json"
+    path = local_path(name) / "model.json"
     try:
         return int(_read(path)["config"]["embed_dim"])
     except OSError:
@@ -110,10 +150,6 @@ def _folder_dim(name: str, where: str) -> int:
         raise ConfigError(
             f"{where}: {path} is no model spec: {type(error).__name__} {error}"
         ) from None
-
-
-def _folder(name: str) -> Path:
-    return Path(os.path.expandvars(name)).expanduser()
 
 
 @cache

@@ -43,7 +43,7 @@ def centroid_routers(
     Args:
         settings: layers, number of experts, samples and scale, seed.
         base: the dense model.
-        data: training samples; as many as asked for, or all, in whole batches.
+        data: training samples; as many as asked for, or all, but for what does not fill batches of one size.
         threads: for decoding.
     """
     # A mixture of one expert is the dense model, and its layers know which tokens are padding.
@@ -119,7 +119,8 @@ def _encode(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vision, text = base.spec["config"]["vision_cfg"], base.spec["config"]["text_cfg"]
     num_samples = min(settings.router_samples, len(data.shards))
-    batch_size = min(BATCH, num_samples)
+    num_steps = math.ceil(num_samples / BATCH)
+    batch_size = num_samples // num_steps
     loader = Loader(
         data.shards,
         data.tokens,
@@ -129,11 +130,11 @@ def _encode(
         crop_scale=(1.0, 1.0),
         seed=settings.seed,
         num_threads=threads,
-        num_steps=math.ceil(num_samples / batch_size),
+        num_steps=num_steps,
     )
     about = base.spec["preprocess"]
     model.to(device).eval()
     for batch in loader:
         images_BCHW = normalize(batch.images_BCHW.to(device), about["mean"], about["std"])
         model(images_BCHW, batch.text_BL.to(device))
-    return loader.num_steps * batch_size
+    return num_steps * batch_size

@@ -21,6 +21,7 @@ from typing import Any
 
 from clipgraft.config import ConfigError
 from clipgraft.provenance import MANIFEST, read_manifest
+from clipgraft.versions import deciding
 
 LOCK = "versions.json"
 BEST = "best_expert"
@@ -94,11 +95,12 @@ def collect(runs: Sequence[str], results: Path) -> tuple[list[Row], dict[str, st
     chance: dict[str, str] = {}
     for run in dict.fromkeys(runs):
         lines = _results_of(run, results)
-        chance = lines.pop("chance") | chance
+        guessed = lines.pop("chance")
+        chance = guessed | chance
         evaluations = _evaluations_of(run, results)
         recipes = {model: _recipe(folder) for model, folder in evaluations.items()}
         experts = [model for model in lines if model.startswith("expert_")]
-        if len(experts) > 1 and (lead := lead_metric(chance)):
+        if len(experts) > 1 and (lead := lead_metric(guessed)):
             best = max(experts, key=lambda model: float(lines[model][lead] or 0))
             lines[BEST], evaluations[BEST] = lines[best], evaluations[best]
             recipes[BEST] = _digest([recipes[model] for model in experts])
@@ -150,15 +152,16 @@ def short_name(metric: str) -> str:
 
 
 def _recipe(folder: Path, known: dict[Path, str] | None = None) -> str:
-    """All that was set for a job and those before it, but seeds, as text."""
+    """All that was set for a job and those before it and decides on results, but seeds, as text."""
     known = {} if known is None else known
     if folder not in known:
         manifest = read_manifest(folder)
-        settings = {key: value for key, value in manifest["settings"].items() if key != "seed"}
+        decides, read = deciding(manifest["settings"], manifest["inputs"])
+        settings = {key: value for key, value in decides.items() if key != "seed"}
         settings["untrained"] = settings.get("untrained") is not None  # a seed, too
         inputs = {
             name: _recipe((folder / about["manifest"].removesuffix(MANIFEST)).resolve(), known)
-            for name, about in sorted(manifest["inputs"].items())
+            for name, about in sorted(read.items())
         }
         known[folder] = _digest([manifest["stage"], settings, inputs])
     return known[folder]

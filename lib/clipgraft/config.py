@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from clipgraft.reductions import REDUCTION_KINDS
+from clipgraft.reductions import REDUCTION_KINDS, TEXT_MASKS
 from clipgraft.run_settings import RunSettings
 from clipgraft.sources import SOURCE_KINDS
 from clipgraft.spelling import hint
@@ -121,15 +121,21 @@ def read_config(*paths: str | Path) -> dict[str, RunSettings]:
 def merge(base: Any, overlay: Any, where: str = "") -> Any:
     """Lay one nested mapping over another; lists and scalars are replaced.
 
-    A mapping over a list whose items have names, such as `pretrain`, is laid over the items of its keys.
+    A mapping over a list whose items have names, such as `pretrain`, is laid over the items of its keys. A source or
+    a reduction of another kind replaces the one that was there, since it has other keys.
 
     Raises:
-        ConfigError: if the list has no item of that name; `where` is its path.
+        ConfigError: if the list has no item of that name, or an item without one; `where` is its path.
     """
     if not isinstance(overlay, Mapping):
         return overlay
     names = _names(base)
     if names:
+        if len(names) < len(base):
+            raise ConfigError(
+                f"{where}: {len(base) - len(names)} of {len(base)} items have no `name` ({', '.join(names)} have), and an "
+                "overlay maps names. Hint: name each"
+            )
         for name in overlay:
             if name not in names:
                 raise ConfigError(f"unknown name `{name}` in {where}{hint(str(name), names)}")
@@ -138,13 +144,19 @@ def merge(base: Any, overlay: Any, where: str = "") -> Any:
     if not isinstance(base, Mapping):
         return overlay
     kind = overlay.get("kind", base.get("kind"))
-    if kind != base.get("kind"):
-        return overlay  # another kind of source has other keys
+    if kind != base.get("kind") and _is_replaced(where, kind):
+        return overlay
     inner = {
         key: merge(base.get(key), value, f"{where}.{key}" if where else str(key))
         for key, value in overlay.items()
     }
     return {**base, **inner}
+
+
+def _is_replaced(where: str, kind: Any) -> bool:
+    """Whether another kind has other keys: of sources and reductions, not of losses or baselines."""
+    is_reduction = where.rsplit(".", 1)[-1] in (*REDUCTION_KINDS, *TEXT_MASKS)
+    return is_reduction or kind in SOURCE_KINDS
 
 
 def _names(items: Any) -> list[str]:

@@ -6,6 +6,7 @@ and a value that would do.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
 from clipgraft.evaluation_settings import RobustnessSettings
@@ -42,7 +43,7 @@ def check(run: RunSettings) -> None:
     _crops(run)
     _positions(run)
     _starts(run)
-    _layers(run)
+    check_layers(run, run.model.config or {})  # of named architectures, planning knows
     _rounds(run)
     _batches(run)
     _source_weights(run)
@@ -87,10 +88,16 @@ def _names(run: RunSettings) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"{', '.join(twice)}: a phase or baseline has the name of another model")
+    for name in (*phases, *run.baselines):
+        if name.startswith("expert_"):
+            where = "pretrain" if name in phases else "baselines"
+            raise ValueError(
+                f"{where}: {name!r}: the names of experts begin with `expert_`. Hint: another name"
+            )
 
 
 def _tasks(run: RunSettings) -> None:
-    if run.evaluate.evalset is not None and "evalset" in run.evaluate.tasks:
+    if "evalset" in run.evaluate.tasks:
         raise ValueError(
             "evaluate.tasks.evalset: the results of evaluate.evalset have this name. Hint: another name"
         )
@@ -151,10 +158,17 @@ def _scaling(run: RunSettings) -> None:
         )
 
 
-def _layers(run: RunSettings) -> None:
+def check_layers(run: RunSettings, config: Mapping[str, Any]) -> None:
+    """Hold the blocks that experts are trained and grafted in against those of the model.
+
+    Args:
+        run: settings.
+        config: of the model, in open_clip's form; of what it does not say nothing is known.
+    Raises:
+        ValueError: names the section, its layers and those that there are.
+    """
     if run.moe is None or run.finetune_expert is None:
         return
-    config = run.model.config or {}
     for tower, key in (("vision", "image_layers"), ("text", "text_layers")):
         depth = (config.get(f"{tower}_cfg") or {}).get("layers")
         for section in ("moe", "finetune_expert"):

@@ -144,6 +144,7 @@ class TaskSettings(Settings):
             raise ValueError(
                 "robustness repeats retrieval and zero_shot, and neither is set. Hint: retrieval: true"
             )
+        _check_once("zero_shot", [each.label for each in self.zero_shot])
         _check_once("probe", self.probe)
         _check_once("knn", self.knn.labels if self.knn else [])
         _check_once("retrieval.captions", self.retrieval.captions if self.retrieval else [])

@@ -197,6 +197,11 @@ class MoeSettings(Settings):
                     f"{key} = {getattr(self, key)} has no effect on router_init: {self.router_init}. "
                     "Hint: remove it, or router_init: centroids"
                 )
+        if self.router_init == "centroids" and self.router_samples < self.num_experts:
+            raise ValueError(
+                f"router_samples = {self.router_samples} is less than num_experts = {self.num_experts}: every expert has a "
+                "cluster of their tokens. Hint: thousands"
+            )
         return self
 
     @model_validator(mode="after")

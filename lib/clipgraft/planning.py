@@ -10,7 +10,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from clipgraft import settings as cfg
-from clipgraft.architectures import check_references, image_size_of
+from clipgraft.architectures import (
+    check_blocks,
+    check_references,
+    check_weights,
+    image_size_of,
+)
 from clipgraft.baseline_settings import BaselineSettings
 from clipgraft.config import ConfigError, S, validate
 from clipgraft.evalset_tasks import chosen, expand
@@ -77,7 +82,8 @@ def plan_run(name: str, run: RunSettings) -> list[PlannedJob]:
         watch = getattr(settings, "watch", None)
         if watch is not None:
             given[WATCHED] = indexes[run.evaluate.tasks[watch.task].data]
-        dumped, files = settings.model_dump(mode="json"), tuple(sources_of(settings))
+        files = tuple(sources_of(settings, is_start="init" not in given))
+        dumped = settings.model_dump(mode="json")
         job = PlannedJob(job_name.split("/")[0], job_name, dumped, given, files)
         known = jobs.setdefault(job_name, job)
         assert known == job, f"two jobs are called {job_name}"
@@ -103,6 +109,8 @@ def plan_run(name: str, run: RunSettings) -> list[PlannedJob]:
         indexes[data] = add(f"index/{data}", settings, **downloads, **others)
     index = indexes["train"]
 
+    check_blocks(run)
+    check_weights(run.model.pretrained, "model.pretrained")
     phases: list[PlannedJob] = []
     for phase in run.pretrain:
         check_references(phase, run.model)
@@ -255,8 +263,9 @@ def _plan_baseline(
         seen -= router.samples_seen
         if seen <= 0:
             raise ConfigError(
-                f"{where}samples_seen = {about.samples_seen:,} leaves nothing for its expert: routers see "
-                f"{router.samples_seen:,} of them (finetune_router.samples_seen). Hint: more"
+                f"{where}samples_seen = {seen + router.samples_seen:,} leaves nothing for its expert: routers see "
+                f"{router.samples_seen:,} of them (finetune_router.samples_seen). Hint: more, here or of "
+                "finetune_expert.samples_seen"
             )
     blocks = {"image_layers": "all", "text_layers": "all"} if about.kind == "full" else {}
     settings = _extend(

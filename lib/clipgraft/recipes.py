@@ -31,7 +31,7 @@ from clipgraft.reductions import (
     ImageReduction,
     TextReduction,
 )
-from clipgraft.schedule import num_steps, num_warmup_steps
+from clipgraft.schedule import num_steps, num_warmup_steps, peak_lr
 from clipgraft.sources import Fraction, Name, Settings
 
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
@@ -242,6 +242,17 @@ class TrainSettings(AugmentationSettings):
                 f"optim: a warm-up of {num_warmup_steps(self):,} steps is longer than training: samples_seen = "
                 f"{self.samples_seen:,} in batches of {self.batch_size:,} are {num_steps(self):,} steps. "
                 "Hint: a shorter warm-up, or `warmup` as a share of the steps"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _decay(self) -> TrainSettings:
+        peak, lr_min = peak_lr(self), self.optim.lr_min
+        if lr_min > peak * (1 + 1e-9):  # equal but for rounding
+            of = f" (lr_per_256 in batches of {self.batch_size:,})" if self.optim.lr_per_256 else ""
+            raise ValueError(
+                f"optim: lr_min = {lr_min:g} is above the peak learning rate, {peak:g}{of}: the decay would rise. "
+                "Hint: a smaller lr_min"
             )
         return self
 

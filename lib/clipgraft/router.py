@@ -227,7 +227,8 @@ def healthy_loads(num_experts: int, top_k: int) -> tuple[float, float]:
     on. (Where top_k is near the number of experts even use is near every token, so a fixed share would not do.)
     """
     even, every = 1 / num_experts, 1 / top_k
-    return IDLE * even, even + CROWDED * (every - even)
+    high = even + CROWDED * (every - even)
+    return IDLE * even, high * (1 + 1e-6)  # loads are float32: 1 / 3 of them is above 1 / 3
 
 
 def _mean(of_towers: list[Tensor]) -> Tensor:

@@ -30,6 +30,8 @@ def link_run(run: str, versions: Mapping[str, str], results: Path = RESULTS) -> 
     for path in sorted(folder.rglob("*"), reverse=True):  # old links; what else is there stays
         if path.is_symlink():
             path.unlink()
+        elif path.is_dir() and not any(path.iterdir()):  # deepest first: a link may take its place
+            path.rmdir()
     for name, target in versions.items():
         link = folder / name
         link.parent.mkdir(parents=True, exist_ok=True)
@@ -51,10 +53,33 @@ def unused(results: Path = RESULTS) -> Iterator[Path]:
 
 
 def show(run: str, results: Path = RESULTS) -> str:
-    """The results of a run as a table, and where its page is; of a sweep what it shows."""
+    """The results of a run as a table, and where its page is; of a sweep what it shows.
+
+    Raises:
+        ConfigError: if there is no such run, or it has no page.
+    """
     page = "scaling" if (results / "runs" / run / "scaling").exists() else "report"
     folder = results / "runs" / run / page
-    return f"\n{(folder / 'results.txt').read_text()}\n{page}: {folder / f'{page}.html'}"
+    table = folder / "results.txt"
+    if not table.exists():
+        known = sorted(path.parent.name for path in (results / "runs").glob(f"*/{LOCK}"))
+        raise ConfigError(
+            f"run {run!r} has no {table}. Hint: one of {', '.join(known) or 'none yet'}"
+        )
+    return f"\n{table.read_text()}\n{page}: {folder / f'{page}.html'}"
+
+
+def shown(pages: Mapping[str, str], results: Path = RESULTS) -> Iterator[str]:
+    """The tables of runs, as `show` has them; none where the run still links to a page of other settings.
+
+    Args:
+        pages: run to the folder of its planned page in the store (`report/1a2b3c4d`).
+        results: the store.
+    """
+    for run, folder in pages.items():
+        link = results / "runs" / run / folder.split("/")[0]
+        if (link / "results.txt").exists() and link.resolve() == (results / folder).resolve():
+            yield show(run, results)
 
 
 def main() -> None:
@@ -77,14 +102,11 @@ def main() -> None:
     if given.verb == "link":
         link_run(given.run, given.versions)
         return
-    if given.verb == "show":
-        print(show(given.run))
-        return
-    if given.verb == "compare":
+    if given.verb in ("show", "compare"):
         try:
-            print(compare(given.runs, RESULTS))
+            print(show(given.run) if given.verb == "show" else compare(given.runs, RESULTS))
         except ConfigError as error:
-            sys.exit(f"compare: {error}")
+            sys.exit(f"{given.verb}: {error}")
         return
     total = 0
     for folder in unused():

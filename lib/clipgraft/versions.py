@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from clipgraft import settings as cfg
-from clipgraft.architectures import our_file
+from clipgraft.architectures import local_path, our_file
 from clipgraft.aside import written_aside
 from clipgraft.config import ConfigError
 from clipgraft.evalset_tasks import data_folder, expand
@@ -63,7 +63,6 @@ PLUMBING = {
             "compare",
             "launch",
             "architectures",
-            "cost",
             "plan",
             "footprint",
             "scale",
@@ -144,15 +143,22 @@ def seed_for(seed: int, *words: object) -> int:
 # --- local files that a job reads ---------------------------------------------------------------------------
 
 
-def sources_of(settings: Settings) -> Iterator[str]:
+def sources_of(settings: Settings, is_start: bool = True) -> Iterator[str]:
     """What tells that the local files of a job have changed: their names and sizes.
 
     A changed file re-runs the job that reads it, a touched one does not; small files are hashed.
+
+    Args:
+        settings: of the job.
+        is_start: whether its model starts anew; a later phase does not read the weights that the first one did.
     """
     if isinstance(settings, cfg.IndexJob) and settings.wordpiece is not None:
         yield from map(_identity, local_files(settings.wordpiece))
     if isinstance(settings, cfg.PretrainJob) and (path := our_file(settings.model)):
         yield _identity(path)
+    if isinstance(settings, cfg.PretrainJob) and is_start and settings.model.pretrained:
+        if (path := local_path(settings.model.pretrained)).is_file():
+            yield _sampled(path)
     if isinstance(settings, cfg.ReferenceJob):
         yield from map(_sampled, _weights(settings))
     if isinstance(settings, cfg.EvalsetJob):
@@ -192,14 +198,11 @@ def listing(name: str) -> str:
 def _weights(reference: ReferenceSettings | cfg.ReferenceJob) -> list[Path]:
     """The local files of a reference; none if it is public."""
     if reference.pretrained is None:
-        files = [_folder(reference) / name for name in ("model.json", "model.safetensors")]
+        folder = local_path(reference.model)
+        files = [folder / name for name in ("model.json", "model.safetensors")]
     else:
-        files = [Path(os.path.expandvars(reference.pretrained)).expanduser()]
+        files = [local_path(reference.pretrained)]
     return [path for path in files if path.is_file()]
-
-
-def _folder(reference: ReferenceSettings | cfg.ReferenceJob) -> Path:
-    return Path(os.path.expandvars(reference.model)).expanduser()
 
 
 def _identity(path: Path) -> str:

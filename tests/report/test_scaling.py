@@ -192,6 +192,15 @@ def test_an_axis_of_the_learning_rate_is_no_axis_of_seeds(tmp_path):
     assert "Shown at rate lr1" in (out / "scaling.html").read_text()
 
 
+def test_how_fast_a_seed_was_trained_is_no_other_recipe(tmp_path):
+    fast = {"seed": 1, "pretrain": {"short": {"compile": True, "grad_checkpointing": True}}}
+    raw = sweeps.config(
+        {"image": sweeps.image_axis(40, 16), "seed": {"s0": {"seed": 0}, "s1": fast}}
+    )
+    rows = rows_of(draw(tmp_path, raw) / "figures/scaling_image_drop.csv")
+    assert {row["seeds"] for row in rows} == {"2"}
+
+
 def test_a_metric_that_no_result_has_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"scaling\.label = 'colour'.*mean_R@1"):
         draw(tmp_path, sweeps.config(AXES), label="colour")

@@ -22,6 +22,7 @@ from clipgraft.report.read import Model, Run, read_json
 from clipgraft.report.slopes import Cell, Ladder
 from clipgraft.report.tables import Column, columns_of, human
 from clipgraft.settings import PretrainJob, ScalingJob, SweepRun
+from clipgraft.versions import deciding
 
 Side = Literal["image", "text"]
 SIDES: tuple[Side, ...] = ("image", "text")
@@ -38,7 +39,7 @@ class Trial:
         num_params: of the base.
         tokens: of the first phase, by side.
         strategy: how the first phase shortens sequences, by side.
-        recipe: all it was trained with and on, seeds left out.
+        recipe: all it was trained with and on that decides on results, seeds left out.
         samples_seen: in all phases.
         macs: of the forward passes, after each phase, all told.
         hours: of training, after each phase, all told.
@@ -258,14 +259,17 @@ def _trial(
             "text": settings[0].text_length,
         },
         strategy={side: _strategy(settings[0], side) for side in SIDES},
-        recipe=json.dumps(
-            [data, [each.model_dump(mode="json", exclude={"seed"}) for each in settings]]
-        ),
+        recipe=json.dumps([data, [_deciding(each) for each in settings]]),
         samples_seen=sum(each.samples_seen for each in settings),
         macs=_running(macs),
         hours=_running(hours),
         scores=scores,
     )
+
+
+def _deciding(phase: PretrainJob) -> dict[str, Any]:
+    settings, _ = deciding(phase.model_dump(mode="json", exclude={"seed"}), {})
+    return settings
 
 
 def _running(numbers: Sequence[float]) -> tuple[float, ...]:
