@@ -99,7 +99,10 @@ def loss_of(world: dist.World, case: str, local: Features, own: slice) -> tuple[
         memory.restore(remembered(memory.state(), rows_G))
     batch = SimpleNamespace(rows_B=rows_G[own])  # objectives look at nothing else
     loss, _ = objective_of(world, settings, OPTIM, memory, 9.0)(local, [], batch, 1.5)
-    return loss, torch.empty(0) if memory is None else memory.state()
+    if memory is None:
+        return loss, torch.empty(0)
+    memory.settle()
+    return loss, memory.state()
 
 
 def remembered(table_NC: Tensor, rows_G: Tensor) -> Tensor:
