@@ -517,6 +517,8 @@ with dist.world() as world:
             loss, _ = backward_in_parts(
                 ddp, 2, encode, lambda *f: objective(Features(*f), [], batch, float(step))
             )
+            if memory is not None:
+                memory.settle()
             report(loss, None if memory is None else memory.state())
 """
 
