@@ -226,12 +226,6 @@ def test_cost_of_the_published_inverse_scaling_figure():
             assert macs / 1e20 == pytest.approx(figure, rel=0.04)
 
 
-def test_memory_falls_with_the_share_of_the_batch_but_the_state_stays(tiny_config):
-    few, many = (cost.memory_bytes(tiny_config, phase(16, 8), n) for n in (1, 16))
-    state = 18 * sum(cost.num_parameters(tiny_config, phase(16, 8)))
-    assert few - state == pytest.approx(16 * (many - state))
-
-
 def test_what_cannot_be_counted_is_refused(tiny_config):
     tiny_config["vision_cfg"]["attentional_pool"] = True
     with pytest.raises(ConfigError, match=r"vision_cfg.attentional_pool = True is not known"):

@@ -272,11 +272,17 @@ def test_the_price_of_a_plan_is_its_hours_times_the_price_of_one():
     assert gpu_hours == pytest.approx(10 * hours, abs=1)
 
 
-def test_what_does_not_fit_is_told_with_what_would():
-    few = run_plan("--preset", "presets/clipa_v2_h14.yaml", "--num-gpus", "8").stdout
-    many = run_plan("--preset", "presets/clipa_v2_h14.yaml", "--num-gpus", "256").stdout
-    assert "large does not fit into 90% of 80 GB. Hint: 256 of them" in few
+def test_what_does_not_fit_is_told_with_what_would(tmp_path):
+    preset = "presets/clipa_v2_h14.yaml"
+    few = run_plan("--preset", preset, "--num-gpus", "64").stdout
+    many = run_plan("--preset", preset, "--num-gpus", "256").stdout
+    assert "short does not fit into 90% of 80 GB. Hint: `parallel: fsdp`\n" in few
+    assert "large does not fit into 90% of 80 GB. Hint: `grad_checkpointing: true`\n" in few
     assert "does not fit" not in many
+    told = "runs: {main: {pretrain: {short: {parallel: fsdp}, full: {grad_checkpointing: true}, large: {grad_checkpointing: true}}}}"
+    (tmp_path / "told.yaml").write_text(told)
+    after = run_plan("--preset", preset, str(tmp_path / "told.yaml"), "--num-gpus", "64").stdout
+    assert "does not fit" not in after
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_weights_gradients_and_moments_are_those_of_adamw():
     optimizer.step()
     moments = sum(x.nbytes for x in optimizer.state[model.weight].values() if x.ndim)
     held = model.weight.nbytes + model.weight.grad.nbytes + moments
-    assert held == (cost.STATE_BYTES - fp.BF16) * model.weight.numel()
+    assert held == (fp.STATE - fp.BF16) * model.weight.numel()
     assert 3 * fp.FP32 * model.weight.numel() == fp.FP32 * model.weight.numel() + moments
 
 

@@ -10,7 +10,6 @@ trained weight has none at all.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,8 +19,6 @@ from clipgraft.recipes import PhaseSettings
 from clipgraft.reductions import num_kept
 
 FLOPS_PER_MAC = 6  # in training: 2, times a forward pass and a backward pass of twice its cost
-STATE_BYTES = 18  # per parameter: fp32 weight, gradient and Adam's two moments; bf16 weight
-PAIR_BYTES = 16  # per pair of the batch: fp32 logits and log-softmax, both directions
 
 # open_clip's defaults (tests/test_cost.py holds them against open_clip's own).
 VISION = {"layers": 12, "width": 768, "mlp_ratio": 4.0, "patch_size": 16, "no_ln_pre": False}
@@ -191,18 +188,6 @@ def activation_bytes(config: Mapping[str, Any], image_tokens: int, text_tokens: 
         for x, length in ((vision, image_tokens), (text, text_tokens))
     ]
     return float(2 * sum(kept))
-
-
-def memory_bytes(config: Mapping[str, Any], phase: PhaseSettings, num_gpus: int) -> float:
-    """Estimated memory of each GPU in training, weights and optimizer on every one of them.
-
-    `STATE_BYTES` per parameter, `activation_bytes` per sample on the GPU, `PAIR_BYTES` per pair of a sample on
-    the GPU and one of the global batch. What libraries and the allocator take comes on top.
-    """
-    on_gpu = math.ceil(phase.batch_size / num_gpus)
-    activations = activation_bytes(config, image_tokens(config, phase), phase.text_length)
-    state = STATE_BYTES * sum(num_parameters(config, phase))
-    return float(state + on_gpu * (activations + PAIR_BYTES * phase.batch_size))
 
 
 def blocks(config: Mapping[str, Any]) -> list[tuple[int, int, int]]:

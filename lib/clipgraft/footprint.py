@@ -16,6 +16,7 @@ from clipgraft.recipes import PhaseSettings
 
 FP32, BF16 = 4, 2
 MOMENTS = 2 * FP32  # of Adam
+STATE = FP32 + BF16 + FP32 + MOMENTS  # per parameter: weight, its copy, gradient, moments
 TILE = (
     3 * FP32 * 1024 * 8192
 )  # of the pair engine on a GPU: similarities and what is computed of them
@@ -66,6 +67,19 @@ class Layout:
     is_sharded: bool = False
     recomputes: bool = False
     num_parts: int = 1
+
+    @classmethod
+    def of(cls, phase: PhaseSettings, devices: int) -> Layout:
+        """As a phase is set."""
+        return cls(devices, phase.parallel == "fsdp", phase.grad_checkpointing, phase.accumulate)
+
+    @property
+    def settings(self) -> str:
+        """What a phase is to be given for it, beside the defaults."""
+        given = ["parallel: fsdp"] if self.is_sharded else []
+        given += ["grad_checkpointing: true"] if self.recomputes else []
+        given += [f"accumulate: {self.num_parts}"] if self.num_parts > 1 else []
+        return ", ".join(given)
 
     def __str__(self) -> str:
         """As short as a cell of a table."""

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from clipgraft import cost
+from clipgraft import footprint as fp
 from clipgraft.architectures import architecture
 from clipgraft.config import ConfigError, merge, validate
 from clipgraft.model_settings import ModelSettings
@@ -122,7 +123,7 @@ def describe(
         f"image tokens: after reduction, class token counted, of {largest} of the largest image",
         "GMAC: of a forward pass, per sample. GFLOP: of training on it, 6 x GMAC; EFLOP: of the phase. "
         "Recomputation is not counted",
-        f"memory: GB per GPU, {cost.STATE_BYTES} bytes per parameter, activations in bf16 without checkpointing, logits",
+        f"memory: GB per GPU, laid out as the phase is set: {fp.STATE} bytes per parameter, activations in bf16, loss",
     ]
     if num_samples is not None:
         passes = [f"{p.name} {p.samples_seen / num_samples:,.1f}" for p in phases]
@@ -189,7 +190,7 @@ def _row(
         f"{macs / 1e9:,.2f}",
         f"{cost.FLOPS_PER_MAC * macs / 1e9:,.1f}",
         f"{flops / 1e18:,.1f}",
-        f"{cost.memory_bytes(config, phase, hardware.num_gpus) / 1e9:,.1f}",
+        f"{_memory(config, phase, hardware.num_gpus) / 1e9:,.1f}",
         *_money(flops, hardware),
     ]
 
@@ -211,21 +212,35 @@ def _flops(config: dict[str, Any], phase: PhaseSettings) -> float:
     return cost.FLOPS_PER_MAC * cost.training_macs(config, phase)
 
 
+def _memory(config: dict[str, Any], phase: PhaseSettings, num_gpus: int) -> float:
+    return fp.memory_of(config, phase, fp.Layout.of(phase, num_gpus)).total
+
+
 def _misfits(config: dict[str, Any], phases: list[PhaseSettings], hardware: Hardware) -> list[str]:
     """What does not fit into memory, phase by phase, and what would help."""
     if hardware.memory is None:
         return []
     lines, usable = [], FILLED * hardware.memory * 1e9
     for phase in phases:
-        if cost.memory_bytes(config, phase, hardware.num_gpus) <= usable:
-            continue
-        counts = [2**n for n in range(phase.batch_size.bit_length())]
-        enough = [n for n in counts if cost.memory_bytes(config, phase, n) <= usable]
-        hint = f"{enough[0]} of them, or a smaller batch" if enough else "a GPU with more memory"
-        lines.append(
-            f"{phase.name} does not fit into {FILLED:.0%} of {hardware.memory:,.0f} GB. Hint: {hint}"
-        )
+        if _memory(config, phase, hardware.num_gpus) > usable:
+            lines.append(
+                f"{phase.name} does not fit into {FILLED:.0%} of {hardware.memory:,.0f} GB. "
+                f"Hint: {_remedy(config, phase, hardware.num_gpus, usable)}"
+            )
     return lines
+
+
+def _remedy(config: dict[str, Any], phase: PhaseSettings, num_gpus: int, usable: float) -> str:
+    """The cheapest settings for these GPUs, or else for the fewest more."""
+    counts = [num_gpus * 2**n for n in range(phase.batch_size.bit_length())]
+    for count in counts:
+        layout = (
+            None if phase.batch_size % count else fp.first_that_fits(config, phase, count, usable)
+        )
+        if layout is not None:
+            settings = f"`{layout.settings}`" if layout.settings else "as it is"
+            return settings + ("" if count == num_gpus else f" on {count} of them")
+    return "a GPU with more memory"
 
 
 def _patch(config: dict[str, Any]) -> int:

@@ -127,8 +127,8 @@ def state_rows(presets: Sequence[Preset]) -> Rows:
                 preset.name
                 + (f", {num_experts} experts in every block" if num_experts > 1 else ""),
                 f"{parameters / 1e6:,.0f} M",
-                _gb(cost.STATE_BYTES * parameters),
-                *(_gb(cost.STATE_BYTES * parameters / num) for num in DEVICES),
+                _gb(fp.STATE * parameters),
+                *(_gb(fp.STATE * parameters / num) for num in DEVICES),
             ]
 
 
