@@ -402,6 +402,11 @@ B32 = {"model": "ViT-B-32", "pretrained": "openai"}
         ),
         (
             1,
+            {"temperature": 0.01},
+            ["pretrain.full.temperature = 0.01 has no effect", "comes with the weights", "Hint"],
+        ),
+        (
+            1,
             {"loss": {"kind": "rgcl_g", "temperature": "locked", "lr_tau": 1e-4}},
             ["lr_tau has no effect: the temperature is locked"],
         ),

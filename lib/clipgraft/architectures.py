@@ -6,12 +6,11 @@ import copy
 import difflib
 import importlib.util
 import json
-import os
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from clipgraft.config import ConfigError
+from clipgraft.config import ConfigError, local_path
 from clipgraft.crosschecks import check_layers
 from clipgraft.loss_settings import ReferenceSettings
 from clipgraft.misfits import interactive_misfit
@@ -117,11 +116,6 @@ def image_size_of(reference: ReferenceSettings) -> int:
             f"references: the image size of {reference.model} is not known. Hint: give `image_size`"
         )
     return side
-
-
-def local_path(name: str) -> Path:
-    """A path as written: `$NAME` from the environment, `~` the home folder."""
-    return Path(os.path.expandvars(name)).expanduser()
 
 
 def our_file(settings: ModelSettings) -> Path | None:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from clipgraft.aside import write_json
-from clipgraft.config import ConfigError
+from clipgraft.config import ConfigError, local_path
 from clipgraft.integrity import check_file
 from clipgraft.job import WRITING
 from clipgraft.lean import open_clip
@@ -210,7 +210,7 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _model_folder(name: str) -> Path:
-    folder = Path(os.path.expandvars(name)).expanduser()
+    folder = local_path(name)
     if not folder.is_dir():
         raise ConfigError(
             f"{folder} is no folder. Hint: the path of a model folder; or an architecture of open_clip, and "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from functools import reduce
@@ -23,6 +24,11 @@ S = TypeVar("S", bound=BaseModel)
 
 class ConfigError(ValueError):
     """What a user wrote cannot work. The message says what, where, which value, and a hint."""
+
+
+def local_path(name: str) -> Path:
+    """A path as written: `$NAME` from the environment, `~` the home folder."""
+    return Path(os.path.expandvars(name)).expanduser()
 
 
 def load_config(raw: Mapping[str, Any]) -> dict[str, RunSettings]:

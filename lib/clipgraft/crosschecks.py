@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
 from clipgraft.evaluation_settings import RobustnessSettings
+from clipgraft.loss_settings import changed
 from clipgraft.misfits import (
     position_kind,
     position_misfit,
@@ -265,6 +266,12 @@ def _starts(run: RunSettings) -> None:
         misfit = start_misfit(phase, is_carried, has_pretrained)
         if misfit:
             raise ValueError(misfit)
+        has_weights = is_carried or has_pretrained or phase.init_from is not None
+        if has_weights and phase.loss.tau == "learned" and "temperature" in changed(phase):
+            raise ValueError(
+                f"pretrain.{phase.name}.temperature = {phase.temperature} has no effect: a learned temperature comes "
+                "with the weights. Hint: remove it, or loss: {temperature: constant}"
+            )
         if is_carried and phase.text_pos_resize == "stretch":
             before = run.pretrain[number - 1].text_length
             misfit = stretch_misfit(phase.text_pos_keep, before)

@@ -23,8 +23,8 @@ from typing import Any
 from clipgraft import log as logging_setup
 from clipgraft.aside import write_json
 from clipgraft.compare import LOCK
-from clipgraft.config import ConfigError
-from clipgraft.evalset_tasks import EvalsetTask, chosen, data_folder, expand
+from clipgraft.config import ConfigError, local_path
+from clipgraft.evalset_tasks import EvalsetTask, chosen, data_folder
 from clipgraft.explore.finished import FinishedRun
 from clipgraft.versions import listing
 
@@ -143,12 +143,12 @@ def model_folders(name: str, model: str | None, results: Path = RESULTS) -> list
     Raises:
         ConfigError: if there is neither, or the run has no such model.
     """
-    if (expand(name) / "model.json").is_file():
+    if (local_path(name) / "model.json").is_file():
         if model is not None:
             raise ConfigError(
                 f"--model {model}: {name} is a model folder, not a run. Hint: leave it out"
             )
-        return [expand(name)]
+        return [local_path(name)]
     lock = results / "runs" / name / LOCK
     if not lock.is_file():
         raise ConfigError(
@@ -177,7 +177,7 @@ def main() -> None:
         folders = model_folders(given.model, given.which)
         out = given.out or RESULTS / "evalset" / _name(given.model, given.which)
         results = evaluate_folder(
-            folders, expand(given.folder), out, names=given.tasks, threads=given.threads
+            folders, local_path(given.folder), out, names=given.tasks, threads=given.threads
         )
     except ConfigError as error:
         sys.exit(f"evalset: {error}")

@@ -160,11 +160,6 @@ def missing(keys: Sequence[str]) -> list[str]:
     return [task.name for task in AVERAGED if task.key not in keys]
 
 
-def expand(name: str) -> Path:
-    """A folder as written in the config."""
-    return Path(os.path.expanduser(os.path.expandvars(name)))
-
-
 def task_of(root: Path, key: str) -> EvalsetTask:
     """A task by its key."""
     return (TASKS | {task.key: task for task in _further(root)})[key]

@@ -17,8 +17,8 @@ from clipgraft.architectures import (
     image_size_of,
 )
 from clipgraft.baseline_settings import BaselineSettings
-from clipgraft.config import ConfigError, S, validate
-from clipgraft.evalset_tasks import chosen, expand
+from clipgraft.config import ConfigError, S, local_path, validate
+from clipgraft.evalset_tasks import chosen
 from clipgraft.moe_settings import MoeSettings, RouterSettings
 from clipgraft.recipes import AugmentationSettings, PhaseSettings, TrainSettings
 from clipgraft.run_settings import RunSettings
@@ -136,7 +136,7 @@ def plan_run(name: str, run: RunSettings) -> list[PlannedJob]:
             add(f"evaluate/{model_name}/{task}", settings, **model, index=indexes[measures.data])
     if run.evaluate.evalset is not None:
         folder = run.evaluate.evalset.folder
-        for each in chosen(expand(folder), run.evaluate.evalset.tasks):
+        for each in chosen(local_path(folder), run.evaluate.evalset.tasks):
             settings = cfg.EvalsetJob(folder=folder, evalset=each.key)
             for model_name, model in models.items():
                 add(f"evaluate/{model_name}/evalset/{each.key}", settings, **model)

@@ -272,8 +272,8 @@ class PhaseSettings(TrainSettings):
     )
     temperature: Tau = Field(
         0.07,
-        description="Tau at the start of training from random weights, and of every phase in which it is constant; elsewhere it "
-        "comes with the weights.",
+        description="Tau at the start of training from random weights, and of every phase in which it is constant or of each "
+        "sample; a learned one comes with weights, where there are any.",
     )
     loss: LossSettings = LossSettings()
     references: list[ReferenceSettings] = Field(

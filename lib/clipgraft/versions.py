@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from clipgraft import settings as cfg
-from clipgraft.architectures import local_path, our_file
+from clipgraft.architectures import our_file
 from clipgraft.aside import written_aside
-from clipgraft.config import ConfigError
-from clipgraft.evalset_tasks import data_folder, expand
+from clipgraft.config import ConfigError, local_path
+from clipgraft.evalset_tasks import data_folder
 from clipgraft.loss_settings import ReferenceSettings
 from clipgraft.sources import Settings
 
@@ -162,7 +162,7 @@ def sources_of(settings: Settings, is_start: bool = True) -> Iterator[str]:
     if isinstance(settings, cfg.ReferenceJob):
         yield from map(_sampled, _weights(settings))
     if isinstance(settings, cfg.EvalsetJob):
-        yield listing(str(data_folder(expand(settings.folder), settings.evalset)))
+        yield listing(str(data_folder(local_path(settings.folder), settings.evalset)))
     if isinstance(settings, cfg.PretrainJob):
         for reference in settings.references:
             yield from map(_sampled, _weights(reference))
@@ -185,7 +185,7 @@ def listing(name: str) -> str:
     Raises:
         ConfigError: if there is no such folder.
     """
-    folder = Path(os.path.expanduser(os.path.expandvars(name)))
+    folder = local_path(name)
     if not folder.is_dir():
         raise ConfigError(
             f"folder {name!r} does not exist. Hint: paths are relative to {Path().resolve()}"

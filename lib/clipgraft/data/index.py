@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipgraft.config import ConfigError
+from clipgraft.config import ConfigError, local_path
 from clipgraft.data.corpus import write_tokens
 from clipgraft.data.duplicates import (
     find_near,
@@ -128,7 +128,7 @@ def build_index(
         load_tagger(settings.tagger)  # what it lacks is said before hours of decoding
     wordpiece = None
     if settings.tokenize and settings.wordpiece is not None:
-        wordpiece = Path(os.path.expandvars(settings.wordpiece)).expanduser()
+        wordpiece = local_path(settings.wordpiece)
         WordPieces.read(wordpiece)  # likewise
     downloads = {"": download} if isinstance(download, Path) else dict(download)
     class_names = read_class_names(downloads)

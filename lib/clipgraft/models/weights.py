@@ -8,7 +8,6 @@ rates for such a run are let through, for without them no finished run of a cosi
 
 from __future__ import annotations
 
-import os
 import pickle
 import warnings
 import zipfile
@@ -21,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from clipgraft.config import ConfigError
+from clipgraft.config import ConfigError, local_path
 from clipgraft.lean import open_clip
 from clipgraft.model_settings import ModelSettings
 from clipgraft.models.positions import IMAGE, TEXT
@@ -178,7 +177,7 @@ def _download(settings: ModelSettings, tag: dict[str, Any]) -> str:
 
 
 def _local_checkpoint(settings: ModelSettings) -> Path:
-    path = Path(os.path.expandvars(str(settings.pretrained))).expanduser()
+    path = local_path(str(settings.pretrained))
     if path.is_file():
         return path
     known = open_clip.list_pretrained_tags_by_model(settings.name) if settings.name else []

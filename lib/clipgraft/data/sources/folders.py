@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from clipgraft.config import ConfigError
+from clipgraft.config import ConfigError, local_path
 from clipgraft.data.images import SUFFIXES
 from clipgraft.data.outcomes import Outcome
 from clipgraft.data.sources.classes import class_label, write_classes
@@ -20,7 +19,7 @@ def local_folder(name: str) -> Path:
     Raises:
         ConfigError: if it does not exist.
     """
-    folder = Path(os.path.expanduser(os.path.expandvars(name))).absolute()
+    folder = local_path(name).absolute()
     if not folder.is_dir():
         raise ConfigError(f"folder {folder} does not exist")
     return folder

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from clipgraft.evalset_tasks import EvalsetTask, expand, task_of
+from clipgraft.config import local_path
+from clipgraft.evalset_tasks import EvalsetTask, task_of
 from clipgraft.evaluation.encode import true_float32
 from clipgraft.evaluation.evalset.encoder import Encoder
 from clipgraft.evaluation.evalset.tasks import Measured, measure
@@ -35,7 +36,7 @@ def evaluate_evalset(
     Raises:
         ConfigError: as `measure`.
     """
-    root = expand(settings.folder)
+    root = local_path(settings.folder)
     result = result_of(
         root, task_of(root, settings.evalset), Encoder(folders, cache, threads=threads)
     )
