@@ -1,5 +1,7 @@
 """Laws of searching: faiss against float64, and what is kept."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -55,5 +57,7 @@ def test_what_is_kept_is_made_once_and_again_where_it_is_not_whole(tmp_path):
     assert kept(tmp_path, {"of": "b"}, make)["x"].tolist() == [2, 2]
     for about in tmp_path.glob("*/about.json"):
         about.unlink()  # as after a kill
+    for folder in list(tmp_path.iterdir()):
+        (tmp_path / f"{folder.name}.{os.getpid()}").mkdir()  # of a process that had this number
     assert kept(tmp_path, {"of": "a"}, make)["x"].tolist() == [3, 3]
-    assert len(list(tmp_path.iterdir())) == 2 and made == [0, 1, 2]
+    assert len(list(tmp_path.iterdir())) == 4 and made == [0, 1, 2]

@@ -15,6 +15,7 @@ import clipgraft
 from clipgraft.checkpoint import load_model
 from clipgraft.config import ConfigError
 from clipgraft.export.__main__ import export, main
+from clipgraft.export.card import _table
 from clipgraft.models.moe import insert_experts
 from clipgraft.models.released import read_released
 
@@ -98,6 +99,12 @@ def test_a_model_without_a_manifest_has_a_card_that_says_so(model_folder, tmp_pa
     export("vision", model_folder(), tmp_path / "out")
     card = (tmp_path / "out/README.md").read_text()
     assert "no manifest" in card and "[1, 16, 32]" in card
+
+
+def test_the_card_keeps_names_and_tables_whole(model_folder, tmp_path):
+    export("onnx", model_folder(), tmp_path / "MY_SIDE_EMBEDDER")
+    assert "MY_SIDE_EMBEDDER" in (tmp_path / "MY_SIDE_EMBEDDER" / "README.md").read_text()
+    assert _table([("task", "value"), ("a|b\nc", "1")]).splitlines()[-1] == "| a\\|b c | 1 |"
 
 
 def test_an_expert_is_exported_with_the_rest_of_its_base(model_folder, tmp_path):

@@ -106,7 +106,11 @@ def test_what_our_code_cannot_hold_is_named(model_folder, tmp_path):
 SEES_PADDING = {"pool_type": "last", "no_causal_mask": True, "ls_init_value": 0.1}
 WITH_CODE = [
     ({"vision_cfg": {"pool_type": "avg"}}, "corpus", 3),
-    ({"quick_gelu": True, "vision_cfg": {"no_ln_pre": True}}, "full", 2),
+    (
+        {"quick_gelu": True, "nonscalar_logit_scale": True, "vision_cfg": {"no_ln_pre": True}},
+        "full",
+        2,
+    ),
     ({"text_cfg": SEES_PADDING}, "corpus", 3),
     ({"text_cfg": SEES_PADDING | {"proj_bias": True}, "init_logit_bias": -10.0}, "wordpiece", 0),
     ({"vision_cfg": {"pool_type": "avg", "final_ln_after_pool": True}}, "corpus", 0),

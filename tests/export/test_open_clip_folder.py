@@ -19,7 +19,10 @@ SEES_PADDING = LAST["text_cfg"] | {
 # A last sigma is another letter in lower case, for those who read whole words.
 READ = [*TEXTS, "\u039f\u0394\u039f\u03a3 &amp; caf\u00e9"]
 CHANGES = {
-    "corpus": {"vision_cfg": {"pool_type": "avg", "pos_embed_type": "sin_cos_2d"}},
+    "corpus": {
+        "cast_dtype": "fp32",
+        "vision_cfg": {"pool_type": "avg", "pos_embed_type": "sin_cos_2d"},
+    },
     "full": {"quick_gelu": True, "vision_cfg": {"ls_init_value": 0.1}},
     "wordpiece": {"text_cfg": SEES_PADDING, "vision_cfg": {"no_ln_pre": True}},
 }

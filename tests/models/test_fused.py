@@ -53,6 +53,7 @@ KINDS = {
     "mean, norm behind it": {"vision_cfg": {"pool_type": "avg", "final_ln_after_pool": True}},
     "QuickGELU": {"quick_gelu": True},
     "text seen whole": {"text_cfg": {"no_causal_mask": True, "pool_type": "last"}},
+    "text with a class token": {"text_cfg": {"embed_cls": True, "pad_id": 0}},
     "one block": {"vision_cfg": {"layers": 1}, "text_cfg": {"layers": 1}},
 }
 

@@ -155,6 +155,24 @@ def test_what_is_no_checkpoint_is_said_in_one_sentence(tmp_path, write, message)
     assert "weights_only" not in str(caught.value)  # no advice to run the file's code
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("logit_scale", torch.ones(2), r"logit_scale is \[2\], the model has \[\]"),
+        ("visual.positional_embedding", torch.ones(8, 32), "no class token and a square"),
+    ],
+)
+def test_a_tensor_of_a_shape_that_cannot_be_carried_over_is_named(
+    tiny_config, tmp_path, name, tensor, message
+):
+    state = clip_of(tiny_config).state_dict()
+    tensor = tensor[:, : state[name].shape[-1]] if tensor.dim() == 2 else tensor
+    torch.save(state | {name: tensor}, tmp_path / "a.pt")
+    settings = ModelSettings(config=tiny_config, pretrained=str(tmp_path / "a.pt"))
+    with pytest.raises(ConfigError, match=message):
+        pretrained_state(settings, model_config(settings, 40, 16, 8))
+
+
 def test_openais_own_file_is_not_run_with_another_activation(tiny_config, tmp_path):
     """Its state dict has three facts beside the weights, by which it is known."""
     facts = {"input_resolution": 16, "context_length": 8, "vocab_size": 40}

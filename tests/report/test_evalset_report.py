@@ -119,6 +119,17 @@ def test_the_page_has_a_line_per_task(models):
     assert noise_of(models[0].results[EVALSET]) > 0
 
 
+def test_a_model_that_failed_everywhere_leaves_the_others_their_numbers(models):
+    first = models[0]
+    first.results[EVALSET]["tasks"] = {"cifar10": {"task": "evalset/cifar10", "failed": "nan"}}
+    columns = [column for column in columns_of(models) if column.task == EVALSET]
+    assert (
+        "within two standard errors"
+        in results_table(EVALSET, models, columns, is_first=True).caption
+    )
+    assert "evalset: 1/38 averaged" in results_text(models, columns)
+
+
 def test_the_jobs_of_a_model_on_a_folder_are_one_line(run):
     tables = {table.title: table for table in run_section(run).tables}
     (jobs,) = (table for title, table in tables.items() if "jobs: versions" in title)

@@ -5,10 +5,11 @@ import re
 import numpy as np
 
 from clipgraft.report.figures import MAX_SIZES, plot_caption_lengths, plot_rejects, size_counts
-from clipgraft.report.figures_experts import plot_router_layers
+from clipgraft.report.figures_experts import plot_router, plot_router_layers
 from clipgraft.report.figures_results import noise_of
 from clipgraft.report.figures_rounds import _blocks, effective_number, flow_rows, plot_label_flow
-from clipgraft.report.style import INK, themed
+from clipgraft.report.figures_training import loss_panels
+from clipgraft.report.style import INK, draw, themed
 
 REASONS = [{"data": "train", "reason": "too small & <odd>", "samples": 3}]
 
@@ -42,6 +43,37 @@ def test_names_inside_a_figure_are_its_own_and_refer_to_itself():
     assert names and all(name.startswith("data_rejects-") for name in names)
     referred = re.findall(r'(?:url\(|xlink:href=")#([^")]+)', svg)
     assert referred and set(referred) <= set(names)
+
+
+def test_dollars_are_drawn_as_they_are_written():
+    """And never read as a formula, which may not even be one."""
+    reason = "not downloaded: GET a/$x_{$"
+    svg = plot_rejects([{"data": "train", "reason": reason, "samples": 3}]).svg
+    assert f"train: {reason}" in svg
+
+
+def test_a_router_without_numbers_has_no_figure():
+    assert plot_router([{"samples_seen": 1, "loss": 2.0}], 4) is None
+
+
+def test_as_many_lines_as_there_are_have_a_line_in_the_legend():
+    names = [f"run {number}" for number in range(40)]
+    rows = [
+        {"model": name, "samples_seen": n, "hours": n, "loss": 1.0}
+        for name in names
+        for n in (1, 2)
+    ]
+    titles = {name: name for name in names}
+    svg = draw(
+        "x", "x", "x", rows, lambda: loss_panels(rows, titles, dict.fromkeys(names, INK))
+    ).svg
+    height = float(re.search(r'viewBox="0 0 \S+ (\S+)"', svg)[1])
+    found = {name: float(y) for y, name in re.findall(r'translate\(\S+ (\S+)\)">(run \d+)<', svg)}
+    placed = found or {
+        name: float(y) for y, name in re.findall(r'y="([\d.]+)"[^>]*>(run \d+)<', svg)
+    }
+    assert set(placed) == set(names)
+    assert all(0 < y < height for y in placed.values())
 
 
 def test_a_figure_is_drawn_the_same_twice_and_carries_no_date():

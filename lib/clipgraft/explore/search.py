@@ -12,8 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,8 +136,8 @@ def kept(
     folder = cache / hashlib.sha256(key.encode()).hexdigest()[:16]
     if not (folder / ABOUT).is_file():
         arrays = make()
-        part = folder.with_name(f"{folder.name}.{os.getpid()}")
-        part.mkdir(parents=True)
+        cache.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=cache, prefix=f"{folder.name}."))
         for name, array in arrays.items():
             np.save(part / f"{name}.npy", array)
         (part / ABOUT).write_text(key + "\n")

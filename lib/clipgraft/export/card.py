@@ -6,6 +6,7 @@ Settings that could hold a path of this machine are not in it, only what kinds o
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,7 @@ def _filled(usage: str, loaded: Loaded, name: str) -> str:
         "EMBED": config["embed_dim"],
         "LENGTH": config["text_cfg"]["context_length"],
     }
-    for word, value in words.items():
-        usage = usage.replace(word, str(value))
-    return usage
+    return re.sub("|".join(words), lambda found: str(words[found[0]]), usage)
 
 
 def _facts(loaded: Loaded) -> list[tuple[str, str]]:
@@ -218,4 +217,9 @@ def _by_chance(path: Path) -> dict[str, float]:
 def _table(rows: Sequence[Sequence[str]]) -> str:
     head, *body = rows
     lines = [head, ["---"] * len(head), *body]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return "".join(f"| {' | '.join(map(_cell, line))} |\n" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """A bar would end it, and so would a line."""
+    return " ".join(text.replace("|", "\\|").split())

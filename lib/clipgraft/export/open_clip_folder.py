@@ -44,6 +44,7 @@ def write_open_clip(loaded: Loaded, out: Path) -> None:
             "open_clip has no mixtures of experts. Hint: hugging_face, or clip_moe; or export one of its experts"
         )
     config = copy.deepcopy(loaded.spec["config"])
+    config.pop("cast_dtype", None)  # open_clip gives it itself
     text = config["text_cfg"]
     if not is_same_vocabulary(loaded.tokenizer, Path(open_clip.tokenizer.default_bpe())):
         _read_by_hugging_face(loaded, text)

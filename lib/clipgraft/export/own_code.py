@@ -97,5 +97,7 @@ def _write_weights(loaded: Loaded, out: Path, prefix: str) -> None:
         for name, tensor in loaded.model.state_dict().items()
         if name.startswith(prefix) and not (prefix and name == "visual.proj")
     }
+    for name in state.keys() & {"logit_scale", "logit_bias"}:
+        state[name] = state[name].reshape(())  # [1] where the config asks for that
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
     shutil.copyfile(CODE, out / CODE.name)

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipgraft.lean import open_clip
+from clipgraft.models.plain_blocks import PLAIN, in_heads, is_plain, mask_like
 
-_PLAIN = open_clip.transformer.ResidualAttentionBlock
 _GELUS = {"none": "none", "tanh": "tanh"}  # what oneDNN calls torch's approximations
 
 
@@ -34,7 +34,7 @@ def fuse(model: nn.Module) -> None:
     for each in getattr(model, "models", [model]):
         for tower in (each.visual, each.text):
             blocks = getattr(getattr(tower, "transformer", None), "resblocks", [])
-            for block in filter(_is_plain, blocks):
+            for block in filter(_is_fusible, blocks):
                 block.__class__ = FusedBlock
                 block.lay_out()
             if len(blocks) and isinstance(blocks[-1], FusedBlock) and _pools_one(tower, blocks[-1]):
@@ -43,7 +43,7 @@ def fuse(model: nn.Module) -> None:
                 tower.register_forward_pre_hook(_tell_last)
 
 
-class FusedBlock(_PLAIN):  # type: ignore[misc,valid-type]
+class FusedBlock(PLAIN):  # type: ignore[misc,valid-type]
     """A block whose weights oneDNN has laid out."""
 
     def lay_out(self) -> None:
@@ -76,15 +76,14 @@ class FusedBlock(_PLAIN):  # type: ignore[misc,valid-type]
         value_BLD: Tensor,
         mask: Tensor | None,
     ) -> Tensor:
-        heads = (self._heads(each) for each in (query_BSD, key_BLD, value_BLD))
+        num_heads = self.attn.num_heads
+        heads = [in_heads(each, num_heads) for each in (query_BSD, key_BLD, value_BLD)]
+        mask = None if mask is None else mask_like(mask, heads[0])
         mixed_BHSd = F.scaled_dot_product_attention(*heads, attn_mask=mask)
         x_BSD = self.out(mixed_BHSd.transpose(1, 2).flatten(2), x_BSD)
         if self.fc is None:
             return x_BSD + self.mlp(self.ln_2(x_BSD))
         return self.proj(self.fc(self.ln_2(x_BSD)), x_BSD)
-
-    def _heads(self, x_BLD: Tensor) -> Tensor:
-        return x_BLD.unflatten(-1, (self.attn.num_heads, -1)).transpose(1, 2)
 
 
 class LastBlock(FusedBlock):
@@ -152,16 +151,12 @@ def _has_onednn() -> bool:
     return platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
 
 
-def _is_plain(block: Any) -> bool:
-    """Whether a block is what is fused: float32 on a CPU, self-attention, nothing between its parts."""
-    if type(block) is not _PLAIN or hasattr(block, "ln_1_kv"):
+def _is_fusible(block: Any) -> bool:
+    """Whether a block is what is fused: float32 on a CPU, and plain."""
+    if not is_plain(block):
         return False
-    attn = block.attn
-    has_scale = not all(isinstance(each, nn.Identity) for each in (block.ls_1, block.ls_2))
-    if has_scale or attn.in_proj_weight is None or attn.in_proj_bias is None:
-        return False
-    weight = attn.in_proj_weight
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and attn.batch_first
+    weight = block.attn.in_proj_weight
+    return weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
 def _pools_one(tower: Any, last: FusedBlock) -> bool:

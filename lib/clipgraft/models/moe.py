@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from clipgraft.config import ConfigError
 from clipgraft.models.backends import Experts, choose_backend, mix, wished_backend
+from clipgraft.models.build import is_padding_unseen
 
 TOWERS = ("visual", "text")
 _MLP_TENSORS = ("c_fc.weight", "c_fc.bias", "c_proj.weight", "c_proj.bias")
@@ -254,14 +255,10 @@ def _check_plain(mlp: nn.Module, where: str) -> None:
 
 def _hook(tower: nn.Module, state: TowerState, *, is_text: bool) -> None:
     """Tell the layers of a tower which forward they are in, and which tokens nothing will look at."""
-    is_padding_unseen = (
-        is_text
-        and tower.attn_mask is not None
-        and tower.pool_type == "argmax"
-        and tower.cls_emb is None
-    )
     tower.moe_state = state  # found through the tower, so that a deep copy has its own
-    tower.register_forward_pre_hook(_before_text if is_padding_unseen else _before)
+    tower.register_forward_pre_hook(
+        _before_text if is_text and is_padding_unseen(tower) else _before
+    )
     tower.register_forward_hook(_after, always_call=True)
 
 

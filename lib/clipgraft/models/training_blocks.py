@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from clipgraft.lean import open_clip
 from clipgraft.models.patches import WholeVisionTransformer
+from clipgraft.models.plain_blocks import PLAIN, in_heads, is_plain, mask_like
 
-_PLAIN = open_clip.transformer.ResidualAttentionBlock
 _IMAGE, _TEXT = open_clip.transformer.VisionTransformer, open_clip.transformer.TextTransformer
 
 
@@ -37,7 +37,7 @@ def speed_up(model: nn.Module) -> None:
         if type(tower) is _IMAGE:
             tower.__class__ = WholeVisionTransformer
         blocks = getattr(getattr(tower, "transformer", None), "resblocks", [])
-        for block in filter(_is_plain, blocks):
+        for block in filter(is_plain, blocks):
             block.__class__ = TrainingBlock
             block.is_causal = _is_causal(tower)
         if len(blocks) and reads_one(tower, blocks[-1]):
@@ -46,7 +46,7 @@ def speed_up(model: nn.Module) -> None:
                 tower.__class__ = OneTokenTextTransformer
 
 
-class TrainingBlock(_PLAIN):  # type: ignore[misc,valid-type]
+class TrainingBlock(PLAIN):  # type: ignore[misc,valid-type]
     """A block of self-attention.
 
     Attributes:
@@ -72,8 +72,8 @@ class TrainingBlock(_PLAIN):  # type: ignore[misc,valid-type]
         qkv_BLC = F.linear(normed_BLD, attn.in_proj_weight, attn.in_proj_bias)
         if self.is_causal or mask is None:
             return attend(qkv_BLC, attn.num_heads, self.is_causal)
-        heads = [_heads(each, attn.num_heads) for each in qkv_BLC.chunk(3, dim=-1)]
-        mixed_BHLd = F.scaled_dot_product_attention(*heads, attn_mask=_like(mask, heads[0]))
+        heads = [in_heads(each, attn.num_heads) for each in qkv_BLC.chunk(3, dim=-1)]
+        mixed_BHLd = F.scaled_dot_product_attention(*heads, attn_mask=mask_like(mask, heads[0]))
         return mixed_BHLd.transpose(1, 2).flatten(2)
 
     def _rest(self, x_BLD: Tensor, mixed_BLD: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class LastTrainingBlock(TrainingBlock):
         normed_BLD = self.ln_1(q_x)
         query_B1D = F.linear(self._read(normed_BLD), weight[:width], bias[:width])
         key_BLD, value_BLD = F.linear(normed_BLD, weight[width:], bias[width:]).chunk(2, dim=-1)
-        heads = [_heads(each, attn.num_heads) for each in (query_B1D, key_BLD, value_BLD)]
+        heads = [in_heads(each, attn.num_heads) for each in (query_B1D, key_BLD, value_BLD)]
         mask = None if attn_mask is None else self._row(attn_mask, heads[0])
         mixed_BH1d = F.scaled_dot_product_attention(*heads, attn_mask=mask)
         return self._rest(self._read(q_x), mixed_BH1d.transpose(1, 2).flatten(2))
@@ -118,9 +118,9 @@ class LastTrainingBlock(TrainingBlock):
         """The mask of that token, [B, 1 or H, 1, L]."""
         assert self.place_B is not None, "images have no mask"
         if mask.dim() == 2:
-            return _like(mask, query_BH1d)[self.place_B][:, None, None]
+            return mask_like(mask, query_BH1d)[self.place_B][:, None, None]
         item_B = torch.arange(len(self.place_B), device=mask.device)
-        return _like(mask, query_BH1d)[item_B, :, self.place_B][:, :, None]
+        return mask_like(mask, query_BH1d)[item_B, :, self.place_B][:, :, None]
 
 
 class OneTokenTextTransformer(_TEXT):  # type: ignore[misc,valid-type]
@@ -162,7 +162,7 @@ def attend(qkv_BLC: Tensor, num_heads: int, is_causal: bool) -> Tensor:
 
 def attend_by_torch(qkv_BLC: Tensor, num_heads: int, is_causal: bool) -> Tensor:
     """The same, with the kernel that torch has for the device."""
-    heads = [_heads(each, num_heads) for each in qkv_BLC.chunk(3, dim=-1)]
+    heads = [in_heads(each, num_heads) for each in qkv_BLC.chunk(3, dim=-1)]
     mixed_BHLd = F.scaled_dot_product_attention(*heads, is_causal=is_causal)
     return mixed_BHLd.transpose(1, 2).flatten(2)
 
@@ -214,26 +214,6 @@ def _split(x_BLD: Tensor, num_heads: int) -> Tensor:
 
 def _join(x_HBLd: Tensor) -> Tensor:
     return x_HBLd.permute(1, 2, 0, 3).flatten(2)
-
-
-def _like(mask: Tensor, query_BHLd: Tensor) -> Tensor:
-    """A mask [L, L], or [B * H, L, L] as [B, H, L, L], in the precision of the product."""
-    mask = mask.to(query_BHLd.dtype)
-    return mask if mask.dim() == 2 else mask.unflatten(0, query_BHLd.shape[:2])
-
-
-def _heads(x_BLD: Tensor, num_heads: int) -> Tensor:
-    return x_BLD.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-
-
-def _is_plain(block: Any) -> bool:
-    """Whether a block is open_clip's ordinary one, of self-attention, with nothing between its parts."""
-    if type(block) is not _PLAIN or hasattr(block, "ln_1_kv"):
-        return False
-    attn = block.attn
-    has_scale = not all(isinstance(each, nn.Identity) for each in (block.ls_1, block.ls_2))
-    is_whole = attn.in_proj_weight is not None and attn.in_proj_bias is not None
-    return is_whole and not has_scale and attn.batch_first and not attn.dropout
 
 
 def _is_causal(tower: Any) -> bool:

@@ -8,6 +8,7 @@ rates for such a run are let through, for without them no finished run of a cosi
 
 from __future__ import annotations
 
+import math
 import pickle
 import warnings
 import zipfile
@@ -120,7 +121,7 @@ def adopt_scalars(state: dict[str, Tensor], model: nn.Module, bias: float | None
     elif bias is not None:
         state.setdefault("logit_bias", torch.tensor(float(bias)))
     for name in ("logit_scale", "logit_bias"):
-        if name in state:
+        if name in state and state[name].numel() == 1:
             state[name] = state[name].reshape(getattr(model, name).shape)
 
 
@@ -152,6 +153,8 @@ def misfits(state: Mapping[str, Tensor], model: nn.Module) -> list[str]:
         resizable = name in (IMAGE, TEXT) and len(theirs) == len(ours)
         if theirs != ours and not (resizable and theirs[1:] == ours[1:]):
             wrong.append(f"{name} is {theirs}, the model has {ours}")
+        elif theirs != ours and name == IMAGE and math.isqrt(theirs[0] - 1) ** 2 != theirs[0] - 1:
+            wrong.append(f"{name} is {theirs}, which is no class token and a square")
     wrong = sorted(wrong)
     # Batches that a norm has seen are counted by torch since 2018, and filled in by it where they are not.
     needed = [name for name in expected if not name.endswith("num_batches_tracked")]

@@ -12,6 +12,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+
 from clipgraft.compare import (
     LOCK,
     Row,
@@ -35,13 +38,14 @@ from clipgraft.report.page_tables import Cell, Table
 from clipgraft.report.read import Run, read_metrics, tokens_of
 from clipgraft.report.sections import Section
 from clipgraft.report.style import Figure
+from clipgraft.versions import MEMORY
 
 MAX_DIFFERENCES = 80
 INFONCE = "infonce"
 _COLOURS = (
     "#56B4E9", "#D55E00", "#009E73", "#E69F00", "#0072B2", "#CC79A7", "#7FA32B", "#A6761D", "#8F7BD6",
 )  # fmt: skip
-_SILENT = ("seed", "name")  # settings that say nothing of a recipe
+_SILENT = ("seed", "name", *MEMORY)  # settings that say nothing of a recipe
 _TRAINED = {
     "pretrain": "Pretraining",
     "finetune_expert": "Experts and baselines",
@@ -62,7 +66,7 @@ def comparison(names: Sequence[str], results: Path) -> str:
     rows = [row for row in rows if any(map(row.values, main_metrics(chance)))] or rows
     runs = {name: _open(name, results) for name in dict.fromkeys(names)}
     metrics, lead = main_metrics(chance), lead_metric(chance)
-    colours = {id(row): _COLOURS[i % len(_COLOURS)] for i, row in enumerate(rows)}
+    colours = {id(row): colour for row, colour in zip(rows, _colours(len(rows)), strict=True)}
     measured = Section("results", "Results")
     settings = Section("runs", "Runs")
     settings.tables = [_runs_table(runs), _differences_table(runs)]
@@ -218,6 +222,13 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 # --- figures --------------------------------------------------------------------------------------
 
 
+def _colours(num: int) -> list[str]:
+    """One for each: those that are told apart best, or as many as are needed from end to end of a scale."""
+    if num <= len(_COLOURS):
+        return list(_COLOURS[:num])
+    return [to_hex(colormaps["turbo"](0.04 + 0.92 * i / (num - 1))) for i in range(num)]
+
+
 def _loss_figures(runs: Mapping[str, Run]) -> Iterator[Figure]:
     """Losses of each stage that trains, a line for each job that differs; what runs share is one line."""
     for stage, title in _TRAINED.items():
@@ -228,7 +239,7 @@ def _loss_figures(runs: Mapping[str, Run]) -> Iterator[Figure]:
         metrics = {label: rows for folder, label in lines.items() if (rows := read_metrics(folder))}
         if not metrics:
             continue
-        colours = {label: _COLOURS[i % len(_COLOURS)] for i, label in enumerate(metrics)}
+        colours = dict(zip(metrics, _colours(len(metrics)), strict=True))
         yield plot_losses(stage, title, _loss_rows(metrics, "loss"), colours)
         if stage == "pretrain" and any(INFONCE in rows[0] for rows in metrics.values()):
             known = {

@@ -15,6 +15,7 @@ from clipgraft.report.figures_training import loss_panels
 from clipgraft.report.style import (
     BLUE,
     INK,
+    LEGEND_LINE,
     MUTED,
     RAIL,
     Figure,
@@ -91,7 +92,7 @@ def plot_against_cost(looks: Looks, metric: str, chance: float) -> Figure:
     ]
 
     def plot() -> Canvas:
-        figure, axes = canvas(3.6, 1, 2, sharey=True)
+        figure, axes = canvas(max(3.6, LEGEND_LINE * (len(looks) + 2)), 1, 2, sharey=True)
         for axis, name in zip(axes[0], ("samples_seen", "minutes"), strict=True):
             for row, colour in looks:
                 mine = [each for each in rows if each["model"] == row.title]

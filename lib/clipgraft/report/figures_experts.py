@@ -110,8 +110,8 @@ def plot_agreement(rows: Rows) -> Figure:
     return draw("experts_agreement", "What the clusters are about", caption, rows, plot)
 
 
-def plot_router(rows: Rows, num_experts: int) -> Figure:
-    """Loss, balance and entropy while the routers are trained.
+def plot_router(rows: Rows, num_experts: int) -> Figure | None:
+    """Loss, balance and entropy while the routers are trained; None if none was recorded.
 
     Args:
         rows: of metrics.
@@ -124,6 +124,8 @@ def plot_router(rows: Rows, num_experts: int) -> Figure:
     }
     bounds = {"balance": 1.0, "entropy": math.log(num_experts)}
     kept = ["samples_seen", *(name for name in panels if name in rows[0])]
+    if len(kept) == 1:
+        return None
 
     def plot() -> Canvas:
         figure, axes = canvas(2.5, 1, len(kept) - 1)

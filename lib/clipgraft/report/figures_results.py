@@ -99,7 +99,7 @@ def plot_cost(models: Sequence[Model], column: Column) -> Figure:
             axis.axhline(100 * column.chance, color=MUTED, linewidth=1, linestyle="--")
             rightmost = max(getattr(model.cost, name) for model in shown)
             axis.set(xlabel=name.replace("_", " "), xlim=(0, 1.06 * rightmost or 1))
-        highest = max(column.chance, *(column.values[model.key] for model in shown))
+        highest = np.nanmax([column.chance, *(column.values[model.key] for model in shown)])
         axes[0, 0].set_ylim(0, 110 * highest)
         axes[0, 0].set_ylabel(f"{column.task}: {column.short}, %")
         counts_on(axes[0, 0].xaxis)

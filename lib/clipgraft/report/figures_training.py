@@ -12,6 +12,7 @@ from matplotlib.figure import Figure as Canvas
 
 from clipgraft.report.style import (
     BLUE,
+    LEGEND_LINE,
     MUTED,
     ORANGE,
     TINT,
@@ -173,7 +174,8 @@ def loss_panels(
         colours: model to its colour.
         dashed: models whose lines are.
     """
-    figure, axes = canvas(2.9, 1, 2, sharey=True)
+    num_lines = len({row["model"] for row in rows})
+    figure, axes = canvas(max(2.9, LEGEND_LINE * (num_lines + 2)), 1, 2, sharey=True)
     factor, unit = clock(max(row["hours"] for row in rows))
     panels = (("samples_seen", 1.0, "samples seen in this stage"), ("hours", factor, unit))
     for axis, (against, scale, label) in zip(axes[0], panels, strict=True):

@@ -18,6 +18,7 @@ from clipgraft.report.tables import (
     best_expert,
     cost_columns,
     displayed,
+    num_images_of,
     size_of_task,
 )
 
@@ -142,7 +143,7 @@ def results_table(
         scores = (_score(column, model.key, blank) for column in shown)
         costs = (Cell(each.cells[model.key]) for each in spent)
         rows.append([Cell(title, colour=model.colour), *costs, *scores])
-    result = measured[0].results[task]
+    result = max((model.results[task] for model in measured), key=num_images_of)
     caption = (
         f"Differences below about {noise_of(result):.1f} points are within two standard errors of "
         "a number near 50 %."

@@ -8,6 +8,7 @@ model `eval_results.jsonl` and `aggregate.json`).
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ def _headline(models: Sequence[Model], columns: Sequence[Column]) -> str:
         for key, value in others.items()
         if not key.startswith("expert_")
     ]
-    compared.append(f"chance {displayed(lead.chance):.1f} %")
+    compared += [] if math.isnan(lead.chance) else [f"chance {displayed(lead.chance):.1f} %"]
     text = (
         f"On {lead.task}, {final.title} reaches {displayed(lead.values[final.key]):.1f} % {lead.short} "
         f"({', '.join(compared)})."

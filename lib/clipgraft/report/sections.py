@@ -205,7 +205,8 @@ def moe_section(run: Run) -> Section:
         if name.startswith("load_")
     }
     layers = {tower: _layers(about, tower, len(load)) for tower, load in loads.items()}
-    section.figures.append(figures_experts.plot_router(_same_keys(rows), about["num_experts"]))
+    figure = figures_experts.plot_router(_same_keys(rows), about["num_experts"])
+    section.figures += [figure] if figure else []
     if loads:
         bounds = run.manifest("finetune_router", "moe")["healthy_loads"]
         section.figures.append(figures_experts.plot_router_layers(rows, layers, bounds))

@@ -30,6 +30,7 @@ PAPER, TINT, RAIL = (
 )  # the page itself, a strip of it, a thin bar on it
 CELL_INK = "#111111"  # on cells, which are light on a dark page as well
 WIDTH = 10.3  # inches of 96 pixels: the width of the page
+LEGEND_LINE = 0.19  # inches of a legend's entry
 
 # What a colour is called in the style sheet of the page. The last three are of models, and too dark for a dark page.
 THEMED = {
@@ -48,6 +49,7 @@ _HEX = re.compile("|".join(THEMED), re.IGNORECASE)
 
 RC: dict[Any, Any] = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # captions, class names and reasons may hold dollars
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial"],
     "font.size": 9,

@@ -102,7 +102,8 @@ def results_text(models: Sequence[Model], columns: Sequence[Column]) -> str:
                 name = f"{model.title} +" if model.key == best else model.title
                 costs = (each.cells[model.key] for each in spent)
                 rows.append([name, *costs, *_text_cells(model, main)])
-        about = size_of_task(next(m.results[task] for m in models if task in m.results))
+        found = (model.results[task] for model in models if task in model.results)
+        about = size_of_task(max(found, key=num_images_of))
         blocks.append(f"{task}: {about}\n{_aligned([head, *rows])}")
     failures = [f"failed: {title} on {task}: {why}\n" for title, task, why in failures_of(models)]
     note = (
