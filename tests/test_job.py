@@ -266,3 +266,53 @@ def test_nothing_else_is_taken_over(script, finished_alone, what):
     assert is_new and "done by a job" not in said
     assert (finished_alone / "part/number.txt").read_text() == str(number)
     assert files(finished_alone) == {"manifest.json", "part/number.txt"}
+
+
+# --- signals that an import has swallowed ----------------------------------------------------------------------
+
+DEAF = """
+import sys, time
+from clipgraft import orphan
+orphan.SECONDS_TO_ASK_AGAIN = 0.2
+orphan.leave_when_asked()
+orphan.leave_with_parents()
+try:
+    print("begun", flush=True)
+    time.sleep(600)
+except SystemExit:  # as some packages do while they are imported
+    print("swallowed", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_job_whose_import_swallows_the_signal_leaves_all_the_same():
+    with snakemake() as (parent, word):
+        command = [sys.executable, "-c", DEAF]
+        with subprocess.Popen(
+            command, env={**os.environ, **word}, stdout=subprocess.PIPE, text=True
+        ) as job:
+            assert job.stdout.readline() == "begun\n"
+            parent.kill()
+            assert job.stdout.readline() == "swallowed\n"
+            assert job.wait(60) == 128 + signal.SIGTERM
+
+
+DEAF_TRAINING = """
+import os, signal
+from clipgraft.orphan import leave_when_asked
+from clipgraft.training_state import stop_requests
+leave_when_asked()
+with stop_requests() as stop:
+    assert not stop.requested
+try:
+    os.kill(os.getpid(), signal.SIGUSR1)
+except SystemExit:
+    pass
+with stop_requests() as stop:
+    assert stop.requested
+"""
+
+
+def test_a_training_that_was_asked_to_leave_while_it_was_imported_saves_and_leaves():
+    done = subprocess.run([sys.executable, "-c", DEAF_TRAINING], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -32,7 +32,7 @@ from clipgraft.config import ConfigError, validate
 from clipgraft.disk import disk_trouble
 from clipgraft.integrity import Inputs, to_the_present
 from clipgraft.lock import locked
-from clipgraft.orphan import NOTHING_TO_DO, SNAKEMAKE, is_left, leave_with_parents
+from clipgraft.orphan import NOTHING_TO_DO, SNAKEMAKE, is_left, leave_when_asked, leave_with_parents
 from clipgraft.versions import MEMORY, deciding, fingerprint
 
 log = logging.getLogger(__name__)
@@ -77,8 +77,7 @@ class Job:
         script = Path(sys.argv[0]).resolve()
         arguments = _parse(doc or script.stem)
         logging_setup.set_up(arguments.name or script.stem, arguments.log)
-        for number in (signal.SIGTERM, signal.SIGUSR1):  # training takes them over
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
+        leave_when_asked()
         leave_with_parents()
         job = None
         try:

@@ -10,6 +10,7 @@ import os
 import select
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,12 +19,27 @@ from pathlib import Path
 SNAKEMAKE = "CLIPGRAFT_SNAKEMAKE"  # where the main Snakemake is, and its number there
 NOTHING_TO_DO = "CLIPGRAFT_NOTHING_TO_DO"  # of several processes, the first is told
 SECONDS_TO_SAVE = 300
+SECONDS_TO_ASK_AGAIN = 30.0  # where the first time was swallowed
 _POLL_SECONDS = 0.5
 
 
 def name_parent() -> None:
     """Called by the main Snakemake: the jobs that it starts on this machine leave with it."""
     os.environ[SNAKEMAKE] = f"{_here()} {os.getpid()}"
+
+
+def leave_when_asked() -> None:
+    """From here on, SIGTERM and SIGUSR1 are the end of this process; training takes them over and saves first.
+
+    An import that catches every exception swallows this one, too: `was_asked` remembers it.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _leave)
+
+
+def was_asked() -> bool:
+    """Whether this process should have ended."""
+    return bool(_asked)
 
 
 def leave_with_parents() -> None:
@@ -104,6 +120,16 @@ def _ask_for_end(processes: Sequence[int], seconds: float | None) -> bool:
 
 
 def _save_and_leave() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(SECONDS_TO_SAVE)
+    begun = time.monotonic()
+    while time.monotonic() - begun < SECONDS_TO_SAVE:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(SECONDS_TO_ASK_AGAIN)
     os._exit(1)  # it does not listen
+
+
+def _leave(number: int, _: object) -> None:
+    _asked.append(number)
+    sys.exit(128 + number)
+
+
+_asked: list[int] = []  # signals that wanted this process to end

@@ -30,6 +30,7 @@ from clipgraft.config import ConfigError
 from clipgraft.data.memory import SampleMemory
 from clipgraft.devices import random_state, set_random_state
 from clipgraft.lock import try_lock
+from clipgraft.orphan import was_asked
 
 log = logging.getLogger(__name__)
 
@@ -170,7 +171,7 @@ class Stop:
 @contextmanager
 def stop_requests() -> Iterator[Stop]:
     """While training, SIGTERM and SIGUSR1 mean: save and leave."""
-    stop = Stop()
+    stop = Stop(requested=was_asked())
 
     def request(*_: object) -> None:
         stop.requested = True
