@@ -11,19 +11,42 @@ from shlex import quote
 from snakemake.exceptions import WorkflowError
 from snakemake.settings.types import DeploymentMethod
 
-from clipgraft.config import ConfigError, load_config, sweep_points
+from clipgraft.config import (
+    ConfigError,
+    load_config,
+    merge,
+    read_layers,
+    sweep_points,
+    with_nulls,
+)
 from clipgraft.planning import SWEEP, plan_runs
 from clipgraft.runs import shown
 from clipgraft.settings import STAGES
 from clipgraft.versions import MEMORY, WATCHED, deciding, fingerprint, num_failures
 
 try:
-    SETTINGS = load_config(config)
-    POINTS = sweep_points(config)
+    # As Snakemake would merge them, but that sources and reductions of another kind replace what was there.
+    CONFIG = merge(
+        read_layers(*(workflow.overwrite_configfiles or workflow.configfiles)),
+        with_nulls(workflow.config_settings.config),
+    )
+    SETTINGS = load_config(CONFIG)
+    POINTS = sweep_points(CONFIG)
     RUNS = plan_runs(SETTINGS, POINTS)
 except ConfigError as error:
     raise WorkflowError(f"config: {error}") from None
-JOBS = {(job.stage, job.version): job for jobs in RUNS.values() for job in jobs}
+# Of runs that share a job, the first one says how it fits into memory and what it wishes for.
+JOBS = {
+    (job.stage, job.version): job for jobs in reversed(RUNS.values()) for job in jobs
+}
+for run, jobs in RUNS.items() if workflow.is_main_process else ():
+    for job in jobs:
+        first = JOBS[job.stage, job.version].settings
+        if others := [key for key in MEMORY if first.get(key) != job.settings.get(key)]:
+            logger.warning(
+                f"{job.name} of run {run} is that of a run before it, which says how it fits into memory: "
+                f"{', '.join(f'{key} = {json.dumps(first[key])}' for key in others)}. Hint: the same in both"
+            )
 WISHES = {
     (job.stage, job.version): SETTINGS.get(
         run, next(iter(SETTINGS.values()))
@@ -108,6 +131,15 @@ def watch(stage):
         return " ".join(said)
 
     return words
+
+
+def stage_manifests(stage):
+    """Of all jobs of a stage."""
+    return [
+        f"results/{job.folder}/manifest.json"
+        for job in JOBS.values()
+        if job.stage == stage
+    ]
 
 
 def manifest_list(stage):

@@ -282,6 +282,17 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("resources.pretrain", {"jobs": 2}, ["resources.pretrain.jobs", "only embed"]),
         ("resources.pretrain", {"gpu": 3, "nodes": 2}, ["gpu = 3 does not divide", "gpu: 2"]),
         ("resources.index", {"mem_mb": 500}, ["resources.index.mem_mb = 500", "1000"]),
+        ("runs", {"a": {"slurm": {}}}, ["run 'a': `slurm` is of the site", "top"]),
+        (
+            "resources",
+            {"pretrain": {"gpu": 3, "nodes": 3}},
+            ["pretrain.short.batch_size", "resources.pretrain.nodes = 3", "Hint"],
+        ),
+        (
+            "model",
+            {"name": "ViT-B-32", "pretrained": "openai"},
+            ["model.pretrained = 'openai'", "index: {vocabulary: full}"],
+        ),
         ("slurm", {"devices": "gpu"}, ['slurm.devices = "gpu"', "'gpus'"]),
         ("slurm", {"device_type": "a 1"}, ['slurm.device_type = "a 1"']),
         ("finetune_expert.samples_seen", None, ["missing key `finetune_expert.samples_seen`"]),

@@ -9,7 +9,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from clipgraft.launch import is_slurm_allocation, local_command, srun_command
+from clipgraft.launch import is_slurm_allocation, local_command, per_node, srun_command
+from clipgraft.orphan import name_place
 
 HOLD = """
 import sys, time
@@ -114,6 +115,39 @@ def test_slurm_is_given_the_whole_geometry(monkeypatch):
     assert is_slurm_allocation()
     monkeypatch.setenv("SLURM_STEP_ID", "0")
     assert not is_slurm_allocation()
+
+
+def test_inside_a_job_of_slurm_a_local_snakemake_leases_as_anywhere(tmp_path, monkeypatch):
+    """Only what the plugin has started is alone on the devices of its job."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("SLURM_STEP_ID", raising=False)
+    name_place(is_local=True)
+    try:
+        assert not is_slurm_allocation()
+        script = tmp_path / "say.py"
+        script.write_text(
+            "import os, sys; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); sys.stdin.read()"
+        )
+        words = ["--gpu", "1", "--gpus-per-node", "8", "--", str(script)]
+        command = [sys.executable, "-m", "clipgraft.launch", *words]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "5,6", "TMPDIR": str(tmp_path)}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with (
+            subprocess.Popen(command, env=environment, **pipes) as one,
+            subprocess.Popen(command, env=environment, **pipes) as other,
+        ):
+            given = {each.stdout.readline().strip() for each in (one, other)}
+            one.communicate()
+            other.communicate()
+        assert given == {"5", "6"}
+    finally:
+        name_place(is_local=False)
+    assert is_slurm_allocation()
+
+
+def test_processes_of_a_node_are_as_many_as_the_batch_divides_by(capsys):
+    assert [per_node(2, 8, size) for size in (0, 64, 100, 7)] == [8, 8, 5, 1]
+    assert "8 GPUs a node wished for, on 2 nodes a batch of 100" in capsys.readouterr().err
 
 
 def test_no_devices_given_is_said_and_the_script_runs_without():

@@ -17,7 +17,7 @@ import yaml
 from clipgraft.config import ConfigError, load_config, merge, sweep_points
 from clipgraft.planning import plan_run, plan_runs
 from clipgraft.settings import IndexJob
-from clipgraft.versions import local_files, sources_of
+from clipgraft.versions import deciding, local_files, sources_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = yaml.safe_load((ROOT / "tests/config/small.yaml").read_text())
@@ -277,6 +277,24 @@ def test_code_reaches_exactly_the_stages_that_use_it(code: Path):
     assert edit("lib/clipgraft/models/moe.py") == {"assemble", "finetune_router", "evaluate"}
     assert edit("lib/clipgraft/experts.py") == {"finetune_expert"}
     assert edit("lib/clipgraft/job.py") == set()
+
+
+def test_an_import_is_followed_however_it_is_written(code: Path):
+    module = code / "lib/clipgraft/objectives.py"
+    (code / "lib/clipgraft/losses/own.py").write_text("WEIGHT = 1\n")
+    module.write_text(module.read_text() + "\nfrom .losses.own import WEIGHT as WEIGHT\n")
+    before = fingerprints(code)
+    (code / "lib/clipgraft/losses/own.py").write_text("WEIGHT = 2\n")
+    assert "pretrain" in touched(code, before)
+
+
+def test_a_later_setting_at_the_value_that_changes_nothing_is_in_no_version(monkeypatch):
+    monkeypatch.setattr("clipgraft.versions.LATER", {"loss.beta": 0.0, "noise": None})
+    before = {"loss": {"kind": "contrastive"}, "lr": 1.0}
+    assert deciding({**before, "noise": None}, {})[0] == before
+    assert deciding({"loss": {"kind": "contrastive", "beta": 0.0}, "lr": 1.0}, {})[0] == before
+    changed = {"loss": {"kind": "contrastive", "beta": 0.5}, "lr": 1.0}
+    assert deciding(changed, {})[0] == changed
 
 
 def test_a_glob_that_matches_nothing_or_an_unset_variable_is_named(tmp_path: Path, monkeypatch):

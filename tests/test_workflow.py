@@ -126,6 +126,45 @@ def test_how_a_training_fits_into_memory_reruns_nothing(finished):
     assert sorted(chosen in line for line in words) == [False, True], words
 
 
+def test_every_stage_is_a_target_with_all_that_it_needs(workflow):
+    """`--until` of Snakemake ends at the first job of a rule: one phase, one round."""
+    stages = ["download"] * 2 + ["index"] * 2 + ["shard"] * 2 + ["pretrain"] * 2 + ["to_pretrain"]
+    assert sorted(workflow.planned("--", "to_pretrain")) == sorted(stages)
+    counts = Counter(workflow.planned("--", "to_cluster"))
+    assert (counts["cluster"], counts["finetune_expert"]) == (2, 1)
+    assert workflow.snakemake("--cores", "2", "--", "to_download").count("to_download") > 0
+    assert len(list(workflow.root.glob("results/*/*/manifest.json"))) == 2
+
+
+def test_what_an_edit_would_run_again_can_be_kept(finished):
+    finished.edit("lib/clipgraft/objectives.py", "def ", "_EDITED = 1\n\n\ndef ")
+    assert {"pretrain", "finetune_expert", "finetune_router"} <= set(finished.planned())
+    finished.snakemake("--touch", "--cores", "2")
+    assert finished.planned() == []
+
+
+def test_files_of_the_command_line_are_overlays(workflow):
+    (workflow.root / "own.yaml").write_text(
+        "download: {train: {kind: class_folder, folder: pictures}}\n"
+        "pretrain: {short: {samples_seen: 0}}\n"
+    )
+    (workflow.root / "pictures/\udcff").mkdir(parents=True)  # names need not be UTF-8
+    words = ("--configfile", "small.yaml", "own.yaml")
+    planned = Counter(workflow.planned(*words, "--config", "moe=null", "baselines={}"))
+    assert planned["pretrain"] == 2 and not planned["finetune_router"]
+    assert workflow.planned("--configfile", "small.yaml").count("finetune_router") == 1
+
+
+def test_a_stage_may_be_a_link_to_a_folder_of_another_name(finished, tmp_path):
+    shutil.move(finished.root / "results/embed", tmp_path / "fast")
+    (finished.root / "results/embed").symlink_to(tmp_path / "fast")
+    assert finished.planned() == []
+    manifest = finished.root / "results/runs/small/cluster/1/manifest.json"
+    command = [sys.executable, finished.root / "scripts/cluster.py", manifest]
+    done = subprocess.run([*command, "--out", tmp_path / "try"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_touching_files_reruns_nothing(finished):
     for path in (finished.root / "scripts").glob("*.py"):
         path.touch()

@@ -14,11 +14,10 @@ from clipgraft.config import ConfigError, local_path
 from clipgraft.crosschecks import check_layers
 from clipgraft.loss_settings import ReferenceSettings
 from clipgraft.misfits import interactive_misfit
-from clipgraft.model_settings import ModelSettings
+from clipgraft.model_settings import ModelSettings, is_file_name
 from clipgraft.recipes import PhaseSettings
 from clipgraft.run_settings import RunSettings
 
-_WEIGHTS = (".bin", ".ckpt", ".npz", ".pt", ".pth", ".safetensors")  # how names of checkpoints end
 OURS = Path(__file__).resolve().parent.parent.parent / "presets" / "models"
 
 
@@ -89,10 +88,7 @@ def check_weights(pretrained: str | None, where: str) -> None:
     Raises:
         ConfigError: if they are named like a file that is not there; `where` they were asked for.
     """
-    if pretrained is None or ":" in pretrained:  # of a hub
-        return
-    is_file = "/" in pretrained or pretrained.endswith(_WEIGHTS)
-    if is_file and not local_path(pretrained).is_file():
+    if pretrained is not None and is_file_name(pretrained) and not local_path(pretrained).is_file():
         raise ConfigError(
             f"{where} = {pretrained!r}: {local_path(pretrained)} is no file. Hint: a checkpoint on this machine "
             f"(paths are relative to {Path().resolve()}), or a tag of open_clip"

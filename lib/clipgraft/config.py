@@ -41,6 +41,20 @@ def load_config(raw: Mapping[str, Any]) -> dict[str, RunSettings]:
     Raises:
         ConfigError: names the key, the value and a hint; also says in which run an overlay is wrong.
     """
+    return {name: validate(RunSettings, merged, where) for name, where, merged in _merged(raw)}
+
+
+def raw_runs(raw: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The settings of each run as they were written, overlays laid over what is shared.
+
+    Raises:
+        ConfigError: if an overlay cannot be laid over it.
+    """
+    return {name: merged for name, _, merged in _merged(raw)}
+
+
+def _merged(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Name of each run, what its errors begin with, and its settings."""
     shared = {key: value for key, value in raw.items() if key not in ("runs", "sweep")}
     axes = _axes(raw)
     layers = {
@@ -53,7 +67,16 @@ def load_config(raw: Mapping[str, Any]) -> dict[str, RunSettings]:
         if name in layers or name == "sweep":
             raise ConfigError(f"runs.{name}: the sweep has that name. Hint: call the run otherwise")
         layers[name] = [overlay]
-    return {name: _run_of(name, shared, overlays) for name, overlays in layers.items()}
+    for name, overlays in layers.items():
+        where = f"run {name!r}: " if any(overlays) else ""
+        if any("slurm" in overlay for overlay in overlays):
+            raise ConfigError(
+                f"{where}`slurm` is of the site, which all runs share. Hint: move it to the top"
+            )
+        try:
+            yield name, where, reduce(merge, overlays, shared)
+        except ConfigError as error:
+            raise ConfigError(f"{where}{error}") from None
 
 
 def sweep_points(raw: Mapping[str, Any]) -> dict[str, dict[str, str]]:
@@ -101,17 +124,17 @@ def _overlays(where: str, given: Any) -> dict[str, Mapping[str, Any]]:
     return {str(name): overlay or {} for name, overlay in given.items()}
 
 
-def _run_of(name: str, shared: Any, overlays: list[Mapping[str, Any]]) -> RunSettings:
-    where = f"run {name!r}: " if any(overlays) else ""
-    try:
-        merged = reduce(merge, overlays, shared)
-    except ConfigError as error:
-        raise ConfigError(f"{where}{error}") from None
-    return validate(RunSettings, merged, where)
-
-
 def read_config(*paths: str | Path) -> dict[str, RunSettings]:
     """Read YAML files, later ones laid over earlier ones, and validate the result."""
+    return load_config(read_layers(*paths))
+
+
+def read_layers(*paths: str | Path) -> dict[str, Any]:
+    """YAML files, later ones laid over earlier ones.
+
+    Raises:
+        ConfigError: if one cannot be read.
+    """
     raw: dict[str, Any] = {}
     for path in paths:
         try:
@@ -120,8 +143,21 @@ def read_config(*paths: str | Path) -> dict[str, RunSettings]:
             raise ConfigError(f"config file {path} does not exist") from None
         except yaml.YAMLError as error:
             raise ConfigError(f"config file {path} is not YAML: {error}") from None
+        if layer is not None and not isinstance(layer, Mapping):
+            raise ConfigError(
+                f"config file {path} is no mapping, but a {type(layer).__name__}. Hint: sections, as in config.yaml"
+            )
         raw = merge(raw, layer or {})
-    return load_config(raw)
+    return raw
+
+
+def with_nulls(given: Any) -> Any:
+    """What `--config` said, where Snakemake leaves `null` a word."""
+    if isinstance(given, Mapping):
+        return {key: with_nulls(value) for key, value in given.items()}
+    if isinstance(given, list):
+        return [with_nulls(value) for value in given]
+    return None if given == "null" else given
 
 
 def merge(base: Any, overlay: Any, where: str = "") -> Any:

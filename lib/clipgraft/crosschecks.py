@@ -18,6 +18,7 @@ from clipgraft.misfits import (
     stretch_misfit,
     vocabulary_misfit,
 )
+from clipgraft.model_settings import is_file_name
 from clipgraft.reductions import num_kept
 from clipgraft.sources import Attribute, MixedSource, ShapesSource, TarSource
 from clipgraft.spelling import hint
@@ -233,6 +234,12 @@ def _patches(run: RunSettings) -> None:
 
 
 def _vocabulary(run: RunSettings) -> None:
+    pretrained = run.model.pretrained
+    if pretrained and not is_file_name(pretrained) and run.index.vocabulary == "corpus":
+        raise ValueError(
+            f"model.pretrained = {pretrained!r} reads CLIP's whole vocabulary, index.vocabulary = corpus keeps the words of "
+            "your captions alone. Hint: index: {vocabulary: full}"
+        )
     if run.model.config is not None:  # of named architectures, training knows
         misfit = vocabulary_misfit(run.model.config["text_cfg"], run.index.vocabulary)
         if misfit:
@@ -325,6 +332,13 @@ def _parallel(run: RunSettings) -> None:
     for where, section in run.trainings.items():
         stage = where.split(".")[0]
         wish = run.resources_of(stage)
+        at_a_time = section.batch_size // section.accumulate
+        if at_a_time % wish.nodes:
+            parts = f" / accumulate = {section.accumulate}" if section.accumulate > 1 else ""
+            raise ValueError(
+                f"{where}.batch_size = {section.batch_size}{parts} does not divide by resources.{stage}.nodes = "
+                f"{wish.nodes}. Hint: another number of nodes"
+            )
         if section.parallel == "fsdp" and wish.gpu < 2 and wish.nodes < 2:
             raise ValueError(
                 f"{where}.parallel = fsdp has no effect on one device: resources.{stage} wishes for gpu: {wish.gpu}, "

@@ -149,7 +149,7 @@ def _check_belongs(folder: Path, manifest: Mapping[str, Any]) -> None:
     if not all(map(_VERSION.fullmatch, (folder.name, *versions.values()))):
         return  # replayed by hand, somewhere else
     version = version_of(stage, settings, versions)
-    if (folder.parent.name, folder.name) != (stage, version):
+    if folder.name != version:  # in a folder of any name: stages may be links to other disks
         raise ConfigError(
             f"{folder / MANIFEST} does not belong here: it is of {stage}/{version}. "
             "Hint: delete it and run snakemake again"

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO
 
 from clipgraft.lock import try_lock
-from clipgraft.orphan import leave_with_parents
+from clipgraft.orphan import is_on_slurm, leave_with_parents
 
 # `--`: torchrun would take the script's `--log` for an abbreviation of its own options.
 NODE_SCRIPT = (
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     if given.part:
         os.environ["CLIPGRAFT_PART"] = given.part
-    on_slurm = "SLURM_JOB_ID" in os.environ
+    on_slurm = is_on_slurm()
     if is_slurm_allocation():
         end_twins(int(os.environ["SLURM_JOB_ID"]))
         os.environ |= {
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "MASTER_ADDR": socket.gethostname(),
             "MASTER_PORT": str(_free_port()),
         }
-        processes = max(1, given.gpus_per_node)
+        processes = per_node(given.nodes, given.gpus_per_node, given.batch_size)
         command = srun_command(given.nodes, processes, given.threads, given.command)
     elif given.gpus_per_node or given.nodes == 1:
         if given.gpus_per_node and not given.gpu and not on_slurm:
@@ -130,7 +130,21 @@ def _free_port() -> int:
 
 def is_slurm_allocation() -> bool:
     """Whether this runs in a SLURM job that no `srun` has wrapped yet (a rule with the `mpi` resource)."""
-    return "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ
+    return is_on_slurm() and "SLURM_STEP_ID" not in os.environ
+
+
+def per_node(nodes: int, wish: int, batch_size: int) -> int:
+    """Processes of each node: as many as devices are wished for, or as many as the batch divides by."""
+    processes = max(1, wish)
+    while batch_size and processes > 1 and batch_size % (nodes * processes):
+        processes -= 1
+    if processes < wish:
+        print(
+            f"launch: {wish} GPUs a node wished for, on {nodes} nodes a batch of {batch_size} divides by {processes}: "
+            f"using {processes}",
+            file=sys.stderr,
+        )
+    return processes
 
 
 def srun_command(nodes: int, per_node: int, threads: int, command: Sequence[str]) -> list[str]:
@@ -179,7 +193,7 @@ def lease_wish(wish: int, batch_size: int = 0) -> list[str]:
         print(
             f"launch: {wish} GPUs wished for, {len(present)} here: using {count}", file=sys.stderr
         )
-    if listed is not None and "SLURM_JOB_ID" in os.environ:
+    if listed is not None and is_on_slurm():
         devices = present[:count]  # chosen for this job alone
     else:
         devices = lease(present, count, lease_folder())

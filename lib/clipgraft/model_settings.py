@@ -32,6 +32,14 @@ TEXT_KEYS = """
 """.split()
 
 
+_WEIGHTS = (".bin", ".ckpt", ".npz", ".pt", ".pth", ".safetensors")  # how checkpoints end
+
+
+def is_file_name(pretrained: str) -> bool:
+    """Whether public weights are named by a file on this machine, and not by a tag or as of a hub."""
+    return ":" not in pretrained and ("/" in pretrained or pretrained.endswith(_WEIGHTS))
+
+
 class PreprocessSettings(Settings):
     """How a model wants its images; what is not given is as for the weights it starts from, or OpenAI's CLIP."""
 
@@ -54,7 +62,7 @@ class ModelSettings(Settings):
         None, description="embed_dim, vision_cfg, text_cfg as in open_clip's model JSONs."
     )
     pretrained: str | None = Field(
-        None, description="open_clip tag or local checkpoint to start from; needs `name`."
+        None, description="open_clip tag (needs `name`) or local checkpoint to start from."
     )
     preprocess: PreprocessSettings = PreprocessSettings()
 

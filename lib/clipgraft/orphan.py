@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 SNAKEMAKE = "CLIPGRAFT_SNAKEMAKE"  # where the main Snakemake is, and its number there
+HERE = "CLIPGRAFT_HERE"  # set where jobs run on the machine of their Snakemake
 NOTHING_TO_DO = "CLIPGRAFT_NOTHING_TO_DO"  # of several processes, the first is told
 SECONDS_TO_SAVE = 300
 SECONDS_TO_ASK_AGAIN = 30.0  # where the first time was swallowed
@@ -26,6 +27,18 @@ _POLL_SECONDS = 0.5
 def name_parent() -> None:
     """Called by the main Snakemake: the jobs that it starts on this machine leave with it."""
     os.environ[SNAKEMAKE] = f"{_here()} {os.getpid()}"
+
+
+def name_place(*, is_local: bool) -> None:
+    """Called by the main Snakemake: whether its jobs run beside it, maybe in a job of SLURM of its own."""
+    os.environ.pop(HERE, None)
+    if is_local:
+        os.environ[HERE] = "1"
+
+
+def is_on_slurm() -> bool:
+    """Whether SLURM has started this job, for a Snakemake somewhere else."""
+    return "SLURM_JOB_ID" in os.environ and HERE not in os.environ
 
 
 def leave_when_asked() -> None:
@@ -74,7 +87,7 @@ def is_left() -> bool:
 def _snakemake() -> list[int]:
     """The number of the Snakemake that this job leaves with, if there is one."""
     where, _, number = os.environ.get(SNAKEMAKE, "").rpartition(" ")
-    return [int(number)] if where == _here() and "SLURM_JOB_ID" not in os.environ else []
+    return [int(number)] if where == _here() and not is_on_slurm() else []
 
 
 def _here() -> str:

@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from clipgraft import cost
 from clipgraft import footprint as fp
 from clipgraft.architectures import architecture
-from clipgraft.config import ConfigError, merge, validate
+from clipgraft.config import ConfigError, raw_runs, read_layers, validate
 from clipgraft.model_settings import ModelSettings
 from clipgraft.recipes import PhaseSettings
 from clipgraft.schedule import num_steps, num_warmup_steps, peak_lr
@@ -71,14 +69,7 @@ def read(paths: list[Path]) -> dict[str, tuple[ModelSettings, list[PhaseSettings
     Raises:
         ConfigError: if a file cannot be read, or if a run has no model or no phases.
     """
-    raw: Any = {}
-    for path in paths:
-        try:
-            raw = merge(raw, yaml.safe_load(path.read_text()) or {})
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"{path} cannot be read: {error}. Hint: ls presets") from None
-    runs = (isinstance(raw, dict) and raw.get("runs")) or {"main": {}}
-    return {name: _run(merge(raw, overlay or {})) for name, overlay in runs.items()}
+    return {name: _run(raw) for name, raw in raw_runs(read_layers(*paths)).items()}
 
 
 def _run(raw: Any) -> tuple[ModelSettings, list[PhaseSettings]]:

@@ -34,6 +34,9 @@ LIBRARY = Path(__file__).resolve().parent
 WATCHED = "watched"  # the input that has the samples of `watch`
 # Settings of a training that change its memory or its speed, not its result, and their defaults.
 MEMORY = {"parallel": "ddp", "grad_checkpointing": False, "compile": False, "cuda_graphs": False}
+# Settings that came after there were versions, by their path (`loss.beta`), and the value that is as if there were none:
+# left out, so that what was trained before keeps its name.
+LATER: dict[str, Any] = {"precision": None}
 _MEMO = LIBRARY / "__pycache__" / "fingerprints.json"
 
 # Floor 0 and the launcher move settings and bytes, never values: editing them re-runs nothing.
@@ -118,12 +121,12 @@ def deciding(
 ) -> tuple[dict[str, Any], dict[str, T]]:
     """The settings and inputs that results depend on.
 
-    All but how a training fits into memory and is compiled, a precision that is left to the hardware, and what watches it, unless its
-    best model is kept.
+    All but how a training fits into memory and is compiled, later settings at the value that changes nothing, and what
+    watches it, unless its best model is kept.
     """
     settings = {name: value for name, value in settings.items() if name not in MEMORY}
-    if settings.get("precision") is None:
-        settings.pop("precision", None)
+    for path, value in LATER.items():
+        settings = _left_out(settings, path.split("."), value)
     watch = settings.get("watch")
     if watch is None or watch.get("best"):
         return settings, dict(inputs)
@@ -131,8 +134,20 @@ def deciding(
     return {**settings, "watch": None}, others
 
 
+def _left_out(settings: Mapping[str, Any], path: list[str], value: Any) -> dict[str, Any]:
+    """Settings without the one at a path, if it has this value."""
+    first, *rest = path
+    inner = settings.get(first, value)
+    if rest and isinstance(inner, Mapping):
+        return {**settings, first: _left_out(inner, rest, value)}
+    if rest or inner != value:
+        return dict(settings)
+    return {name: each for name, each in settings.items() if name != first}
+
+
 def _short_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    bits = text.encode(errors="surrogateescape")  # names of files need not be UTF-8
+    return hashlib.sha256(bits).hexdigest()[:8]
 
 
 def seed_for(seed: int, *words: object) -> int:
@@ -304,7 +319,7 @@ def _parsed(path: Path) -> tuple[str, list[str]]:
         words: list[str] = []
         _write_words(tree, words)
         digest = hashlib.sha256("\0".join(words).encode()).hexdigest()
-        known = _memo()[str(path)] = [stamp, digest, _imports(tree)]
+        known = _memo()[str(path)] = [stamp, digest, _imports(tree, path)]
         with suppress(OSError):  # a library that is not ours to write
             _MEMO.parent.mkdir(exist_ok=True)
             with written_aside(_MEMO, is_shared=True) as aside:
@@ -350,13 +365,15 @@ def _has_docstring(node: ast.AST) -> bool:
     return is_constant and isinstance(first.value.value, str)  # type: ignore[union-attr]
 
 
-def _imports(tree: ast.Module) -> list[str]:
+def _imports(tree: ast.Module, path: Path) -> list[str]:
     found: list[str] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.ImportFrom):
+            package = path.relative_to(LIBRARY.parent).parts[: -node.level] if node.level else ()
+            module = ".".join([*package, *([node.module] if node.module else [])])
+            found += [module, *(f"{module}.{alias.name}" for alias in node.names)]
     return sorted({name for name in found if name.split(".")[0] == "clipgraft"})
 
 

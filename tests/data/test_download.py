@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -123,6 +124,30 @@ def test_every_row_of_a_table_has_an_outcome_and_every_good_one_an_image(site, o
     assert samples.all_captions() == [["large"], ["small, with a comma"]]
     assert samples.image(0).size == (100, 60)
     assert samples.image_bytes(1) == jpeg(40, 30)
+
+
+def test_a_download_that_runs_again_keeps_what_it_had_and_tries_the_rest(site, out, tmp_path):
+    """As after an edit of its code, when its manifest is gone; images may be gone from the web, too."""
+    folder, address = site
+    (folder / "a.jpg").write_bytes(jpeg(40, 30))
+    table = write_table(tmp_path / "t.parquet", [(f"{address}/{name}.jpg", name) for name in "ab"])
+    source = UrlSource(
+        kind="urls",
+        table=table,
+        image_size=60,
+        min_success=0.3,
+        retries=0,
+        allow_private_addresses=True,
+    )
+    (out / ".resume").mkdir()
+    assert download(source, out, 1, out / ".resume")["num_ok"] == 1
+    shutil.rmtree(out / ".resume")
+    (folder / "a.jpg").rename(folder / "b.jpg")
+    new = out / ".writing"
+    new.mkdir()
+    (out / ".resume").mkdir()
+    assert download(source, new, 1, out / ".resume")["num_ok"] == 2
+    assert [row["status"] for row in outcomes(new)] == ["ok", "ok"]
 
 
 def test_csv_and_tsv_tables_are_read(site, out, tmp_path):

@@ -36,7 +36,7 @@ import pyarrow.parquet as pq
 from clipgraft.aside import written_aside
 from clipgraft.data import fetch_process
 from clipgraft.data.images import BadImage, shrink
-from clipgraft.data.outcomes import Outcome, read_outcomes, write_outcomes
+from clipgraft.data.outcomes import OUTCOMES, Outcome, read_outcomes, write_outcomes
 from clipgraft.data.parallel import Progress, worker_pool
 from clipgraft.data.tars import add_member, list_samples, read_range
 from clipgraft.versions import LIBRARY
@@ -106,24 +106,26 @@ def fetch(table: pa.Table, work: Path, threads: int, limits: Limits) -> list[Out
     return [told[row] for row in table["row"].to_pylist()]
 
 
-def put_back(outcomes: list[Outcome], folder: Path, work: Path) -> None:
+def lay_aside(folder: Path, work: Path) -> None:
     """Fill a work folder with what an earlier download has, so that a fetch in it takes what failed.
 
     Args:
-        outcomes: of the download; those without a file were refused, and will be again.
-        folder: of the download; its tars are linked.
-        work: for `fetch`.
+        folder: of the download; its tars are linked. Outcomes without a file were refused, and will be again.
+        work: for `fetch`; it appears as a whole.
     """
-    finished = work / "finished"
+    part = work.with_name("new")
+    shutil.rmtree(part, ignore_errors=True)  # left by a kill
+    finished = part / "finished"
     finished.mkdir(parents=True)
     by_file: dict[str, list[Outcome]] = {}
-    for each in outcomes:
+    for each in read_outcomes(folder / OUTCOMES):
         if each.file:
             by_file.setdefault(each.file, []).append(each)
     for file, of_file in by_file.items():
         if (folder / file).is_file():
             link(folder / file, finished / file)
         write_outcomes(of_file, finished / Path(file).with_suffix(".parquet"))
+    part.rename(work)
 
 
 def link(source: Path, target: Path) -> None:

@@ -65,6 +65,13 @@ def write_outcomes(outcomes: Sequence[Outcome], path: Path, requested: str = "")
     pq.write_table(pa.table(columns, schema=SCHEMA.with_metadata({"requested": requested})), path)
 
 
+def requested_of(path: Path) -> str:
+    """Hash of what a download of URLs was asked for; empty for other sources, and where there is none."""
+    if not path.is_file():
+        return ""
+    return str((pq.read_schema(path).metadata or {}).get(b"requested", b"").decode())
+
+
 def read_outcomes(path: Path) -> list[Outcome]:
     """Read what `write_outcomes` wrote."""
     return [Outcome(**row) for row in pq.read_table(path).to_pylist()]

@@ -12,12 +12,10 @@ import logging
 import shutil
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from clipgraft import log as logging_setup
 from clipgraft.config import ConfigError
-from clipgraft.data.fetch import put_back
-from clipgraft.data.outcomes import OUTCOMES, failures, read_outcomes
+from clipgraft.data.fetch import lay_aside
+from clipgraft.data.outcomes import OUTCOMES, failures, read_outcomes, requested_of
 from clipgraft.job import RESUME
 from clipgraft.provenance import check_outputs, read_manifest
 
@@ -38,20 +36,19 @@ def prepare_retry(folder: Path) -> int:
     """
     check_outputs(folder, read_manifest(folder))
     path = folder / OUTCOMES
-    requested = pq.read_schema(path).metadata.get(b"requested", b"").decode()
+    requested = requested_of(path)
     if not requested:
         raise ConfigError(
             f"{folder} is no download of URLs. Hint: only a source of kind `urls` has what can be "
             "fetched again"
         )
-    outcomes = read_outcomes(path)
     work = folder / RESUME
     if (work / requested).is_dir():
         log.info("going on with a retry that was stopped")
     else:
         shutil.rmtree(work, ignore_errors=True)
-        put_back(outcomes, folder, work / "new")
-        (work / "new").rename(work / requested)
+        lay_aside(folder, work / requested)
+    outcomes = read_outcomes(path)
     num_failed = failures(outcomes).total()
     log.info("%s: %s of %s images failed", folder, f"{num_failed:,}", f"{len(outcomes):,}")
     return num_failed

@@ -137,6 +137,11 @@ def check_fit(state: Mapping[str, Tensor], model: nn.Module, where: str) -> None
         ConfigError: names the first tensors that do not fit, with both shapes.
     """
     wrong = misfits(state, model)
+    if wrong and all("token_embedding" in each for each in wrong):
+        raise ConfigError(
+            f"{where} reads another vocabulary: {wrong[0]}. Hint: index: {{vocabulary: full}} for weights that read CLIP's "
+            "49,408 tokens"
+        )
     if wrong:
         raise ConfigError(
             f"{where} holds another architecture: {first_of(wrong)}. Hint: the model must "

@@ -13,8 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipgraft.config import ConfigError
-from clipgraft.data.fetch import Limits, fetch, key_of, link
-from clipgraft.data.outcomes import Outcome, collect_captions, failures
+from clipgraft.data.fetch import Limits, fetch, key_of, lay_aside, link
+from clipgraft.data.outcomes import (
+    OUTCOMES,
+    Outcome,
+    collect_captions,
+    failures,
+    requested_of,
+)
 from clipgraft.data.sources.tables import read_tables
 from clipgraft.sources import UrlSource
 
@@ -65,6 +71,12 @@ def download_urls(
     ).filter(pa.array([row not in refusals for row in range(len(urls))]))
     requested = _hash(asked, source.image_size, work)
     folder = _folder(work, requested)
+    if not folder.is_dir() and requested_of(work.parent / OUTCOMES) == requested:
+        log.warning(
+            "%s has images of this table already: they are kept, what failed is fetched again. Hint: to fetch all, delete it",
+            work.parent,
+        )
+        lay_aside(work.parent, folder)
     limits = Limits(
         source.image_size,
         source.timeout_seconds,
