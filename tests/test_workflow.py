@@ -137,7 +137,7 @@ def test_every_stage_is_a_target_with_all_that_it_needs(workflow):
 
 
 def test_what_an_edit_would_run_again_can_be_kept(finished):
-    finished.edit("lib/clipgraft/objectives.py", "def ", "_EDITED = 1\n\n\ndef ")
+    finished.edit("lib/clipgraft/objectives.py", "\n\n\ndef ", "\n\n\n_EDITED = 1\n\n\ndef ")
     assert {"pretrain", "finetune_expert", "finetune_router"} <= set(finished.planned())
     finished.snakemake("--touch", "--cores", "2")
     assert finished.planned() == []
