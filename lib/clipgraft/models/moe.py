@@ -100,6 +100,7 @@ class MoeMlp(nn.Module):
         return mix(experts, x_TD, gates_TK, topk_TK, backend)
 
     def _route(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        # Written out again in `export/modeling_clipgraft.py`, which stands alone; `models/released.py` stores its weights.
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = F.linear(x_TD.float(), self.router.float())
             probs_TE = logits_TE.softmax(1)
