@@ -56,7 +56,7 @@ def centroid_routers(
         text_layers=settings.text_layers,
         generator=torch.Generator().manual_seed(settings.seed),
     )
-    inputs = {name: [] for name in router_parameters(model)}
+    inputs: dict[str, list[Tensor]] = {name: [] for name in router_parameters(model)}
     generator = torch.Generator().manual_seed(settings.seed)
     for name, module in model.named_modules():
         if isinstance(module, MoeMlp):

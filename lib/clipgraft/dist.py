@@ -157,12 +157,12 @@ def is_share(value: object) -> bool:
 
 def own(value: torch.Tensor) -> torch.Tensor:
     """This process's share of a tensor. Any other as it is."""
-    return value.to_local() if is_share(value) else value  # type: ignore[operator,no-any-return]
+    return value.to_local() if is_share(value) else value  # type: ignore[attr-defined]
 
 
 def whole(value: torch.Tensor) -> torch.Tensor:
     """All of a tensor of which each process has a share; by all processes together. Any other as it is."""
-    return value.full_tensor() if is_share(value) else value  # type: ignore[attr-defined,no-any-return]
+    return value.full_tensor() if is_share(value) else value  # type: ignore[attr-defined]
 
 
 def barrier() -> None:

@@ -223,7 +223,7 @@ class _Encoder:
         pixels_BCHW = augment(pixels_BCHW, uniform_BK, augmentation)
         about = self.spec["preprocess"]
         images_BCHW = normalize(pixels_BCHW, about["mean"], about["std"])
-        return self.model.encode_image(images_BCHW, normalize=True)  # type: ignore[operator,no-any-return]
+        return self.model.encode_image(images_BCHW, normalize=True)
 
     def texts(self, text_CL: Tensor) -> Tensor:
         parts = [

@@ -94,7 +94,7 @@ def finetune_expert(
             world,
             threads,
             state,
-            short_captions=settings.short_captions and settings.short_captions.kind,
+            short_captions=settings.short_captions.kind if settings.short_captions else None,
             watch=open_watch(settings, watched, spec, loaded.tokenizer, world, threads),
         )
         facts = fit.run(out)

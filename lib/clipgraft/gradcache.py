@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ def backward_in_parts(
             if read is not None:
                 sums.append(read(plain))
     sides = [torch.cat(side) for side in zip(*(each[:2] for each in cached), strict=True)]
-    leaves = [
+    leaves: list[Any] = [
         None if x is None else x.detach().clone().requires_grad_()
         for x in (*sides, *cached[-1][2:], *([torch.stack(sums).sum(0)] if sums else []))
     ]
@@ -66,12 +67,14 @@ def backward_in_parts(
         is_last = part == num_parts - 1
         with nullcontext() if is_last else parallel.no_sync(model):
             features = encode(model, part)
-            gradients = [d_side[part] for d_side in d_sides]
+            gradients: list[Any] = [d_side[part] for d_side in d_sides]
             # The parameters of the scalars are the same in all parts: once is enough.
             gradients += d_scalars if is_last else [None] * len(d_scalars)
             if read is not None:
                 features, gradients = (*features, read(plain)), [*gradients, *d_sums]
-            pairs = [(x, d) for x, d in zip(features, gradients, strict=True) if _has_both(x, d)]
+            pairs: list[tuple[Any, Any]] = [
+                (x, d) for x, d in zip(features, gradients, strict=True) if _has_both(x, d)
+            ]
             torch.autograd.backward([x for x, _ in pairs], [d for _, d in pairs])
     return loss.detach(), extras
 

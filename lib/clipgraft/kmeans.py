@@ -222,8 +222,8 @@ def _start(points: Points, num_clusters: int, seed: list[int]) -> np.ndarray:
         max_points_per_centroid=sample.num,
     )
     kmeans.train(points_BD)
-    centroids_CD: np.ndarray = kmeans.centroids
-    return centroids_CD
+    assert kmeans.centroids is not None
+    return kmeans.centroids
 
 
 def _centroids(sums_CD: np.ndarray, sizes_C: np.ndarray, seed: int) -> np.ndarray:

@@ -62,10 +62,10 @@ def _forget(*placeholders: ModuleType) -> None:
 @contextmanager
 def _left_out() -> Iterator[None]:
     """Without what no model here uses, unless someone has imported it already."""
-    later = {name: _Later(name) for name in _absent()}
+    later: dict[str, Any] = {name: _Later(name) for name in _absent()}
     # None: an ImportError, which open_clip expects.
-    hidden = {"timm": None} if "timm" not in sys.modules else {}
-    sys.modules.update({**later, **hidden})  # type: ignore[arg-type]
+    hidden: dict[str, Any] = {"timm": None} if "timm" not in sys.modules else {}
+    sys.modules.update({**later, **hidden})
     try:
         yield
     finally:

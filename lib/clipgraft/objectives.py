@@ -197,8 +197,8 @@ def feature_term(
     """Feature distillation, mean over references."""
     losses = []
     for reference, projection in zip(references, projections, strict=True):
-        sides = features[:2] if projection is None else projection(*features[:2])
-        losses.append(feature_loss(*sides, reference.image_BD, reference.text_BD))
+        image_BD, text_BD = features[:2] if projection is None else projection(*features[:2])
+        losses.append(feature_loss(image_BD, text_BD, reference.image_BD, reference.text_BD))
     return torch.stack(losses).mean()
 
 

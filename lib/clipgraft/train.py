@@ -299,7 +299,7 @@ class Fit:
     def _look(self, meter: Meter, step: int) -> None:
         if self.watch is None or not self.watch.is_due(step):
             return
-        self.model.logit_scale.item()  # type: ignore[operator,union-attr]  # the step ends before the clock stops
+        self.model.logit_scale.item()  # the step ends before the clock stops
         start = time.monotonic()
         self.watch.look(self.model, step, meter.seconds)
         meter.pause(time.monotonic() - start)
@@ -322,14 +322,14 @@ class Fit:
             self.memory.settle()
         if self.model.logit_scale.requires_grad:
             low, high = (-math.log(tau) for tau in reversed(self.loss.tau_bounds))
-            self.model.logit_scale.data.clamp_(low, high)  # type: ignore[operator,union-attr]
+            self.model.logit_scale.data.clamp_(low, high)
         if self.loss.lr_tau_schedule == "step_thresh":
-            self._logit_scale = devices.fetch_later(self.model.logit_scale)  # type: ignore[arg-type]
+            self._logit_scale = devices.fetch_later(self.model.logit_scale)
         return loss, lr, extras
 
     def _tau(self) -> float:
         if self._logit_scale is None:
-            self._logit_scale = devices.fetch_later(self.model.logit_scale)  # type: ignore[arg-type]
+            self._logit_scale = devices.fetch_later(self.model.logit_scale)
         return math.exp(-self._logit_scale().item())
 
     def _backward(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -59,7 +60,7 @@ def split(batch: Batch, num_parts: int) -> list[Batch]:
     size = len(batch.rows_B) // num_parts
     parts = []
     for first in range(0, size * num_parts, size):
-        rows = {
+        rows: dict[str, Any] = {
             field.name: value[first : first + size]
             for field in fields(batch)
             if isinstance(value := getattr(batch, field.name), Tensor)

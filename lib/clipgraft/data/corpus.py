@@ -109,7 +109,11 @@ def _encoder(
     vocabulary: str, words: Sequence[str], count_V: np.ndarray, wordpiece: Path | None
 ) -> Encoder | WordPieces:
     if vocabulary == "wordpiece":
-        return WordPieces.read(wordpiece) if wordpiece else WordPieces.of_words(words, count_V)
+        return (
+            WordPieces.read(wordpiece)
+            if wordpiece
+            else WordPieces.of_words(words, count_V.tolist())
+        )
     encoder = Encoder(clip_merges())
     if vocabulary == "corpus":
         for word in words:

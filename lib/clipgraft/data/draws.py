@@ -25,7 +25,7 @@ def draw_bits(seed: int, rows_B: np.ndarray, epoch_B: np.ndarray | int, count: i
         uint64 [B, count].
     """
     with np.errstate(over="ignore"):
-        key_B = _mix(np.uint64(seed) + _GOLDEN)
+        key_B = _mix(np.asarray(np.uint64(seed) + _GOLDEN))
         key_B = _mix(key_B ^ np.asarray(rows_B).astype(np.uint64) * _GOLDEN)
         key_B = _mix(key_B ^ np.asarray(epoch_B).astype(np.uint64) * _GOLDEN)
         counter = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN

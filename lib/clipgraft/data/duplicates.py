@@ -24,7 +24,7 @@ _MAX_PAIRS = 1 << 22  # held at once
 def pixel_hash_of(pixels: np.ndarray) -> str:
     """16 hex digits for uint8 HWC pixels, their size included."""
     digest = hashlib.sha256(repr(pixels.shape).encode())
-    digest.update(np.ascontiguousarray(pixels))
+    digest.update(np.ascontiguousarray(pixels).data)
     return digest.hexdigest()[:16]
 
 

@@ -42,7 +42,7 @@ class SampleMemory:
                 os.posix_fallocate(descriptor, 0, 4 * num_samples * len(initial_C))
             except OSError as error:
                 os.unlink(path)
-                raise OSError(error.errno, os.strerror(error.errno), path) from None
+                raise OSError(error.errno, error.strerror, path) from None
             finally:
                 os.close(descriptor)
         path = dist.same_on_node(path)

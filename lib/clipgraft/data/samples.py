@@ -163,6 +163,7 @@ class Captions:
             if self._held[0] != group:
                 column = self._file.read_row_group(group, ["captions"])["captions"]
                 self._held = group, column.combine_chunks()
+            assert self._held[1] is not None
             part = self._held[1].slice(first - begin, min(stop, end) - first)
             texts += part.flatten().to_pylist()
             first = min(stop, int(end))

@@ -31,7 +31,7 @@ class Ensemble(nn.Module):
     @property
     def text(self) -> nn.Module:
         """The first text tower: where padding goes, it goes in all."""
-        return self.models[0].text  # type: ignore[no-any-return,union-attr]
+        return self.models[0].text
 
     def encode_image(self, images_BCHH: Tensor) -> Tensor:
         """Features [B, N * D] of unit norm."""

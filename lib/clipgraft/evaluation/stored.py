@@ -57,7 +57,7 @@ def stored(path: Path, make: Callable[[], Arrays]) -> Arrays:
 def _keep(path: Path, arrays: Arrays) -> None:
     try:
         with written_aside(path) as aside, aside.open("wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, **arrays)  # type: ignore[arg-type]
     except OSError as error:  # what was asked for is in memory
         log.warning("%s is not kept for other tasks: %s", path, error)
         return

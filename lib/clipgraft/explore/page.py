@@ -112,7 +112,7 @@ def _picture_tab(labels: list[str]) -> _Picture:
             )
             # Its file is decoded as all others are, with the same messages. (A subclass would make Gradio write a .pyi.)
             uploads = Path(file.GRADIO_CACHE)
-            file.preprocess = functools.partial(_file_of, uploads)  # type: ignore[method-assign]
+            file.preprocess = functools.partial(_file_of, uploads)  # type: ignore[method-assign,assignment]
             some = labels[:NUM_LABELS]  # each costs its prompts, once
             asked = gr.Dropdown(labels, value=some, multiselect=True, label="labels")
             own = gr.Textbox("", label="own classes, with commas between", elem_id="own_classes")

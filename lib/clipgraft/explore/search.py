@@ -22,6 +22,7 @@ from typing import Any
 import faiss
 import numpy as np
 import torch
+from torch import Tensor
 
 from clipgraft.data.samples import Samples
 from clipgraft.evaluation.encode import encode_images, true_float32
@@ -113,6 +114,7 @@ def made_embeddings(
         with torch.inference_mode(), true_float32():
             image_RD = encode_images(encoder.model, about, part, encoder.device, threads, BATCH)
             text_UD = encoder.texts()(texts) if texts else image_RD[:0]
+        assert isinstance(image_RD, Tensor)  # no file was asked for
         made = {"image": image_RD, "text": text_UD}
         return {name: of.cpu().numpy().astype(np.float16) for name, of in made.items()}
 

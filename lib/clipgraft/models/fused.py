@@ -129,7 +129,9 @@ class _Product:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
         self._bias = bias.detach().contiguous()
         is_gelu = isinstance(activation, nn.GELU)
-        self._how = ("gelu", [], _GELUS[activation.approximate]) if is_gelu else ("none", [], "")
+        self._how: tuple[Any, ...] = (
+            ("gelu", [], _GELUS[activation.approximate]) if is_gelu else ("none", [], "")
+        )
         self._after = nn.Identity() if is_gelu or activation is None else activation
 
     def __call__(self, x: Tensor, added: Tensor | None = None) -> Tensor:

@@ -121,7 +121,7 @@ def _bert_pieces() -> Path:
 
 
 def _hugging_face(text: Mapping[str, Any]) -> Encode:
-    return open_clip.tokenizer.HFTokenizer(  # type: ignore[no-any-return]
+    return open_clip.tokenizer.HFTokenizer(
         text["hf_tokenizer_name"],
         context_length=text["context_length"],
         tokenizer_mode=text.get("tokenizer_mode"),

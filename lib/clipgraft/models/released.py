@@ -116,7 +116,8 @@ def stack_experts(
     Raises:
         ConfigError: if an expert is not whole, or layers have different numbers of them.
     """
-    stacked, found = {}, {}
+    stacked: dict[str, Tensor] = {}
+    found: dict[Any, Any] = {}
     for name, tensor in state.items():
         match = _THEIRS.fullmatch(name)
         if match is None:

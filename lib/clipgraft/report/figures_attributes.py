@@ -60,7 +60,7 @@ def plot_gains(models: Sequence[Model], columns: Sequence[Column]) -> Figure:
         columns: probes, which have the base.
     """
     tasks = list(dict.fromkeys(column.task for column in columns))
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "task": column.task,
             "model": model.key,

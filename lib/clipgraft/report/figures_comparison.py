@@ -79,7 +79,7 @@ def plot_against_cost(looks: Looks, metric: str, chance: float) -> Figure:
         metric: `task/metric`.
         chance: of the metric, 0..1.
     """
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "model": row.title,
             "samples_seen": float(result["samples_seen"]),

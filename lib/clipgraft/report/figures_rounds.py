@@ -149,8 +149,8 @@ def _blocks(rows: Rows, home: Mapping[Any, str]) -> tuple[list[_Block], dict[Any
         is_own = row["samples"] >= SMALLEST * total and not parent.startswith("rest of")
         name = str(row["label"]) if is_own else f"rest of {parent}"
         count = row["samples"] + (found[name].samples if name in found else 0)
-        own = (row["first"], row["label"]) if is_own else (None, None)
-        found[name], homes[row["label"]] = _Block(name, parent, *own, count), name
+        first, label = (row["first"], row["label"]) if is_own else (None, None)
+        found[name], homes[row["label"]] = _Block(name, parent, first, label, count), name
     return sorted(found.values(), key=lambda each: (each.label is None, -each.samples)), homes
 
 
@@ -187,7 +187,7 @@ def _draw_round(
             start = left[block.parent]
             _band(axis, column, (start, start + height), (y, y + height), colour)
             left[block.parent] = start + height
-        look = {"facecolor": colour, "edgecolor": PAPER, "linewidth": 0.5}
+        look: dict[str, Any] = {"facecolor": colour, "edgecolor": PAPER, "linewidth": 0.5}
         axis.add_patch(Rectangle((column, y), _BAR, height, **look))
         if not before and height > _NAMED and block.label is not None:
             text = names.get(block.label, "")

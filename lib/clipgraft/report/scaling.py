@@ -172,13 +172,14 @@ def _slope_rows(sweep: Sweep, laws: Mapping[Side, Law]) -> Rows:
 
 def _cost_rows(sweep: Sweep) -> Rows:
     """Every recipe after its first phase and at the end: means of its seeds, and whether it is on a front."""
-    sizes, rows = sweep.sizes, []
+    sizes = sweep.sizes
+    rows: list[dict[str, Any]] = []
     for recipe in dict.fromkeys(trial.recipe for trial in sweep.trials):
         same = [trial for trial in sweep.trials if trial.recipe == recipe]
         first = same[0]
         parts = {"before": 0, "after": -1} if len(first.scores) > 1 else {"after": -1}
         for part, at in parts.items():
-            row = {"size": sizes[first.size], "part": part, "first_run": first.run}
+            row: dict[str, Any] = {"size": sizes[first.size], "part": part, "first_run": first.run}
             row |= {"image_tokens": first.tokens["image"], "text_tokens": first.tokens["text"]}
             row |= {f"{side}_strategy": first.strategy[side] for side in SIDES}
             row |= {"macs": first.macs[at], "hours": float(np.mean([t.hours[at] for t in same]))}
@@ -303,7 +304,8 @@ def _conditions(run: Run, sweep: Sweep) -> str:
 
 def _data(run: Run) -> str:
     """The training data: kinds of sources and number of samples."""
-    kinds, counts = {}, {}
+    kinds: dict[str, None] = {}
+    counts: dict[Any, Any] = {}
     for job, folder in run.folders.items():
         if "/pretrain/" in job:
             for manifest in ancestors(folder).values():

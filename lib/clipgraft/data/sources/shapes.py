@@ -74,7 +74,7 @@ def _draw_chunk(task: tuple[ShapesSource, range, Path]) -> list[dict[str, Any]]:
             i,
             image_size=source.image_size,
             noise=source.noise,
-            mention=source.mention,
+            mention={str(name): share for name, share in source.mention.items()},
             num_captions=source.num_captions,
         )
         path = folder / f"{i:09d}.jpg"

@@ -8,11 +8,12 @@ is reported (WILDS reports NaN, which is no JSON); the worst group is that of th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import comb
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from clipgraft.config import ConfigError
 
@@ -191,7 +192,7 @@ def face_metrics(
     return metrics
 
 
-def jaccard(chosen: Sequence[bool], right: Sequence[bool]) -> float:
+def jaccard(chosen: ArrayLike, right: ArrayLike) -> float:
     """Share of the candidates that are chosen or right that are both."""
     chosen_C, right_C = np.asarray(chosen, bool), np.asarray(right, bool)
     return float((chosen_C & right_C).sum() / (chosen_C | right_C).sum())

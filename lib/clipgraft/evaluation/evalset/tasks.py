@@ -232,7 +232,9 @@ def _winogavil(root: Path, encoder: Encoder) -> Measured:
     files = hub_files(root, WINOGAVIL)
     table = read_table(files, ("candidates", "candidate_images", "cue", "associations"))
     identities = _identities(table["candidate_images"])
-    cells, place_of, rows = [], {}, []
+    cells: list[tuple[int, int]] = []
+    place_of: dict[Any, int] = {}
+    rows: list[Any] = []
     for number, item in enumerate(table.select(["candidates", "cue", "associations"]).to_pylist()):
         names = item["candidates"]
         images = table["candidate_images"][number]
