@@ -130,6 +130,30 @@ def test_every_optimizer_goes_on_after_a_kill_with_the_same_bits(data, tmp_path,
     assert (whole / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
 
+def test_a_resumed_training_has_all_rows_of_one_that_was_not_stopped(data, tmp_path, monkeypatch):
+    whole, out = folder(tmp_path / "whole"), folder(tmp_path / "out")
+    pretrain(phase(), *data, None, whole)
+    monkeypatch.setattr(training_state, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(TrainingState, "save", saving_until(4, TrainingState.save))
+    state = TrainingState(tmp_path / "resume", "tag")
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(phase(), *data, None, out, state=state)
+    facts = pretrain(phase(), *data, None, out, state=state)
+    state.close()
+    expected, rows = (
+        [json.loads(line) for line in (each / "metrics.jsonl").read_text().splitlines()]
+        for each in (whole, out)
+    )
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    timed = {"seconds", "samples_per_second", "data_wait"}
+    for row, other in zip(rows, expected, strict=True):
+        assert {key: row[key] for key in row.keys() - timed} == {
+            key: other[key] for key in other.keys() - timed
+        }
+    seconds = [row["seconds"] for row in rows]
+    assert seconds == sorted(seconds) and facts["train_seconds"] == seconds[-1]
+
+
 def test_threads_of_the_loader_do_not_change_the_result(data, tmp_path):
     outs = [folder(tmp_path / str(threads)) for threads in (1, 3)]
     for threads, out in zip((1, 3), outs, strict=True):
