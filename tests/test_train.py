@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from clipgraft import dist, objectives, training_state
 from clipgraft.checkpoint import load_model, read_weights
@@ -108,6 +109,27 @@ def test_training_learns_and_tells_what_it_did(data, tmp_path):
     assert facts["num_steps"] == 60 == rows[-1]["step"]
     for key in ("tau", "lr", "samples_per_second", "data_wait", "seconds"):
         assert math.isfinite(rows[-1][key])
+
+
+def test_gradients_are_no_longer_than_they_may_be(data, tmp_path):
+    """All of them together, as the optimizer is given them; and shorter ones are left alone."""
+    norms: dict[float | None, list[float]] = {}
+    for most in (None, 0.05, 1e3):
+        found = norms[most] = []
+
+        def measure(optimizer: torch.optim.Optimizer, *_: object, found=found) -> None:
+            every = [p.grad for group in optimizer.param_groups for p in group["params"]]
+            found.append(torch.cat([grad.double().flatten() for grad in every]).norm().item())
+
+        hook = register_optimizer_step_pre_hook(measure)
+        optim = {"lr": 1e-4, "max_grad_norm": most}
+        try:
+            pretrain(phase(samples_seen=48, optim=optim), *data, None, folder(tmp_path / str(most)))
+        finally:
+            hook.remove()
+    assert len(norms[None]) == 3 and min(norms[None]) > 1
+    assert norms[0.05] == pytest.approx([0.05] * 3, rel=1e-4)
+    assert norms[1e3] == norms[None]
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb", "lion", "sgd"])
