@@ -191,6 +191,21 @@ def test_what_could_not_be_loaded_is_refused_when_saved(tmp_path):
     assert generations(tmp_path) == []
 
 
+@pytest.mark.parametrize("what", ["weight", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_moments_that_are_not_finite_are_refused_like_weights(what, value):
+    """Or nobody would see it: where the second moment is infinite, steps have no length, and weights stay finite."""
+    model, cpu = torch.nn.Linear(2, 2), torch.device("cpu")
+    parts = parts_of(model)
+    model(torch.ones(1, 2)).sum().backward()
+    parts.optimizer.step()
+    parts.check_finite(1, 10, cpu)
+    held = {"weight": model.weight.detach(), **parts.optimizer.state[model.weight]}
+    held[what][1, 0] = value
+    with pytest.raises(ConfigError, match="not finite after step 1 of 10"):
+        parts.check_finite(1, 10, cpu)
+
+
 # --- killed while it is written ------------------------------------------------------------------------------
 
 
