@@ -276,6 +276,29 @@ def test_killed_at_any_byte_of_the_file_there_is_the_state_before(tmp_path, capl
     assert TrainingState(tmp_path, "tag").load()["step"] == 2
 
 
+def test_a_state_is_on_the_disk_before_its_name_is_and_then_its_name(tmp_path, monkeypatch):
+    """Or a power cut would leave a name without content."""
+    done: list[tuple[str, str, int]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        done.append(("fsync", path.suffix or path.name, path.stat().st_size))
+
+    def noted_replace(source: Path, target: Path) -> None:
+        replace(source, target)
+        done.append(("replace", f"{source.suffix} {target.suffix}", target.stat().st_size))
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    folder = tmp_path / "state"
+    TrainingState(folder, "tag").save(state_of(1))
+    size = generations(folder)[0].stat().st_size
+    assert done[:2] == [("fsync", ".tmp", size), ("replace", ".tmp .pt", size)]
+    assert [each[:2] for each in done[2:]] == [("fsync", "state")]
+
+
 def test_a_save_that_fails_leaves_the_state_before_and_nothing_else(tmp_path):
     state = TrainingState(tmp_path, "tag")
     state.save(state_of(1))
