@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from types import SimpleNamespace
 
 import pytest
 import torch
+from clock import Clock
 
 from clipgraft import meter as meters
 from clipgraft.config import ConfigError
@@ -21,20 +21,10 @@ def add(meter: Meter, step: int, loss: float, waited: float = 0.0) -> None:
     meter.add(step, torch.tensor(loss), 1e-3, waited, {})
 
 
-class Clock:
-    """A clock that somebody sets."""
-
-    def __init__(self, now: float) -> None:
-        self.now = now
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock(5000.0)
-    monkeypatch.setattr(meters, "time", SimpleNamespace(monotonic=clock))
+    clock = Clock()
+    monkeypatch.setattr(meters, "time", clock)
     monkeypatch.setattr(meters, "NUM_ROWS", 2)  # of two steps, in what follows
     return clock
 
@@ -81,7 +71,7 @@ def test_rates_and_waits_are_of_a_row_and_seconds_of_the_whole_training(clock):
     rows: list[dict] = []
     meter = meter_of(4, rows)
     for step, seconds, waited in [(1, 1, 0.5), (2, 3, 1.0), (3, 1, 1.25), (4, 1, 2.5)]:
-        clock.now += seconds
+        clock.let_pass(seconds)
         add(meter, step, 1.0, waited)
     assert [row["seconds"] for row in rows] == [4, 6]
     assert [row["samples_per_second"] for row in rows] == [8 / 4, 8 / 2]
@@ -92,9 +82,9 @@ def test_a_pause_counts_neither_for_the_training_nor_for_its_row(clock):
     rows: list[dict] = []
     meter = meter_of(4, rows)
     for step in range(1, 5):
-        clock.now += 2
+        clock.let_pass(2)
         add(meter, step, 1.0)
-        clock.now += 100
+        clock.let_pass(100)
         meter.pause(100)
         assert meter.seconds == 2 * step
     assert [row["seconds"] for row in rows] == [4, 8]
@@ -105,13 +95,13 @@ def test_after_a_resume_seconds_go_on_and_rates_are_of_what_is_new(clock):
     rows: list[dict] = []
     meter = meter_of(4, rows)
     for step in (1, 2):
-        clock.now += 3
+        clock.let_pass(3)
         add(meter, step, 1.0)
-    clock.now += 1000  # until someone starts it again
+    clock.let_pass(1000)  # until someone starts it again
     meter = meter_of(4, rows)
     assert meter.seconds == 6
     for step in (3, 4):
-        clock.now += 1
+        clock.let_pass(1)
         add(meter, step, 1.0)
     assert [(row["step"], row["seconds"]) for row in rows] == [(2, 6), (4, 8)]
     assert [row["samples_per_second"] for row in rows] == [1.3, 4]

@@ -14,12 +14,12 @@ import resource
 import signal
 import socket
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from clock import Clock
 from trainings import FORKS, exit_codes
 
 from clipgraft import dist, training_state
@@ -334,32 +334,41 @@ def test_one_flipped_bit_anywhere_is_noticed(tmp_path, place, caplog):
 # --- how often it is saved ----------------------------------------------------------------------------------
 
 
-def test_saving_takes_its_share_of_the_time_and_no_more(monkeypatch):
-    """A save of a twentieth of a second is due again after fifty of them, however often it was asked for."""
-    monkeypatch.setattr(training_state, "SAVE_SECONDS", 0.01)
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(training_state, "time", clock)
+    return clock
+
+
+def test_saving_takes_its_share_of_the_time_and_no_more(clock, monkeypatch):
+    """A save of two minutes is due again after fifty times two, however often it was asked for."""
+    monkeypatch.setattr(training_state, "SAVE_SECONDS", 60.0)
     pace = Pace()
-    time.sleep(0.02)
+    clock.let_pass(59)
+    assert not pace.is_due()
+    clock.let_pass(1)
     assert pace.is_due()
     with pace.saving():
-        time.sleep(0.05)
-    time.sleep(0.1)
+        clock.let_pass(120)
+    clock.let_pass(50 * 120 - 1)
     assert not pace.is_due()
-    monkeypatch.setattr(training_state, "SAVE_SHARE", 1.0)
+    clock.let_pass(2)
     assert pace.is_due()
 
 
-def test_saves_that_cost_nothing_come_as_often_as_they_were_asked_for(monkeypatch):
+def test_saves_that_cost_nothing_come_as_often_as_they_were_asked_for(clock, monkeypatch):
     monkeypatch.setattr(training_state, "SAVE_SECONDS", 60.0)
     pace = Pace()
     with pace.saving():
-        pass
+        clock.let_pass(0.5)
+    clock.let_pass(59)
     assert not pace.is_due()
-    monkeypatch.setattr(training_state, "SAVE_SECONDS", 0.1)
-    time.sleep(0.2)
+    clock.let_pass(1)
     assert pace.is_due()
     monkeypatch.setattr(training_state, "SAVE_SECONDS", 0.0)
     with pace.saving():
-        time.sleep(0.01)
+        clock.let_pass(100)
     assert pace.is_due()  # after every step
 
 
