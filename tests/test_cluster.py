@@ -74,6 +74,20 @@ def test_the_result_is_a_fixed_point_of_lloyds_algorithm(tmp_path):
     )
 
 
+def test_passes_end_only_where_lloyds_algorithm_gains_nothing_more(tmp_path, monkeypatch):
+    """From a start so bad that it takes a dozen passes."""
+    points_ND, _ = blobs(num=3000, groups=8, seed=1, noise=0.3)
+    points = points_of(tmp_path, points_ND)
+    unit_ND, scale_N = points.read(0, points.num)
+    unit_ND = unit_ND.astype(float) * scale_N[:, None]
+    start_CD = unit_ND[:6]
+    monkeypatch.setattr("clipgraft.kmeans._start", lambda *_: start_CD.astype(np.float32))
+    found = kmeans(points, 6, num_tries=1, num_iterations=500)
+    early, late = (lloyd(unit_ND, start_CD, num)[2] for num in (4, 500))
+    assert early > 1.001 * late
+    assert found.inertia == pytest.approx(late, rel=1e-4) and found.num_passes < 50
+
+
 def test_the_best_try_is_kept(tmp_path):
     points = points_of(tmp_path, blobs(num=600, groups=8, seed=3, noise=0.2)[0])
     found = kmeans(points, 5, num_tries=8)

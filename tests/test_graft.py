@@ -85,6 +85,18 @@ def test_noise_is_in_deviations_of_each_tensor_and_spares_the_first_expert_and_t
             assert ratio.item() == pytest.approx(0.1, rel=0.05), name
 
 
+def test_noise_follows_the_seed(base, data, tmp_path):
+    first, again, other = (
+        read_weights(assembled(tmp_path / name, base, data, noise=0.1, seed=seed))
+        for name, seed in (("first", 1), ("again", 1), ("other", 2))
+    )
+    for name in first:
+        assert torch.equal(first[name], again[name])
+        if ".mlp.c_" in name and name.endswith("weight"):
+            assert torch.equal(first[name][0], other[name][0])
+            assert not torch.equal(first[name][1:], other[name][1:])
+
+
 def test_zero_routers_are_zero_and_random_ones_follow_the_seed(base, data, tmp_path):
     zero = routers(assembled(tmp_path / "zero", base, data, router_init="zero"))
     assert len(zero) == 4 and not any(router.any() for router in zero.values())

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,23 @@ def run(script: Path, *words: str, **env: str) -> subprocess.CompletedProcess[st
     return subprocess.run([sys.executable, script, *words], env=env, capture_output=True, text=True)
 
 
+@contextmanager
+def begun(script: Path, out: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A job that has written its file and goes on for ten minutes, unless it is ended."""
+    command = [sys.executable, script, "--out", str(out), *with_settings(seconds=600)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        try:
+            deadline = time.monotonic() + 180
+            while process.poll() is None and time.monotonic() < deadline:
+                if (out / ".writing/part/number.txt").exists():
+                    break
+                time.sleep(0.05)
+            assert process.poll() is None and (out / ".writing/part/number.txt").exists()
+            yield process
+        finally:
+            process.kill()
+
+
 def with_settings(**settings: object) -> list[str]:
     return ["--settings", json.dumps({"number": 7, **settings})]
 
@@ -95,13 +114,9 @@ def test_a_failed_job_leaves_the_outputs_of_the_run_before(script, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_job_has_no_manifest_and_the_next_one_clears_up(script, tmp_path, number):
     out = tmp_path / "out"
-    command = [sys.executable, script, "--out", str(out), *with_settings(seconds=60)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 30
-    while not list(out.glob(".writing/part/number.txt")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(number)
-    assert process.wait(timeout=30) != 0
+    with begun(script, out) as process:
+        process.send_signal(number)
+        assert process.wait(timeout=180) != 0
     assert not (out / "manifest.json").exists()
     done = run(script, "--out", str(out), *with_settings())
     assert done.returncode == 0, done.stderr
@@ -110,18 +125,10 @@ def test_a_killed_job_has_no_manifest_and_the_next_one_clears_up(script, tmp_pat
 
 def test_two_jobs_never_write_the_same_outputs(script, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, script, "--out", str(out), *with_settings(seconds=60)]
-    first = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 30
-        while not list(out.glob(".writing/part/number.txt")) and time.monotonic() < deadline:
-            time.sleep(0.05)
+    with begun(script, out):
         second = run(script, "--out", str(out), *with_settings())
-        assert second.returncode == 1
-        assert "another process is writing" in second.stderr
-    finally:
-        first.kill()
-        first.wait()
+    assert second.returncode == 1
+    assert "another process is writing" in second.stderr
 
 
 def test_a_recorded_job_is_replayed_with_a_change(script, tmp_path):

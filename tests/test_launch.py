@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import select
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,7 +26,7 @@ def running(code: str, *words: object) -> Iterator[subprocess.Popen[str]]:
     """A process that is killed in the end."""
     command = [sys.executable, "-c", code, *map(str, words)]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         try:
             yield process
@@ -40,6 +40,13 @@ def answer(process: subprocess.Popen[str]) -> list[str]:
     return process.stdout.readline().strip().split(",")
 
 
+def is_waiting(process: subprocess.Popen[str]) -> bool:
+    """Whether it says that it waits before it says what it holds, and after half a second holds nothing yet."""
+    assert process.stdout and process.stderr
+    first, _, _ = select.select([process.stdout, process.stderr], [], [], 60)
+    return first == [process.stderr] and not select.select([process.stdout], [], [], 0.5)[0]
+
+
 def test_two_jobs_never_lease_the_same_device(tmp_path):
     with running(HOLD, tmp_path, 2) as first, running(HOLD, tmp_path, 2) as second:
         assert sorted(answer(first) + answer(second)) == ["0", "1", "2", "3"]
@@ -49,8 +56,7 @@ def test_a_killed_job_gives_its_devices_back(tmp_path):
     with running(HOLD, tmp_path, 3) as first:
         assert len(answer(first)) == 3
         with running(HOLD, tmp_path, 2) as second:
-            time.sleep(0.5)
-            assert second.poll() is None  # it waits: one device is free, two are wished for
+            assert is_waiting(second)  # one device is free, two are wished for
             first.kill()
             first.wait()
             assert len(answer(second)) == 2
@@ -66,8 +72,7 @@ def test_a_lease_survives_exec_into_the_script(tmp_path):
     with running(code, tmp_path) as held:
         assert answer(held) == ["0"]
         with running(HOLD, tmp_path, 4) as waiting:
-            time.sleep(0.5)
-            assert waiting.poll() is None
+            assert is_waiting(waiting)
             held.kill()
             held.wait()
             assert len(answer(waiting)) == 4

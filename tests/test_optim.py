@@ -4,12 +4,13 @@ import pytest
 import torch
 from open_clip_train.scheduler import cosine_lr as open_clip_cosine
 from pydantic import ValidationError
+from test_train import phase
 from torch import nn
 
 from clipgraft.loss_settings import LossSettings
 from clipgraft.models.build import build
 from clipgraft.models.moe import upcycle
-from clipgraft.optim import TEMPERATURE, build_optimizer, parameter_groups, tau_lr
+from clipgraft.optim import TEMPERATURE, build_optimizer, parameter_groups, set_rates, tau_lr
 from clipgraft.recipes import OptimSettings
 from clipgraft.schedule import cosine_lr
 from clipgraft.training_state import TrainingState
@@ -219,6 +220,19 @@ def test_schedule_ends_at_its_minimum_and_stands_no_warm_up():
     assert cosine_lr(10, 10, 0, 1.0, 0.1) == pytest.approx(0.1)
     assert cosine_lr(5, 10, 0, 1.0, 0.1) == pytest.approx(0.55)
     assert cosine_lr(2, 3, 3, 1.0) == pytest.approx(1.0)  # all of it is warm-up
+
+
+@pytest.mark.parametrize(("step", "share"), [(0, 1.0), (5, 0.7), (10, 0.4)])
+def test_all_groups_fall_to_the_minimum_that_is_set_each_from_its_own_peak(step, share):
+    settings = phase(samples_seen=160, optim={"lr": 0.1, "lr_min": 0.04, "warmup": 0.0})
+    loss = LossSettings(kind="rgcl_g", lr_tau=1e-4, lr_tau_schedule="cosine")
+    named = {name: nn.Parameter(torch.ones(2, 2)) for name in ("a", "b", "logit_scale")}
+    optimizer = build_optimizer(named, settings.optim, 0.1, True, {"b": 0.02})
+    assert set_rates(optimizer, settings, loss, step, lambda: 0.01) == pytest.approx(0.1 * share)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    expected = {"a": 0.1 * share, "b": 0.02 * share, "logit_scale": 1e-4 * share}
+    for name, rate in expected.items():
+        assert rates[id(named[name])] == pytest.approx(rate), name
 
 
 def test_the_temperature_may_have_a_group_of_its_own_and_nothing_else_changes():

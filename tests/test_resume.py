@@ -156,6 +156,19 @@ def test_after_a_signal_the_training_goes_on_with_the_same_bits(pretraining, tmp
     assert training.end(out) == training.end(folder(tmp_path / "whole"), pause=None)
 
 
+def test_after_ctrl_c_the_training_goes_on_with_the_same_bits(pretraining, tmp_path):
+    """It leaves at once: what was saved last is what there is."""
+    training, out = pretraining(loss=LOSSES["v2"], samples_seen=960), folder(tmp_path / "out")
+    processes = training.start(out, pause=0.01)
+    assert kill(processes, out, 1, signal=signal.SIGINT) == {128 + signal.SIGINT}
+    step = step_of(out / "state")
+    assert 0 < step < 60 and not list((out / "out").iterdir())
+    weights = training.end(out)
+    log = (out / "log").read_text()
+    assert f"resumed at step {step}/60" in log and "told to stop" not in log
+    assert weights == training.end(folder(tmp_path / "whole"), pause=None)
+
+
 WORKER = """
 import os, signal, sys, time
 from pathlib import Path

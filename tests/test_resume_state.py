@@ -14,12 +14,12 @@ import resource
 import signal
 import socket
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from clock import Clock
 from trainings import FORKS, exit_codes
 
 from clipgraft import dist, training_state
@@ -191,6 +191,21 @@ def test_what_could_not_be_loaded_is_refused_when_saved(tmp_path):
     assert generations(tmp_path) == []
 
 
+@pytest.mark.parametrize("what", ["weight", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_moments_that_are_not_finite_are_refused_like_weights(what, value):
+    """Or nobody would see it: where the second moment is infinite, steps have no length, and weights stay finite."""
+    model, cpu = torch.nn.Linear(2, 2), torch.device("cpu")
+    parts = parts_of(model)
+    model(torch.ones(1, 2)).sum().backward()
+    parts.optimizer.step()
+    parts.check_finite(1, 10, cpu)
+    held = {"weight": model.weight.detach(), **parts.optimizer.state[model.weight]}
+    held[what][1, 0] = value
+    with pytest.raises(ConfigError, match="not finite after step 1 of 10"):
+        parts.check_finite(1, 10, cpu)
+
+
 # --- killed while it is written ------------------------------------------------------------------------------
 
 
@@ -261,6 +276,29 @@ def test_killed_at_any_byte_of_the_file_there_is_the_state_before(tmp_path, capl
     assert TrainingState(tmp_path, "tag").load()["step"] == 2
 
 
+def test_a_state_is_on_the_disk_before_its_name_is_and_then_its_name(tmp_path, monkeypatch):
+    """Or a power cut would leave a name without content."""
+    done: list[tuple[str, str, int]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        done.append(("fsync", path.suffix or path.name, path.stat().st_size))
+
+    def noted_replace(source: Path, target: Path) -> None:
+        replace(source, target)
+        done.append(("replace", f"{source.suffix} {target.suffix}", target.stat().st_size))
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    folder = tmp_path / "state"
+    TrainingState(folder, "tag").save(state_of(1))
+    size = generations(folder)[0].stat().st_size
+    assert done[:2] == [("fsync", ".tmp", size), ("replace", ".tmp .pt", size)]
+    assert [each[:2] for each in done[2:]] == [("fsync", "state")]
+
+
 def test_a_save_that_fails_leaves_the_state_before_and_nothing_else(tmp_path):
     state = TrainingState(tmp_path, "tag")
     state.save(state_of(1))
@@ -296,32 +334,41 @@ def test_one_flipped_bit_anywhere_is_noticed(tmp_path, place, caplog):
 # --- how often it is saved ----------------------------------------------------------------------------------
 
 
-def test_saving_takes_its_share_of_the_time_and_no_more(monkeypatch):
-    """A save of a twentieth of a second is due again after fifty of them, however often it was asked for."""
-    monkeypatch.setattr(training_state, "SAVE_SECONDS", 0.01)
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(training_state, "time", clock)
+    return clock
+
+
+def test_saving_takes_its_share_of_the_time_and_no_more(clock, monkeypatch):
+    """A save of two minutes is due again after fifty times two, however often it was asked for."""
+    monkeypatch.setattr(training_state, "SAVE_SECONDS", 60.0)
     pace = Pace()
-    time.sleep(0.02)
+    clock.let_pass(59)
+    assert not pace.is_due()
+    clock.let_pass(1)
     assert pace.is_due()
     with pace.saving():
-        time.sleep(0.05)
-    time.sleep(0.1)
+        clock.let_pass(120)
+    clock.let_pass(50 * 120 - 1)
     assert not pace.is_due()
-    monkeypatch.setattr(training_state, "SAVE_SHARE", 1.0)
+    clock.let_pass(2)
     assert pace.is_due()
 
 
-def test_saves_that_cost_nothing_come_as_often_as_they_were_asked_for(monkeypatch):
+def test_saves_that_cost_nothing_come_as_often_as_they_were_asked_for(clock, monkeypatch):
     monkeypatch.setattr(training_state, "SAVE_SECONDS", 60.0)
     pace = Pace()
     with pace.saving():
-        pass
+        clock.let_pass(0.5)
+    clock.let_pass(59)
     assert not pace.is_due()
-    monkeypatch.setattr(training_state, "SAVE_SECONDS", 0.1)
-    time.sleep(0.2)
+    clock.let_pass(1)
     assert pace.is_due()
     monkeypatch.setattr(training_state, "SAVE_SECONDS", 0.0)
     with pace.saving():
-        time.sleep(0.01)
+        clock.let_pass(100)
     assert pace.is_due()  # after every step
 
 

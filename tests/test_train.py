@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from clipgraft import dist, objectives, training_state
 from clipgraft.checkpoint import load_model, read_weights
@@ -110,6 +111,27 @@ def test_training_learns_and_tells_what_it_did(data, tmp_path):
         assert math.isfinite(rows[-1][key])
 
 
+def test_gradients_are_no_longer_than_they_may_be(data, tmp_path):
+    """All of them together, as the optimizer is given them; and shorter ones are left alone."""
+    norms: dict[float | None, list[float]] = {}
+    for most in (None, 0.05, 1e3):
+        found = norms[most] = []
+
+        def measure(optimizer: torch.optim.Optimizer, *_: object, found=found) -> None:
+            every = [p.grad for group in optimizer.param_groups for p in group["params"]]
+            found.append(torch.cat([grad.double().flatten() for grad in every]).norm().item())
+
+        hook = register_optimizer_step_pre_hook(measure)
+        optim = {"lr": 1e-4, "max_grad_norm": most}
+        try:
+            pretrain(phase(samples_seen=48, optim=optim), *data, None, folder(tmp_path / str(most)))
+        finally:
+            hook.remove()
+    assert len(norms[None]) == 3 and min(norms[None]) > 1
+    assert norms[0.05] == pytest.approx([0.05] * 3, rel=1e-4)
+    assert norms[1e3] == norms[None]
+
+
 @pytest.mark.parametrize("name", ["adamw", "lamb", "lion", "sgd"])
 def test_every_optimizer_goes_on_after_a_kill_with_the_same_bits(data, tmp_path, monkeypatch, name):
     """With a learning rate of its own for the temperature."""
@@ -128,6 +150,30 @@ def test_every_optimizer_goes_on_after_a_kill_with_the_same_bits(data, tmp_path,
     pretrain(settings, *data, None, out, state=state)
     state.close()
     assert (whole / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+def test_a_resumed_training_has_all_rows_of_one_that_was_not_stopped(data, tmp_path, monkeypatch):
+    whole, out = folder(tmp_path / "whole"), folder(tmp_path / "out")
+    pretrain(phase(), *data, None, whole)
+    monkeypatch.setattr(training_state, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(TrainingState, "save", saving_until(4, TrainingState.save))
+    state = TrainingState(tmp_path / "resume", "tag")
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(phase(), *data, None, out, state=state)
+    facts = pretrain(phase(), *data, None, out, state=state)
+    state.close()
+    expected, rows = (
+        [json.loads(line) for line in (each / "metrics.jsonl").read_text().splitlines()]
+        for each in (whole, out)
+    )
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    timed = {"seconds", "samples_per_second", "data_wait"}
+    for row, other in zip(rows, expected, strict=True):
+        assert {key: row[key] for key in row.keys() - timed} == {
+            key: other[key] for key in other.keys() - timed
+        }
+    seconds = [row["seconds"] for row in rows]
+    assert seconds == sorted(seconds) and facts["train_seconds"] == seconds[-1]
 
 
 def test_threads_of_the_loader_do_not_change_the_result(data, tmp_path):

@@ -17,7 +17,7 @@ import yaml
 from clipgraft.config import ConfigError, load_config, merge, sweep_points
 from clipgraft.planning import plan_run, plan_runs
 from clipgraft.settings import IndexJob
-from clipgraft.versions import deciding, local_files, sources_of
+from clipgraft.versions import _sampled, deciding, local_files, sources_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = yaml.safe_load((ROOT / "tests/config/small.yaml").read_text())
@@ -510,6 +510,22 @@ def test_retrained_weights_of_a_reference_are_another_source(teacher):
     after = told()
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {"embed/full.reference_0", "pretrain/full"}
+
+
+def test_a_change_of_every_64th_part_of_large_weights_is_seen(tmp_path):
+    """They are not read as a whole: a training moves them everywhere."""
+    path = tmp_path / "weights"
+
+    def identity_with(changed: int | None) -> str:
+        content = bytearray(2**21)
+        if changed is not None:
+            content[changed] = 1
+        path.write_bytes(content)
+        return _sampled(path)
+
+    places = [None, *(2**21 * part // 64 for part in range(64))]
+    assert len(set(map(identity_with, places))) == 65
+    assert identity_with(2**21 * 7 // 8 + 4095) != identity_with(None)
 
 
 def test_replaced_weights_that_a_run_starts_from_are_another_source_of_its_first_phase(tmp_path):

@@ -97,6 +97,8 @@ def _train(
     except training_state.ConfigError as error:
         logging.error("%s", error)
         sys.exit(1)
+    except KeyboardInterrupt:  # as a job does
+        sys.exit(128 + signal.SIGINT)
 
 
 def _die_after(step: int, pause: float, state: Path) -> None:

@@ -136,6 +136,16 @@ def test_round_robin_takes_one_batch_of_each_label_in_turn_and_drops_what_does_n
     np.testing.assert_array_equal(again, [b.rows_B for b in batches])
 
 
+def test_another_seed_takes_other_rows_of_each_label_in_turn():
+    first, again, other = (
+        [batch.rows_B.tolist() for batch in epoch_of(RoundRobinBatches(LABELS, 3, seed), 0)]
+        for seed in (4, 4, 5)
+    )
+    assert first == again != other
+    labels = [[set(LABELS[rows]) for rows in batches] for batches in (first, other)]
+    assert labels[0] == labels[1]
+
+
 def test_round_robin_without_a_whole_batch_is_the_users_mistake():
     with pytest.raises(
         ConfigError, match=r"batch_size = 12 has no batches: the largest of 10 .* 11 samples.*Hint"
@@ -203,6 +213,13 @@ def test_a_source_is_shown_as_often_as_it_weighs(kind):
         assert Counter(count_N[source_N == 2]) == {0: 200}
         chosen.append(count_N)
     assert 80 < (chosen[0] != chosen[1])[source_N == 0].sum() < 420  # half of 500 is drawn anew
+
+
+def test_another_seed_shows_another_part_of_a_source():
+    first, again, other = (
+        weighed([0.5, 2.25, 1.0], seed=seed)[1].of_epoch(0)[0].tolist() for seed in (3, 3, 4)
+    )
+    assert first == again != other
 
 
 def test_no_two_visits_of_a_row_have_the_same_number():

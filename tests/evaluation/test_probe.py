@@ -1,5 +1,7 @@
 """Laws of the linear probe."""
 
+import itertools
+
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
@@ -9,7 +11,7 @@ from sklearn.preprocessing import StandardScaler
 
 from clipgraft.config import ConfigError
 from clipgraft.evaluation import probe
-from clipgraft.evaluation.probe import STRENGTHS, linear_probe
+from clipgraft.evaluation.probe import STRENGTHS, halves, linear_probe
 
 
 def blobs(num: int, num_classes: int, distance: float, dim: int = 12):
@@ -49,15 +51,29 @@ def test_scale_and_offset_of_a_feature_do_not_matter():
 
 
 def test_the_judging_half_decides_nothing(monkeypatch):
-    """Were the strength chosen on all rows, or the scale fitted on them, these labels would be seen."""
+    """Neither the strength, which a quarter of the others chooses, nor the scale, whatever lies among what is judged."""
     image_ND, label_N = blobs(200, 3, 1.0)
+    image_ND[7] = 1e4
     fitted = []
     fit = LogisticRegression.fit
     monkeypatch.setattr(
-        LogisticRegression, "fit", lambda self, x, y: fitted.append(len(y)) or fit(self, x, y)
+        LogisticRegression, "fit", lambda self, x, y: fitted.append(x) or fit(self, x, y)
     )
     linear_probe(image_ND, label_N, "x")
-    assert fitted == ([75] * len(STRENGTHS) + [100]) * 3
+    assert [len(x) for x in fitted] == ([75] * len(STRENGTHS) + [100]) * 3
+    for x in fitted:
+        np.testing.assert_allclose(x.mean(0), 0, atol=1e-9)
+        np.testing.assert_allclose(x.std(0), 1, atol=1e-9)
+
+
+def test_every_halving_is_another_one_of_all_rows():
+    drawn = [(set(train), set(test)) for train, test in halves(201)]
+    assert [(len(train), len(test)) for train, test in drawn] == [(101, 100)] * 3
+    assert all(train | test == set(range(201)) for train, test in drawn)
+    for (one, _), (other, _) in itertools.combinations(drawn, 2):
+        assert 30 < len(one & other) < 70
+    image_ND, label_N = blobs(200, 3, 0.5)
+    assert linear_probe(image_ND, label_N, "x")["spread"] > 0
 
 
 def test_choosing_the_strength_pays_where_features_outnumber_samples(monkeypatch):

@@ -122,6 +122,23 @@ def test_blocks_change_nothing(monkeypatch):
     assert torch.equal(best_candidates(image_ND, text_UD, 3)[1], best)
 
 
+@pytest.mark.parametrize("tile", [(1, 2), (2, 3), (100, 100)])
+def test_ties_that_lie_in_several_tiles_count_as_in_one(tile, monkeypatch):
+    """Of scores with few values: right candidates that are equal, beaten by later ones, or tied with wrong ones."""
+    monkeypatch.setattr(retrieval, "TILE", tile)
+    rng = np.random.default_rng(0)
+    score_QC = rng.integers(0, 3, (20, 6)).astype(float)
+    score_QC[:2] = [[1, 1, 0, 2, 2, 0], [0, 1, 1, 2, 0, 2]]
+    right = [{0, 1, 3}, {1, 2, 3}]
+    right += [set(rng.choice(6, size=1 + q % 4, replace=False).tolist()) for q in range(18)]
+    pairs = torch.tensor([(q, c) for q, chosen in enumerate(right) for c in sorted(chosen)])
+    candidate_CD, query_QD = torch.eye(6), torch.from_numpy(score_QC).float()
+    found = recall_at(query_QD, candidate_CD, *pairs.T, cutoffs=(1, 2, 4))
+    for q, chosen in enumerate(right):
+        expected = [recall_by_enumeration(score_QC[q], chosen, k) for k in (1, 2, 4)]
+        assert found[q].tolist() == pytest.approx(expected), q
+
+
 def test_images_without_a_caption_are_candidates_but_no_queries():
     captions = Captions.of([["a"], [], ["b"]])
     images = torch.eye(3)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, confusion_matrix, recall_score
 
 from clipgraft.config import ConfigError
+from clipgraft.evaluation import zero_shot
 from clipgraft.evaluation.zero_shot import check_templates, evaluate_zero_shot, zero_shot_weights
 
 
@@ -66,6 +67,23 @@ def test_constant_features_score_chance_whatever_the_first_class_is():
     assert result["mean_per_class_recall"] == pytest.approx(1 / 6, abs=1e-6)
     assert result["acc5"] == pytest.approx(5 / 6, abs=1e-6)
     assert (result["majority"], result["chance5"]) == (0.5, 5 / 6)
+
+
+def test_a_tie_with_a_class_that_does_not_occur_is_half_a_hit():
+    weights = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    labels = torch.tensor([0, 0, 0, 2])
+    result = evaluate_zero_shot(weights[labels], weights, labels, list("abc"))
+    assert result["acc1"] == pytest.approx((3 * 0.5 + 1) / 4)
+    assert result["mean_per_class_recall"] == pytest.approx((0.5 + 1) / 2)
+    assert result["confusion"] == [[3, 0, 0], [0, 0, 0], [0, 0, 1]]  # counts hold no halves
+
+
+def test_blocks_change_nothing(monkeypatch):
+    images, weights = features(40, 5, seed=1), features(7, 5, seed=2)
+    labels = torch.arange(40) % 7
+    whole = evaluate_zero_shot(images, weights, labels, list("abcdefg"))
+    monkeypatch.setattr(zero_shot, "BLOCK", 7)
+    assert evaluate_zero_shot(images, weights, labels, list("abcdefg")) == whole
 
 
 def test_images_without_the_label_do_not_count():

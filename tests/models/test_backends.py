@@ -100,6 +100,23 @@ def test_autocast_computes_products_in_bf16_and_weighs_in_float32(backend):
         assert F.cosine_similarity(our.double().flatten(), their.flatten(), dim=0) > 0.999
 
 
+@pytest.mark.parametrize("backend", WAYS)
+def test_gates_weigh_products_in_float32_and_the_sum_is_rounded_once(backend):
+    """With experts that change nothing, of gates that bf16 cannot hold."""
+    eye_EDD = torch.eye(D).expand(E, D, D)
+    none_ED = torch.zeros(E, D)
+    experts = Experts(eye_EDD, none_ED, eye_EDD, none_ED, lambda x: x)
+    generator = torch.Generator().manual_seed(0)
+    x_TD = torch.randn(T, D, generator=generator).bfloat16()
+    gates_TK = torch.rand(T, 2, generator=generator)
+    assert (gates_TK != gates_TK.bfloat16()).all()
+    topk_TK = torch.stack([torch.randperm(E, generator=generator)[:2] for _ in range(T)])
+    with torch.autocast("cpu", torch.bfloat16):
+        y_TD = mix(experts, x_TD, gates_TK, topk_TK, backend)
+    expected_TD = sum(gates_TK[:, k, None] * x_TD.float() for k in range(2))
+    assert torch.equal(y_TD, expected_TD.bfloat16())
+
+
 # --- whole models ---------------------------------------------------------------------------------------------
 
 

@@ -153,6 +153,25 @@ def test_routings_are_of_the_last_forward_once_per_layer_and_handed_over(
     assert routings(model) == {}
 
 
+@pytest.mark.parametrize("tower", ["visual", "text"])
+def test_a_forward_that_fails_is_over(tiny_config, tower):
+    """Or a block that is computed again in backward would take itself for a forward."""
+    model = grafted(tiny_config)
+    module = getattr(model, tower)
+
+    def fail(*_: object) -> None:
+        assert module.moe_state.is_forward
+        raise RuntimeError("out of memory")
+
+    hook = module.transformer.resblocks[1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        module(images() if tower == "visual" else TEXT)
+    assert not module.moe_state.is_forward
+    hook.remove()
+    model(images(), TEXT)
+    assert not module.moe_state.is_forward and len(routings(model)) == 4
+
+
 def test_checkpointing_changes_no_gradient_of_a_loss_on_features_and_routings(tiny_config):
     gradients = []
     for checkpointing in (False, True):

@@ -21,6 +21,7 @@ from urllib.parse import unquote
 
 OUTSIDE, INSIDE = "93.184.216.34", "10.0.0.5"
 ADDRESSES = (OUTSIDE, INSIDE, "169.254.169.254", "100.64.0.1")
+SIX_TO_FOUR = ("2002:7f00:1::", "2002:a00:5::")  # 127.0.0.1 and the inside, as a relay leads there
 HIDDEN = b"key,secret\n1,of the inside\n"
 
 _asked_inside: list[str] = []
@@ -94,8 +95,8 @@ def _serve_names() -> None:
 
 def _set_up() -> None:
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-    for address in ADDRESSES:
-        subprocess.run(["ip", "address", "add", f"{address}/32", "dev", "lo"], check=True)
+    for address in (*ADDRESSES, *SIX_TO_FOUR):
+        subprocess.run(["ip", "address", "add", address, "dev", "lo"], check=True)
     resolver = Path(sys.argv[1]) / "resolv.conf"
     resolver.write_text("nameserver 127.0.0.1\noptions timeout:2 attempts:1\n")
     subprocess.run(["mount", "--bind", resolver, "/etc/resolv.conf"], check=True)

@@ -59,6 +59,8 @@ def test_urls_of_a_table_lead_nowhere_inside(alone, tmp_path):
         "http://[::ffff:10.0.0.5]/a.jpg",
         "http://[::ffff:a00:5]/a.jpg",
         "http://[::127.0.0.1]/a.jpg",
+        "http://[2002:7f00:1::]/a.jpg",
+        "http://[2002:a00:5::]/a.jpg",
         f"{outside}/to/10.0.0.5/a.jpg",
         f"{outside}/to/inside.test/a.jpg",
         f"{outside}/to/[::ffff:169.254.169.254]/a.jpg",
@@ -72,7 +74,7 @@ def test_urls_of_a_table_lead_nowhere_inside(alone, tmp_path):
     fetched = dict(zip(open_ones + attacks, told["fetched"], strict=True))
     assert [fetched[url][0] for url in open_ones] == ["ok"] * 3, fetched
     assert {fetched[url][0] for url in attacks} == {"failed"}, fetched
-    for url in ("http://10.0.0.5/a.jpg", f"{outside}/to/10.0.0.5/a.jpg", attacks[16]):
+    for url in ("http://10.0.0.5/a.jpg", f"{outside}/to/10.0.0.5/a.jpg", attacks[-4]):
         assert "loopback, private or link-local" in fetched[url][1], fetched[url]
     assert told["answers"]["rebind1"] >= 2  # or nothing was tried
 
@@ -107,6 +109,8 @@ def test_an_address_of_a_setting_leads_inside_only_if_it_is_inside(alone, tmp_pa
         "192.0.0.8",
         "5f00::1",
         "2001:0:7f00:1::",
+        "2002:7f00:1::",
+        "2002:a00:5::",
     ],
 )
 def test_unusual_ways_to_write_an_inner_address_are_not_public(host):
