@@ -86,15 +86,17 @@ def sklearns(files: list[Path], seed: int) -> tuple[float, list[np.ndarray]]:
 
 
 def clustering(folder: Path, num: int, dim: int, repeats: int) -> list[Row]:
-    """Time and inertia of both sides together."""
+    """Time and inertia of both sides together, in turns; a first round warms up and does not count."""
     files = [folder / "image.npy", folder / "text.npy"]
     for seed, file in enumerate(files):
         write_points(file, num, dim, seed)
     rates: dict[str, list[float]] = {"ours": [], "peer": []}
     means: dict[str, list[np.ndarray]] = {"ours": [], "peer": []}
-    for seed in range(repeats):
+    for number in range(repeats + 1):
         for name, side in (("ours", ours), ("peer", sklearns)):
-            seconds, assigned = side(files, seed)
+            seconds, assigned = side(files, max(number - 1, 0))
+            if number == 0:
+                continue
             rates[name].append(num / seconds)
             pairs = zip(files, assigned, strict=True)
             means[name].append(np.mean([inertias(file, of) for file, of in pairs], axis=0))

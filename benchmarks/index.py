@@ -74,11 +74,23 @@ def main() -> None:
         }
         measured = rates(sides, repeats)
     peer = measured["img2dataset"]
+    unequal = (
+        f"{made_of}; not the same work: the peer also shrinks each image and encodes it again, ours does neither. The "
+        "next row does"
+    )
+    equal = "both sides shrink and encode; ours also hashes pixels, and writes the table, tokens and tars"
     report(
         "index",
         [
-            faster("index", measured["index"], peer, "images/s", 1.0, made_of),
-            faster("index, then shard at the same size", measured["both"], peer, "images/s", None),
+            faster("index", measured["index"], peer, "images/s", 1.0, unequal),
+            faster(
+                "index, then shard at the same size",
+                measured["both"],
+                peer,
+                "images/s",
+                None,
+                equal,
+            ),
         ],
     )
 

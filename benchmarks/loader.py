@@ -8,6 +8,7 @@ shards that the stage `shard` wrote. Batches of ours are uint8: normalising is t
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ from _common import Row, arguments, faster, one_core, rates, report, within  # f
 from _photos import write_photos
 from open_clip.transform import image_transform
 
+from clipgraft.cluster import cluster
 from clipgraft.data.download import download
 from clipgraft.data.index import build_index
 from clipgraft.data.labels import read_labels
@@ -29,7 +31,7 @@ from clipgraft.data.sampler import UniformBatches
 from clipgraft.data.shards import Shards, write_shards
 from clipgraft.data.tokens import Tokens
 from clipgraft.models.build import normalize
-from clipgraft.settings import IndexJob, ShardJob
+from clipgraft.settings import ClusterJob, IndexJob, ShardJob
 from clipgraft.sources import TarSource
 
 SIZE, BATCH, TEXT_LENGTH = 112, 256, 16
@@ -194,14 +196,14 @@ def memory(folder: Path) -> Row:
 
 def many_rows(folder: Path, repeats: int) -> list[Row]:
     """Opening the shards and labels of ten million rows, and drawing a batch of them."""
-    folder.mkdir()
-    _write_many(folder)
+    shard, labelled = write_many(folder, MANY)
     opened, drawn, process = [], [], psutil.Process()
     before = process.memory_info().rss
     rng = np.random.default_rng(0)
     for _ in range(repeats):
         started = time.perf_counter()
-        shards, labels = Shards.open(folder), read_labels(folder, "many")
+        shards = Shards.open(shard)
+        labels = read_labels(labelled, shards.samples_id)
         opened.append(time.perf_counter() - started)
         rows = rng.integers(0, MANY, DRAWN)
         started = time.perf_counter()
@@ -228,27 +230,31 @@ def many_rows(folder: Path, repeats: int) -> list[Row]:
     ]
 
 
-def _write_many(folder: Path) -> None:
-    (folder / "000000.tar").write_bytes(b"")
-    dtype = [
-        ("file", "<u4"),
-        ("offset", "<u8"),
-        ("length", "<u4"),
-        ("width", "<u4"),
-        ("height", "<u4"),
-    ]
-    places = np.zeros(MANY, dtype)
-    places["width"] = places["height"] = 140
-    np.save(folder / "offsets.npy", places)
-    np.save(folder / "labels.npy", np.arange(MANY) % 1000)
-    about = {
-        "samples_id": "many",
-        "short_side": 140,
-        "format": "jpeg",
-        "file_bytes": {"000000.tar": 0},
-    }
-    (folder / "shard.json").write_text(json.dumps(about))
-    (folder / "clusters.json").write_text(json.dumps(about))
+def write_many(folder: Path, num: int) -> tuple[Path, Path]:
+    """Shards and labels of `num` rows: the rows that the stages wrote of `prepare`'s photos, again and again.
+
+    Returns:
+        The folder of the shards, and that of the labels.
+    """
+    shard, labelled, embed = (folder / name for name in ("many", "labelled", "embed"))
+    shutil.copytree(folder / "staged", shard)
+    repeat_rows(shard / "offsets.npy", num)
+    samples_id, rng = Shards.open(shard).samples_id, np.random.default_rng(0)
+    for each in (labelled, embed):
+        each.mkdir()
+    for side in ("image", "text"):
+        points_ND = rng.standard_normal((len(np.load(folder / "staged/offsets.npy")), 16))
+        points_ND /= np.linalg.norm(points_ND, axis=1, keepdims=True)
+        np.save(embed / f"{side}.npy", points_ND.astype(np.float16))
+    (embed / "embed.json").write_text(json.dumps({"samples_id": samples_id}))
+    cluster(ClusterJob(seed=0), embed, None, labelled)
+    repeat_rows(labelled / "labels.npy", num)
+    return shard, labelled
+
+
+def repeat_rows(file: Path, num: int) -> None:
+    """Make an array `num` rows long by repeating the rows that it has, whatever they are."""
+    np.save(file, np.resize(np.load(file), num))
 
 
 def main() -> None:
@@ -262,7 +268,7 @@ def main() -> None:
         made_of = prepare(folder, num)
         flat = memory(folder)  # first: memory that is there already would hide growth
         rows = [*speed(folder, repeats, made_of), flat]
-        rows += many_rows(folder / "many", repeats)
+        rows += many_rows(folder, repeats)
     report("loader", rows)
 
 

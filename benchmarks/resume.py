@@ -3,8 +3,10 @@
     python benchmarks/resume.py [--quick]
 
 Snakemake runs the demo's whole DAG in a folder of its own first, and everything is measured on what it left there: real
-scripts, started as the rules do. Quick, it is the small config of the tests up to its first phase, which says that the
-benchmark works and little else: its model is too small for two processes.
+scripts, started as the rules do. What saving takes is measured where `Pace` decides: over a training of the demo, and, for
+a model that is too large to be trained here, over real saves with its clock put forward in between. Quick, it is the small
+config of the tests up to its first phase, which says that the benchmark works and little else: its model is too small for
+two processes.
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import yaml
@@ -28,6 +32,7 @@ from _common import ROOT, Row, arguments, report, within  # first: sets threads
 from token_reduction import b16
 from torch import nn
 
+from clipgraft import training_state
 from clipgraft.checkpoint import load_model
 from clipgraft.config import load_config, sweep_points
 from clipgraft.launch import local_command
@@ -35,10 +40,11 @@ from clipgraft.models.build import build
 from clipgraft.optim import build_optimizer
 from clipgraft.planning import plan_runs
 from clipgraft.recipes import OptimSettings
-from clipgraft.training_state import SAVE_SECONDS, SAVE_SHARE, Parts, TrainingState
+from clipgraft.training_state import SAVE_SECONDS, Parts, TrainingState
 from clipgraft.versions import PlannedJob
 
-RESTART_SECONDS, NO_OP_SECONDS, EFFICIENCY = 15.0, 3.0, 0.9
+SHARE, RESTART_SECONDS, NO_OP_SECONDS, EFFICIENCY = 0.02, 15.0, 3.0, 0.9
+QUICK_SAVE_SECONDS = 2.0  # quick, in place of a minute
 
 
 @dataclass(frozen=True)
@@ -95,8 +101,86 @@ def killed(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def save_seconds(model: nn.Module, folder: Path, repeats: int) -> list[float]:
-    """Of AdamW's whole state, with all its checks, until it is on the disk."""
+# A script as it is, with every save's begin and end, by the clock that `Pace` reads, appended to a file.
+TIMED = """
+import json, runpy, sys, time
+from contextlib import contextmanager
+from clipgraft import train
+
+class Pace(train.Pace):
+    @contextmanager
+    def saving(self):
+        begun = time.monotonic()
+        with super().saving():
+            yield
+        print(json.dumps([begun, time.monotonic()]), file=kept, flush=True)
+
+if __name__ == "__main__":
+    kept, train.Pace = open(sys.argv[1], "w"), Pace
+    sys.argv = sys.argv[2:]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def saving(name: str, saves: Sequence[tuple[float, float]], note: str) -> Row:
+    """The share of the time that saving takes, from the end of the first save to that of the last.
+
+    Args:
+        name: of the row.
+        saves: when each began and ended.
+        note: how they came about.
+    """
+    assert len(saves) >= 3, saves
+    took = [ended - begun for begun, ended in saves[1:]]
+    walls = [after[1] - before[1] for before, after in pairwise(saves)]
+    shares = [each / wall for each, wall in zip(took, walls, strict=True)]
+    between = statistics.median(wall - each for each, wall in zip(took, walls, strict=True))
+    numbers = f"{len(took)} saves of {statistics.median(took):.3g} s, {between:.3g} s between them"
+    row = within(f"saving state, {name}", [sum(took) / sum(walls)], SHARE, "share")
+    spread = (SHARE / max(shares), SHARE / min(shares))
+    return replace(row, spread=spread, note=f"{numbers}; {note}")
+
+
+def saves_of_training(
+    finished: Finished, folder: Path, num: int, seconds: float | None
+) -> list[tuple[float, float]]:
+    """Begin and end of the first saves of a training that goes on and on, and is killed after them.
+
+    Args:
+        finished: whose first phase is trained.
+        folder: to train in.
+        num: of saves.
+        seconds: what `CLIPGRAFT_SAVE_SECONDS` says; None: nothing.
+    """
+    folder.mkdir()
+    kept = folder / "saves.jsonl"
+    python, *script = finished.training(folder / "out", samples_seen=10**8)
+    changed = {} if seconds is None else {"CLIPGRAFT_SAVE_SECONDS": f"{seconds:g}"}
+    process = started([python, "-c", TIMED, str(kept), *script], **changed)
+    lines: list[str] = []
+    while len(lines) < num:
+        assert process.poll() is None, "the training has ended"
+        time.sleep(0.1)
+        lines = kept.read_text().split("\n")[:-1] if kept.exists() else []
+    killed(process)
+    return [tuple(json.loads(line)) for line in lines[:num]]
+
+
+class Clock:
+    """Stands where `training_state` has the module `time`: the real time, and what was put forward."""
+
+    ahead = 0.0
+
+    def monotonic(self) -> float:
+        """Seconds."""
+        return time.monotonic() + self.ahead
+
+
+def saves_of_state(model: nn.Module, folder: Path, num: int) -> list[tuple[float, float]]:
+    """Begin and end of saves of AdamW's whole state, with all its checks, whenever `Pace` says that one is due.
+
+    Nothing trains in between: the clock that `Pace` reads is put forward by steps of a second.
+    """
     trained = dict(model.named_parameters())
     optimizer = build_optimizer(
         trained, OptimSettings(lr=1e-3), 1e-3, temperature_apart=False, lr_of={}
@@ -104,24 +188,31 @@ def save_seconds(model: nn.Module, folder: Path, repeats: int) -> list[float]:
     for parameter in trained.values():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    parts, cpu = Parts(trained, optimizer, None, None), torch.device("cpu")
-    state, took = TrainingState(folder, "tag"), []
-    for step in range(repeats):
-        start = time.perf_counter()
-        parts.check_finite(step, repeats, cpu)
-        state.save({"step": step, **parts.captured(is_first=True)})
-        took.append(time.perf_counter() - start)
+    parts, cpu, clock = Parts(trained, optimizer, None, None), torch.device("cpu"), Clock()
+    state, saves = TrainingState(folder, "tag"), []
+    with patch.object(training_state, "time", clock):
+        pace = training_state.Pace()
+        for number in range(num):
+            while not pace.is_due():
+                clock.ahead += 1
+            begun = clock.monotonic()
+            with pace.saving():
+                parts.check_finite(number, num, cpu)
+                state.save({"step": number, **parts.captured(is_first=True)})
+            saves.append((begun, clock.monotonic()))
     state.close()
-    return took
+    return saves
 
 
-def saving(name: str, model: nn.Module, folder: Path, repeats: int) -> Row:
-    """The share of the time that saving takes: the next one is due a pause after the one before."""
-    took = save_seconds(model, folder, repeats)
-    shares = [each / (each + max(SAVE_SECONDS, each / SAVE_SHARE)) for each in took]
+def saving_of_state(name: str, model: nn.Module, folder: Path, num: int) -> Row:
+    """A row of `saves_of_state`."""
+    saves = saves_of_state(model, folder, num)
     size = sum(path.stat().st_size for path in folder.glob("*.pt")) / 2 / 2**20
-    note = f"{size:,.0f} MB in {statistics.median(took):.3g} s, at most every {SAVE_SECONDS:g} s"
-    return within(f"saving state, {name}", shares, SAVE_SHARE, "share", note)
+    note = (
+        f"{size:,.0f} MB; saves and their seconds are real, the interval is what the pace chose, but nothing trains in "
+        "between: its clock was put forward until it said that a save was due"
+    )
+    return saving(name, saves, note)
 
 
 def restart_seconds(finished: Finished, folder: Path, repeats: int) -> list[float]:
@@ -200,6 +291,22 @@ def two_processes(finished: Finished, folder: Path, num_samples: int, repeats: i
     return Row(name, two, 2 * one, "img/s", efficiency, EFFICIENCY, spread, two / apart, note)
 
 
+def saving_rows(finished: Finished, folder: Path, what: str, *, quick: bool) -> list[Row]:
+    """Of a real training, and of a model that is too large to be trained here."""
+    seconds = QUICK_SAVE_SECONDS if quick else None
+    saves = saves_of_training(finished, folder / "paced", 4, seconds)
+    every = (
+        f"{SAVE_SECONDS:g} s" if seconds is None else f"{seconds:g} s (by default {SAVE_SECONDS:g})"
+    )
+    note = f"a training with its own pace: at most every {every}"
+    rows = [saving(f"{what}, as it trains", saves, note)]
+    if quick:
+        model = load_model(finished.root / "results" / finished.phase.folder).model
+        return [*rows, saving_of_state(f"{what}, clock put forward", model, folder / "state", 4)]
+    model = build(b16(12, 224, 77))
+    return [*rows, saving_of_state("ViT-B/16, clock put forward", model, folder / "large", 10)]
+
+
 def main() -> None:
     """Print the table."""
     quick = arguments().quick
@@ -209,10 +316,7 @@ def main() -> None:
         finished = Finished.make(folder / "dag", quick=quick)
         what = "the small config's first phase" if quick else "the demo"
         no_op = no_op_seconds(finished, repeats)
-        model = load_model(finished.root / "results" / finished.phase.folder).model
-        rows = [saving(what, model, folder / "state", 4 * repeats)]
-        if not quick:
-            rows.append(saving("ViT-B/16", build(b16(12, 224, 77)), folder / "large", repeats))
+        rows = saving_rows(finished, folder, what, quick=quick)
         restarts = restart_seconds(finished, folder / "restart", repeats)
         rows += [
             within(f"restart to first step, {what}", restarts, RESTART_SECONDS, "s"),

@@ -10,7 +10,6 @@ Captions are those of Flickr8k where REALDATA is set, else made-up ones with its
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import time
@@ -21,17 +20,17 @@ from typing import Any
 import numpy as np
 import torch
 from _common import Row, arguments, faster, one_core, rates, report, within  # first: sets threads
-from text_reduction import read_captions
+from text_reduction import index, read_captions
 from torch import nn
 
+from clipgraft import dist
 from clipgraft.cost import forward_macs
-from clipgraft.data.corpus import write_tokens
 from clipgraft.data.draws import draw_bits
-from clipgraft.data.tokens import BEGINS, Tokens
+from clipgraft.data.tokens import Tokens
 from clipgraft.devices import attention, precision
-from clipgraft.losses.contrastive import contrastive_loss
 from clipgraft.models.build import build
 from clipgraft.models.patches import drop_patches, num_patches
+from clipgraft.objectives import encode, pair_loss
 from clipgraft.reductions import image_reduction, text_reduction
 
 VOCABULARY = 49_408
@@ -40,7 +39,13 @@ REACH_STEP, REACH_MASK, REACH_WORDS = 1 / 1.1, 1 / 1.03, 5  # share of FLOPs, sh
 MASKS = [{"kind": "random", "keep": 0.25}, {"kind": "grid"}, {"kind": "block", "keep": 0.25}]
 CAPTIONS = 4096
 # Shares of Flickr8k (30,000 captions): nouns, adjectives, verbs, others; tokens per caption 12.1 +- 4.0, per word 1.02.
-CLASSES, LENGTH, MANY_PIECES = (0.301, 0.089, 0.132, 0.478), (12.1, 4.0), 0.02
+SHARES, LENGTH, PIECES = (0.301, 0.089, 0.132, 0.478), (12.1, 4.0), 1.02
+WORDS = {  # that are tagged so in any order; one of them has two pieces
+    "noun": "dog man woman boy girl grass ball street beach snow dachshund wall hat bike snowboarder",
+    "adjective": "brown white black young small red large blue",
+    "verb": "runs playing sitting holding wearing walks eating climbing is are",
+    "other": "a the in on with of and two through an",
+}
 
 
 def b16(layers: int, image_size: int, text_length: int) -> dict[str, Any]:
@@ -68,14 +73,14 @@ def training_step(
     text_BL = torch.randint(1, VOCABULARY - 2, (batch, text_length), device=device)
     text_BL[:, -1] = VOCABULARY - 1  # the end token
     bits_B = torch.from_numpy(draw_bits(0, np.arange(batch), 0, 1)[:, 0].view(np.int64)).to(device)
-    dtype = precision(device)
+    dtype, world = precision(device), dist.World(0, 1, device)
 
     def step() -> int:
         model.zero_grad(set_to_none=True)
         model.visual.image_bits_B = bits_B
         is_mixed = dtype != torch.float32
         with attention(device), torch.autocast(device.type, dtype=dtype, enabled=is_mixed):
-            contrastive_loss(*model(images_BCHW, text_BL)[:3]).backward()
+            pair_loss(world, encode(model, images_BCHW, text_BL)).backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
         return batch
@@ -149,33 +154,25 @@ def time_words(repeats: int) -> list[Row]:
 
 
 def write_captions(folder: Path, num: int = 20_000) -> tuple[str, int]:
-    """Write `tokens/`; returns where captions come from, and how many there are."""
+    """Write `tokens/` as `index` does; returns where captions come from, and how many there are."""
     if os.environ.get("REALDATA"):
         source, captions = read_captions(num)
-        kinds = [["caption"]] * len(captions)
-        write_tokens([[text] for text in captions], kinds, "full", "textblob", "-", folder / "tokens")  # fmt: skip
-        return source, len(captions)
+    else:
+        source, captions = "made-up captions with the lengths and classes of Flickr8k", make_up(num)
+    return source, index(captions, folder)
+
+
+def make_up(num: int) -> list[str]:
+    """Captions of random words, in which classes and lengths are about as often as in Flickr8k."""
     rng = np.random.default_rng(0)
-    length_C = np.maximum(rng.normal(*LENGTH, num).round(), 3).astype(np.int64)
-    begins_T = rng.random(length_C.sum()) >= MANY_PIECES
-    begins_T[np.cumsum(length_C) - length_C] = True
-    class_W = rng.choice(4, begins_T.sum(), p=np.array(CLASSES) / sum(CLASSES)).astype(np.uint8)
-    class_T = class_W[np.cumsum(begins_T) - 1]
-    arrays = {
-        "ids": rng.integers(0, VOCABULARY - 2, len(class_T)).astype(np.uint16),
-        "words": class_T | BEGINS * begins_T.astype(np.uint8),
-        "frequency": np.ones(len(class_T), np.uint32),
-        "caption_offsets": np.concatenate([[0], np.cumsum(length_C)]),
-        "caption_kinds": np.zeros(num, np.uint8),
-        "sample_offsets": np.arange(num + 1),
-    }
-    (folder / "tokens").mkdir()
-    for name, array in arrays.items():
-        np.save(folder / "tokens" / f"{name}.npy", array)
-    about = {"vocab_size": VOCABULARY, "start_id": VOCABULARY - 2, "end_id": VOCABULARY - 1}
-    about |= {"samples_id": "-", "caption_kinds": ["caption"], "num_words": len(class_W)}
-    (folder / "tokens" / "tokens.json").write_text(json.dumps(about))
-    return "made-up captions with the lengths and classes of Flickr8k", num
+    length_C = np.maximum((rng.normal(*LENGTH, num) / PIECES).round(), 3).astype(np.int64)
+    num_W = length_C.sum()
+    class_W = rng.choice(list(WORDS), num_W, p=np.array(SHARES) / sum(SHARES))
+    word_W = np.empty(num_W, object)
+    for name, words in WORDS.items():
+        is_of = class_W == name
+        word_W[is_of] = rng.choice(words.split(), is_of.sum())
+    return [" ".join(each) for each in np.split(word_W, np.cumsum(length_C)[:-1])]
 
 
 def _about(device: torch.device) -> str:

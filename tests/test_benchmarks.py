@@ -1,7 +1,8 @@
-"""The benchmarks of training, in small form: both sides run, and what they are given and how time is sorted is right."""
+"""The benchmarks, in small form: what they write can be read, both sides run, and how time is sorted is right."""
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from clipgraft import training_state
+from clipgraft.checkpoint import load_model
+from clipgraft.data.labels import read_labels
+from clipgraft.data.shards import Shards
+from clipgraft.data.tokens import BEGINS, CLASS, Tokens
 from clipgraft.models.build import build, normalize
 
 ROOT = Path(__file__).parent.parent
@@ -35,6 +42,7 @@ LONG = pytest.mark.skipif(
 )
 
 
+@functools.cache
 def quick(name: str, *words: str) -> dict:
     done = subprocess.run(
         [sys.executable, str(ROOT / f"benchmarks/{name}.py"), "--quick", *words],
@@ -52,6 +60,24 @@ def ratios(told: dict) -> dict[str, float]:
     return {row["name"]: row["ratio"] for row in told["rows"] if row["ratio"] is not None}
 
 
+@LONG
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in (ROOT / "benchmarks").glob("[a-z]*.py"))
+)
+def test_every_benchmark_runs_to_its_end(name):
+    if name == "evaluate" and "REALDATA" in os.environ:
+        from evaluate import CACHE, PEER
+
+        if not CACHE.is_dir():
+            pytest.skip(f"{PEER[0]} is not in {CACHE}: benchmarks/evaluate.py fetches it")
+    told = quick(name)
+    assert told["name"] == name
+    assert ratios(told)
+    lacking = [row["name"] for row in told["rows"] if row["note"].startswith("REALDATA")]
+    if lacking:
+        pytest.skip(f"the others ran; without REALDATA not measured: {', '.join(lacking)}")
+
+
 def test_both_sides_of_a_step_run_and_all_their_time_has_a_part():
     told = quick("train_step", "--only", "step", "parts")
     measured = ratios(told)
@@ -65,7 +91,7 @@ def test_both_sides_of_a_step_run_and_all_their_time_has_a_part():
 
 @LONG
 def test_every_switch_has_a_row():
-    measured = ratios(quick("train_step", "--only", "switches"))
+    measured = ratios(quick("train_step"))
     switches = ("fp32", "torch's choice", "trimmed", "AdamW", "grad_checkpointing", "accumulate")
     for what in (*switches, "a whole", "stem", "last block", "freed memory"):
         assert any(what in name and ratio > 0 for name, ratio in measured.items()), what
@@ -80,6 +106,127 @@ def test_both_trainings_run_to_their_end_on_the_same_photos():
     assert max(float(ours), float(theirs)) < 1.1 * math.log(16), (
         "both begin near the log of the batch"
     )
+
+
+def test_shards_and_labels_of_many_rows_can_be_read(tmp_path, monkeypatch):
+    from loader import ours, prepare, write_many
+
+    monkeypatch.delenv("REALDATA", raising=False)
+    prepare(tmp_path, 24)
+    shard, labelled = write_many(tmp_path, 1000)
+    shards = Shards.open(shard)
+    labels_N = read_labels(labelled, shards.samples_id)
+    assert len(shards) == len(labels_N) == 1000
+    assert shards.jpeg(999) == shards.jpeg(999 % 24) and labels_N[999] == labels_N[999 % 24]
+    monkeypatch.setattr("loader.BATCH", 8)
+    assert ours(tmp_path, "staged", epochs=1)() == 24
+
+
+def test_tokens_of_many_rows_can_be_read(tmp_path):
+    from text_reduction import SYNTAX, draw_batches, index, write_big
+
+    captions = [
+        f"a {colour} dog jumps over number {i}" for i, colour in enumerate(("red", "blue", "old"))
+    ]
+    assert index(captions, tmp_path) == 3
+    big = tmp_path / "big"
+    big.mkdir()
+    write_big(tmp_path, big, 1000)
+    few, many = Tokens.open(tmp_path), Tokens.open(big)
+    assert many.num_captions == 1002
+    for first in (0, 600, 999):
+        three_B = first + np.arange(3)
+        text_BL = many.encode(three_B, 8, SYNTAX)
+        assert (text_BL == few.encode(np.arange(3), 8, SYNTAX)).all()
+        assert (many.captions_of(three_B)[0] == three_B).all()
+        assert (many.first_sentence(three_B) == few.first_sentence(np.arange(3))).all()
+    assert len(draw_batches(big, 6)["batch_seconds"]) == 1
+
+
+def test_made_up_captions_are_those_of_flickr8k_by_length_and_class(tmp_path, monkeypatch):
+    from token_reduction import LENGTH, PIECES, SHARES, write_captions
+
+    monkeypatch.delenv("REALDATA", raising=False)
+    _, num = write_captions(tmp_path, 1000)
+    Tokens.open(tmp_path)
+    length_C = np.diff(np.load(tmp_path / "tokens/caption_offsets.npy"))
+    words_T = np.load(tmp_path / "tokens/words.npy")
+    class_W = words_T[(words_T & BEGINS) > 0] & CLASS
+    assert len(length_C) == num == 1000
+    assert (length_C.mean(), length_C.std()) == pytest.approx(LENGTH, rel=0.05)
+    assert len(words_T) / len(class_W) == pytest.approx(PIECES, abs=0.01)
+    assert np.bincount(class_W) / len(class_W) == pytest.approx(SHARES, abs=0.02)
+
+
+def test_a_step_of_token_reduction_gives_gradients():
+    from token_reduction import b16, built, training_step
+
+    config = b16(1, 32, 8)
+    config["text_cfg"] |= {"width": 64, "heads": 2}
+    config["vision_cfg"] |= {"width": 64, "head_width": 32}
+    model = built(config, {"kind": "grid"})
+    assert training_step(model, 2, 32, 8, torch.device("cpu"))() == 2
+    assert all(each.grad is not None for each in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["ours", "open_clip", "ours_rgcl_g", "fast_clip"])
+def test_losses_of_all_sides_run(name):
+    from contrastive_loss import LOSSES, features
+
+    inputs = features(6, "cpu")
+    LOSSES[name]()(*inputs).backward()
+    assert all(each.grad is not None for each in inputs)
+
+
+def test_points_and_a_model_of_the_benchmarks_can_be_read(tmp_path):
+    from cluster import inertias, ours, write_points
+    from evaluate import towers, write_model
+
+    write_points(tmp_path / "points.npy", 200, 16, 0)
+    _, [assigned_N] = ours([tmp_path / "points.npy"], 0)
+    assert all(0 < each < 1 for each in inertias(tmp_path / "points.npy", assigned_N))
+    write_model(tmp_path / "model", towers("tests/config/small.yaml"))
+    assert load_model(tmp_path / "model/ours").spec["config"]["vision_cfg"]["image_size"] == 48
+
+
+def test_evaluation_is_compared_with_the_fastest_number_of_workers(tmp_path, monkeypatch):
+    import evaluate
+
+    own = {f"{a}_retrieval_recall@{k}": 0.5 for a in ("image", "text") for k in (1, 5, 10)}
+    ways = {way: {f"R@{k}": 0.5 for k in (1, 5, 10)} for way in ("image_to_text", "text_to_image")}
+    seconds, calls = {0: 4.0, 1: 2.0, 4: 3.0}, []
+
+    def peers(models, data, out, task, workers):
+        calls.append(workers)
+        return seconds[workers], own
+
+    monkeypatch.setattr(evaluate, "peers", peers)
+    monkeypatch.setattr(evaluate, "ours", lambda *_: (1.0, {"retrieval": ways}))
+    monkeypatch.setattr(evaluate, "as_folder", lambda *_: (1.0, own))
+    (tmp_path / "samples.json").write_text('{"num_samples": 6}')
+    where = tmp_path, tmp_path / "wds_data_test", tmp_path, tmp_path / "out"
+    rows = {row.name: row for row in evaluate.compared(*where, 2, evaluate.WORKERS)}
+    assert calls == [0, 1, 4, 1, 4, 1, 4]
+    best = next(
+        row for name, row in rows.items() if name.startswith("stage: retrieval") and row.target
+    )
+    assert (best.peer, best.ratio) == (
+        3.0,
+        2.0,
+    ) and "1 workers, the fastest of 0, 1, 4" in best.note
+    default = rows[f"{best.name}, beside 4 workers"]
+    assert (default.peer, default.target) == (2.0, None) and "its default" in default.note
+
+
+def test_saving_misses_its_bound_where_the_pace_is_wrong(tmp_path, monkeypatch):
+    from resume import saving_of_state
+
+    model = nn.Linear(8, 8)
+    assert saving_of_state("paced", model, tmp_path / "paced", 3).ratio > 1
+    monkeypatch.setattr(training_state, "SAVE_SECONDS", 0.01)
+    monkeypatch.setattr(training_state, "SAVE_SHARE", 1.0)
+    monkeypatch.setattr(training_state.Pace, "is_due", lambda self: True)
+    assert saving_of_state("always", model, tmp_path / "always", 3).ratio < 0.1
 
 
 def test_sides_are_given_the_same_pictures_and_texts():
