@@ -62,7 +62,9 @@ unused: $(SETUP)
 	$(BIN)/python -m clipgraft.runs unused
 
 lock:
-	cd envs && for name in bootstrap cpu dev s3; do ../$(BIN)/uv pip compile -q --universal --python-version 3.11 \
+	cd envs && for name in bootstrap dev; do ../$(BIN)/uv pip compile -q --universal --python-version 3.11 \
+	  --generate-hashes --no-emit-index-url --no-header $$name.in -o $$name.txt; done
+	cd envs && for name in cpu s3; do ../$(BIN)/uv pip compile -q --universal --python-version 3.11 -c dev.txt \
 	  --generate-hashes --no-emit-index-url --no-header $$name.in -o $$name.txt; done
 	cd envs && ../$(BIN)/uv pip compile -q --universal --python-version 3.11 --no-deps \
 	  --generate-hashes --no-emit-index-url --no-header slurm.in -o slurm.txt

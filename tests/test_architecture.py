@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -212,3 +213,19 @@ def test_scripts_are_small_and_explain_themselves(script: Path):
     done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     assert "--set KEY=VALUE" in done.stdout
+
+
+def test_what_is_tested_is_what_conda_and_the_image_get():
+    """envs/cpu.txt is for them, envs/dev.txt for `make`; numpy differs by the version of Python."""
+    pins = {
+        name: set(
+            re.findall(
+                r"^([a-z0-9._-]+==[^ \\]+(?: ; [^\\]+)?)",
+                (LIBRARY.parent.parent / f"envs/{name}.txt").read_text(),
+                re.MULTILINE,
+            )
+        )
+        for name in ("cpu", "dev")
+    }
+    assert len(pins["cpu"]) > 100
+    assert pins["cpu"] <= pins["dev"]
