@@ -559,7 +559,7 @@ def test_weights_with_the_name_of_a_file_must_be_there_and_tags_need_not():
         ):
             versions({"pretrain": {"short": phase}})
     for tag in ("openai", "laion2b_s34b_b79k", "hf-hub:timm/vit"):
-        versions({"model": {"pretrained": tag}})
+        versions({"model": {"pretrained": tag}, "index": {"vocabulary": "full"}})
 
 
 def test_blocks_of_experts_are_held_against_those_of_a_named_architecture():
