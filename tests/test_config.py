@@ -12,6 +12,7 @@ import yaml
 
 from clipgraft.config import ConfigError, load_config, merge, read_config, schema
 from clipgraft.loss_settings import LossSettings
+from clipgraft.moe_settings import ClusterSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = yaml.safe_load((ROOT / "tests/config/small.yaml").read_text())
@@ -436,6 +437,24 @@ def test_a_mistake_about_references_and_locks_is_named(number, phase, words):
     for word in words:
         assert word in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_null_takes_back_what_an_overlay_inherits():
+    raw = copy.deepcopy(SMALL)
+    more = {"evaluate": {"tasks": {"more": raw["evaluate"]["tasks"]["renders"]}}, "seed": 3}
+    taken = {
+        "evaluate": {"tasks": {"more": None}},
+        "seed": None,
+        "cluster": None,
+        "baselines": None,
+    }
+    (run,) = load_config({**merge(raw, more), "runs": {"a": taken}}).values()
+    assert set(run.evaluate.tasks) == {"renders"}
+    assert (run.seed, run.baselines) == (0, {}) and run.cluster == ClusterSettings()
+    (run,) = load_config({**raw, "runs": {"a": {"moe": None}}}).values()
+    assert run.moe is None
+    with pytest.raises(ConfigError, match="missing key `pretrain`"):
+        load_config({**raw, "pretrain": None})
 
 
 def test_one_reference_is_a_list_of_one_and_an_overlay_can_replace_it():

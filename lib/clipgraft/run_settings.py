@@ -7,7 +7,7 @@ exceptions are `resources` (devices, threads, memory, time) and `slurm`, which n
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
@@ -27,6 +27,11 @@ from clipgraft.reductions import TEXT_MASKS, text_mask_of
 from clipgraft.resource_settings import ResourceSettings, SlurmSettings
 from clipgraft.settings import EmbedSettings, IndexSettings, ShardSettings, Stage
 from clipgraft.sources import Name, Settings, Source
+
+
+def _named(raw: Any) -> Any:
+    """Things by name, without those that are `null`."""
+    return {k: v for k, v in raw.items() if v is not None} if isinstance(raw, Mapping) else raw
 
 
 class RunSettings(Settings):
@@ -60,6 +65,26 @@ class RunSettings(Settings):
     @classmethod
     def _kinds(cls, raw: Any) -> Any:
         return with_kinds(raw)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _taken_back(cls, raw: Any) -> Any:
+        """`null` takes back what an overlay inherits: a section, a data set, a task; where it means something, it stays."""
+        if not isinstance(raw, Mapping):
+            return raw
+        kept = {
+            key: _named(value) if key in ("download", "resources") else value
+            for key, value in raw.items()
+        }
+        evaluate = kept.get("evaluate")
+        if isinstance(evaluate, Mapping) and "tasks" in evaluate:
+            kept["evaluate"] = {**evaluate, "tasks": _named(evaluate["tasks"])}
+        has_none = {
+            name
+            for name, field in cls.model_fields.items()
+            if type(None) in get_args(field.annotation)
+        }
+        return {key: value for key, value in kept.items() if value is not None or key in has_none}
 
     @model_validator(mode="before")
     @classmethod
