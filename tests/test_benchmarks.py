@@ -112,6 +112,8 @@ def test_shards_and_labels_of_many_rows_can_be_read(tmp_path, monkeypatch):
     from loader import ours, prepare, write_many
 
     monkeypatch.delenv("REALDATA", raising=False)
+    monkeypatch.setattr("_photos.WIDTH", 192)
+    monkeypatch.setattr("_photos.HEIGHT", 144)
     prepare(tmp_path, 24)
     shard, labelled = write_many(tmp_path, 1000)
     shards = Shards.open(shard)
