@@ -20,7 +20,7 @@ from server import Site
 from clipgraft.config import ConfigError
 from clipgraft.data.download import download
 from clipgraft.data.fetch import last_outcomes
-from clipgraft.data.fetch_process import is_public
+from clipgraft.data.fetch_process import FILES, PARENT, PRIVATE, SECONDS, is_public
 from clipgraft.data.outcomes import Outcome, read_outcomes, write_outcomes
 from clipgraft.sources import UrlSource
 
@@ -383,3 +383,30 @@ def test_the_last_word_on_an_image_is_that_of_the_later_shard_whatever_its_digit
     write_outcomes([Outcome("7", "", "failed", "gone")], tmp_path / "30000.parquet")
     write_outcomes([Outcome("7", "207000.tar", "ok", "")], tmp_path / "207000.parquet")
     assert last_outcomes(tmp_path)[7].status == "ok"
+
+
+STARTED = """
+import os, runpy, sys, time
+from clipgraft.data.fetch_process import PARENT
+runpy.run_module("clipgraft.data.fetch_process", run_name="__mp_main__")
+print(os.environ[PARENT] == str(os.getpid()), flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("is_early", [True, False])
+def test_a_worker_leaves_with_who_started_it_however_early_that_one_is_gone(is_early):
+    with subprocess.Popen(["sleep", "600"]) as parent:
+        if is_early:
+            parent.kill()
+            parent.wait()
+        told = {PARENT: str(parent.pid), PRIVATE: "0", FILES: "0", SECONDS: "1"}
+        command = [sys.executable, "-c", STARTED]
+        with subprocess.Popen(
+            command, env={**os.environ, **told}, stdout=subprocess.PIPE
+        ) as worker:
+            if not is_early:
+                assert worker.stdout.readline() == b"True\n"
+                parent.kill()
+                parent.wait()
+            assert worker.wait(120) == 1

@@ -185,7 +185,10 @@ def _skip_idle_imports() -> None:
 def _set_up() -> None:
     allow_private = os.environ[PRIVATE] == "1"
     schemes = {"http", "https", "file"} if os.environ[FILES] == "1" else {"http", "https"}
-    leave_with([int(os.environ.pop(PARENT, 0)) or os.getppid()], lambda: os._exit(1))
+    leave_with([int(os.environ[PARENT])], lambda: os._exit(1))
+    os.environ[PARENT] = str(
+        os.getpid()
+    )  # of what is spawned here; who loses its parent early is given another one
     _skip_idle_imports()
     if not allow_private:
         _guard_sockets()
