@@ -160,7 +160,7 @@ def plot_cost(rows: Rows, metric: str, chance: float, machine: str) -> Figure:
                 x, y = [row[unit] for row in front], [row["score"] for row in front]
                 axis.step(x, y, style, where="post", color=INK, linewidth=1, zorder=1)
             axis.set(xscale="log", xlabel=words)
-            axis.xaxis.set_major_formatter("{x:.0e}")
+            axis.xaxis.set_major_formatter("{x:g}")
             axis.xaxis.set_minor_formatter("")
         axes[0, 0].set_ylabel(f"{metric}, %")
         _legend(figure, rows, "size", _part_handles(rows))
