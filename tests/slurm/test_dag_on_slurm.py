@@ -16,12 +16,13 @@ STAGES = (
     "download index shard pretrain embed cluster finetune_expert assemble finetune_router soup evaluate report"
 ).split()
 
-# The nodes have no devices that could compute. Trainings on both, embedding in parts, the rest as it comes.
+# The nodes have no devices that could compute. Trainings on both, embedding in parts, the rest as it comes. One thread a
+# node: both are this machine, and with two threads each on two cores a step takes seven times as long.
 DEMO_RESOURCES = {
-    "pretrain": {"nodes": 2, "threads": 2, "mem_mb": 3000, "runtime": 60},
+    "pretrain": {"nodes": 2, "threads": 1, "mem_mb": 3000, "runtime": 60},
     "embed": {"jobs": 3, "mem_mb": 3000, "runtime": 20},
-    "finetune_expert": {"nodes": 2, "threads": 2, "mem_mb": 3000, "runtime": 30},
-    "finetune_router": {"nodes": 2, "threads": 2, "mem_mb": 3000, "runtime": 30},
+    "finetune_expert": {"nodes": 2, "threads": 1, "mem_mb": 3000, "runtime": 30},
+    "finetune_router": {"nodes": 2, "threads": 1, "mem_mb": 3000, "runtime": 30},
     "evaluate": {"threads": 1, "mem_mb": 3000, "runtime": 20},
 }
 MINUTES = 60  # for a DAG; the demo takes a quarter of an hour on two cores
