@@ -232,3 +232,55 @@ def test_the_best_expert_of_each_run_is_a_row(store):
     gains = [max(of) - base[0] for of, base in zip(scores, BASES, strict=True)]
     assert rows["best expert"][-1] == said(gains, "+")
     assert rows["expert 1"][4] == said([of[0] for of in scores])
+
+
+def measure_also(store: Path, name: str, task: str, templates: str, scores: dict[str, str]) -> None:
+    """Give a run a second task; jobs are shared by runs that set it alike."""
+    folder = store / "runs" / name
+    lock = json.loads((folder / "versions.json").read_text())
+    for model in ("base", "moe"):
+        first = Path(lock[f"evaluate/{model}/renders"])
+        of = (store / first / "manifest.json").read_text()
+        seen = (store / first / json.loads(of)["inputs"]["model"]["manifest"]).resolve().parent
+        version = f"{first.name}-{task}-{templates}"
+        done = job(store, "evaluate", version, {"task": task, "templates": templates}, model=seen)
+        lock[f"evaluate/{model}/{task}"] = str(done.relative_to(store))
+    (folder / "versions.json").write_text(json.dumps(lock))
+    page = folder / "report/results.csv"
+    head, chance, *models = page.read_text().splitlines()
+    told = [f"{line},{scores.get(line.partition(',')[0], '')}" for line in models]
+    page.write_text("\n".join([f"{head},{task}/class_acc1", f"{chance},0.1", *told]) + "\n")
+
+
+def test_seeds_whose_second_task_was_set_differently_are_not_averaged(store):
+    for seed, templates in enumerate(("plain", "prompts", "prompts")):
+        scores = {"base": f"0.{seed + 1}", "moe": f"0.{seed + 2}"}
+        measure_also(store, f"routers_{seed}", "cifar", templates, scores)
+    rows = lines_of(compare(ALL[:3], store))
+    assert rows["base (routers_0)"][0] == "1" and rows["base (routers)"][0] == "2"
+    assert rows["base (routers_0)"][7] == "10.0"
+    assert rows["base (routers)"][7] == said([0.2, 0.3])
+
+
+def test_runs_of_one_model_with_other_second_tasks_both_keep_their_numbers(store):
+    run(store, "again", 0, "routers", {"base": BASES[0], "moe": ROUTERS[0]})
+    measure_also(store, "routers_0", "cifar", "plain", {"base": "0.2", "moe": "0.3"})
+    measure_also(store, "again", "cifar", "prompts", {"base": "0.8", "moe": "0.9"})
+    rows = lines_of(compare(["routers_0", "again"], store))
+    assert [rows[f"moe ({name})"][7] for name in ("routers_0", "again")] == ["30.0", "90.0*"]
+
+
+@pytest.mark.parametrize("last", ["routers_0", "again"])
+def test_a_run_with_fewer_tasks_takes_no_numbers_from_another(store, last):
+    run(store, "again", 0, "routers", {"base": BASES[0], "moe": ROUTERS[0]})
+    measure_also(store, "routers_0", "cifar", "plain", {"base": "0.2", "moe": "0.3"})
+    first = "again" if last == "routers_0" else "routers_0"
+    rows = lines_of(compare([first, last], store))
+    assert rows["moe (routers_0)"][7] == "30.0*" and rows["moe (again)"][7] == "-"
+    assert rows["moe (routers_0)"][4] == rows["moe (again)"][4] == "33.0*"
+
+
+def test_a_metric_that_no_model_has_is_a_column_of_dashes(store):
+    measure_also(store, "routers_0", "cifar", "plain", {})
+    rows = lines_of(compare(["routers_0"], store))
+    assert rows["base"][7] == rows["moe"][7] == "-"

@@ -1,8 +1,9 @@
 """Comparing runs: tables over seeds, `python -m clipgraft.runs compare RUN ...`.
 
-A model of several runs is one row if all that led to it was set alike, seeds left out; how it was set is read from
-manifests, so names of runs mean nothing, and what runs share counts once. Models of one name that were set
-differently stand below one another, told apart by the runs that they come from. The best expert of each run, by its
+A model of several runs is one row if all that led to it, and all tasks that it is measured on, were set alike, seeds
+left out; how they were set is read from manifests, so names of runs mean nothing, and what runs share counts once.
+Models of one name that were set or measured differently stand below one another, told apart by the runs that they come
+from. The best expert of each run, by its
 leading metric, is a row of its own: chosen on what is shown, which flatters it. Linear probes and retrieval among
 candidates that agree have a table of their own.
 """
@@ -17,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, TypeAlias
 
 from clipgraft.config import ConfigError
 from clipgraft.provenance import MANIFEST, read_manifest
@@ -28,6 +29,7 @@ BEST = "best_expert"
 _SHOWN = ("/mean_R@1", "_acc1", "evalset/Average")  # how the metrics of the table end
 _ATTRIBUTES = ("/probe_", "/given_")  # what the metrics of the second table have in their names
 _LAST = "best_expert upcycled moe"
+Version: TypeAlias = tuple[Path, ...]  # of a model: the folders of all its evaluations
 _UNITS = {"E": 1e18, "P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
 _NOTE = (
     "per cent: mean of the seeds, +- standard deviation between them; over base: difference of the first R@1 from the "
@@ -41,17 +43,25 @@ class Row:
 
     Attributes:
         model: its key.
-        runs: in which it is.
-        results: its line of `results.csv`, by version; a version that runs share is there once.
+        runs: in which it is, and as which version.
+        results: what is known in its line of `results.csv`, by version; a version that runs share is there once.
         bases: the line of the base of the same run, likewise.
         title: for people; has what its runs have in common, where several rows are of one model.
     """
 
     model: str
-    runs: list[str] = field(default_factory=list)
-    results: dict[str, dict[str, str]] = field(default_factory=dict)
-    bases: dict[str, dict[str, str]] = field(default_factory=dict)
+    runs: dict[str, Version] = field(default_factory=dict)
+    results: dict[Version, dict[str, str]] = field(default_factory=dict)
+    bases: dict[Version, dict[str, str]] = field(default_factory=dict)
     title: str = ""
+
+    def add(
+        self, run: str, version: Version, line: Mapping[str, str], base: Mapping[str, str]
+    ) -> None:
+        """Take in what a run says of a version; what is known of it from other runs stays."""
+        self.runs[run] = version
+        for lines, more in ((self.results, line), (self.bases, base)):
+            lines.setdefault(version, {}).update({key: text for key, text in more.items() if text})
 
     def values(self, metric: str) -> list[float]:
         """Per cent, of each seed that has it."""
@@ -98,7 +108,7 @@ def collect(runs: Sequence[str], results: Path) -> tuple[list[Row], dict[str, st
         guessed = lines.pop("chance")
         chance = guessed | chance
         evaluations = _evaluations_of(run, results)
-        recipes = {model: _recipe(folder) for model, folder in evaluations.items()}
+        recipes = {model: _recipe_of_tasks(tasks) for model, tasks in evaluations.items()}
         experts = [model for model in lines if model.startswith("expert_")]
         if len(experts) > 1 and (lead := lead_metric(guessed)):
             best = max(experts, key=lambda model: float(lines[model][lead] or 0))
@@ -106,9 +116,7 @@ def collect(runs: Sequence[str], results: Path) -> tuple[list[Row], dict[str, st
             recipes[BEST] = _digest([recipes[model] for model in experts])
         for model, line in lines.items():
             row = rows.setdefault((model, recipes[model]), Row(model))
-            row.runs.append(run)
-            row.results[str(evaluations[model])] = line
-            row.bases[str(evaluations[model])] = lines.get("base", {})
+            row.add(run, tuple(evaluations[model].values()), line, lines.get("base", {}))
     ordered = _in_order(rows)
     _entitle(ordered)
     return ordered, chance
@@ -124,13 +132,14 @@ def _results_of(run: str, results: Path) -> dict[str, dict[str, str]]:
         return {line.pop("model"): line for line in csv.DictReader(file)}
 
 
-def _evaluations_of(run: str, results: Path) -> dict[str, Path]:
-    """Folder of the first evaluation of each model."""
+def _evaluations_of(run: str, results: Path) -> dict[str, dict[str, Path]]:
+    """Folders of all evaluations of each model, by task; sorted, so that their order in the plan says nothing."""
     lock = json.loads((results / "runs" / run / LOCK).read_text())
-    found: dict[str, Path] = {}
-    for job, folder in lock.items():
+    found: dict[str, dict[str, Path]] = {}
+    for job, folder in sorted(lock.items()):
         if job.startswith("evaluate/"):
-            found.setdefault(job.split("/")[1], (results / folder).resolve())
+            _, model, task = job.split("/", 2)
+            found.setdefault(model, {})[task] = (results / folder).resolve()
     return found
 
 
@@ -151,9 +160,8 @@ def short_name(metric: str) -> str:
     return short.removesuffix("_acc").replace("/probe_", "/probe:").replace("/given_", "/given:")
 
 
-def _recipe(folder: Path, known: dict[Path, str] | None = None) -> str:
+def _recipe(folder: Path, known: dict[Path, str]) -> str:
     """All that was set for a job and those before it and decides on results, but seeds, as text."""
-    known = {} if known is None else known
     if folder not in known:
         manifest = read_manifest(folder)
         decides, read = deciding(manifest["settings"], manifest["inputs"])
@@ -165,6 +173,12 @@ def _recipe(folder: Path, known: dict[Path, str] | None = None) -> str:
         }
         known[folder] = _digest([manifest["stage"], settings, inputs])
     return known[folder]
+
+
+def _recipe_of_tasks(tasks: Mapping[str, Path]) -> str:
+    """How a model and all tasks that it is measured on were set."""
+    known: dict[Path, str] = {}
+    return _digest({task: _recipe(folder, known) for task, folder in tasks.items()})
 
 
 def _digest(value: Any) -> str:
@@ -191,7 +205,7 @@ def _table(
 ) -> str:
     """Of the models that have any of these metrics; with costs and gains where there is a leading metric."""
     rows = [row for row in rows if not metrics or any(row.values(name) for name in metrics)]
-    best = {name: max(mean(v) for row in rows if (v := row.values(name))) for name in metrics}
+    best = best_means(rows, metrics)
     head = ["model", "seeds", "after", "FLOP", "FLOP/pair", *map(short_name, metrics), "over base"]
     guessed = [percent([100 * float(chance[name])]) for name in metrics]
     lines = [head, ["chance", "", "", "", "", *guessed, ""]]
@@ -210,6 +224,12 @@ def _table(
     if not lead:
         lines = [[*line[:2], *line[5:-1]] for line in lines]
     return _aligned(lines)
+
+
+def best_means(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, float]:
+    """The highest mean of each metric; none of a metric that no row has."""
+    means = {name: [mean(v) for row in rows if (v := row.values(name))] for name in metrics}
+    return {name: max(values) for name, values in means.items() if values}
 
 
 def percent(values: Sequence[float], sign: str = "") -> str:

@@ -142,3 +142,11 @@ def test_the_command_writes_one_file_and_names_a_run_without_a_report(store, tmp
     done = told("plain_0", "nowhere")
     assert done.returncode == 1 and "run 'nowhere' has no" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_run_without_the_last_task_of_another_is_on_the_page(tmp_path):
+    for name in ("plain_0", "plain_1"):
+        run(tmp_path, name)
+    page = tmp_path / "runs/plain_0/report/results.csv"
+    page.write_text(page.read_text().replace(",0.8\n", ",\n"))  # it is in the head alone
+    assert rows_of(comparison(["plain_0"], tmp_path), "All models")["base"][5] == "-"

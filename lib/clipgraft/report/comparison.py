@@ -18,6 +18,7 @@ from matplotlib.colors import to_hex
 from clipgraft.compare import (
     LOCK,
     Row,
+    best_means,
     collect,
     lead_metric,
     main_metrics,
@@ -134,7 +135,7 @@ def _models_table(
     colours: Mapping[int, str],
 ) -> Table:
     """All models on all main metrics."""
-    best = {n: max(mean(values) for row in rows if (values := row.values(n))) for n in metrics}
+    best = best_means(rows, metrics)
     lines = [[Cell("chance"), *[Cell("")] * 4]]
     lines[0] += [Cell(f"{100 * float(chance[name]):.1f}") for name in metrics] + [Cell("")]
     for row in rows:
@@ -271,13 +272,13 @@ def _infonce(row: Mapping[str, Any]) -> float | None:
 
 def _token_figure(runs: Mapping[str, Run], rows: Sequence[Row], lead: str) -> list[Figure]:
     """Bases against the tokens of their first phase; nothing if all have as many."""
-    lines = {key: line for row in rows if row.model == "base" for key, line in row.results.items()}
+    bases = [row for row in rows if row.model == "base"]
+    lines = {name: row.results[version] for row in bases for name, version in row.runs.items()}
     found = []
     for name, run in runs.items():
         phases = [m for m in run.manifests.values() if m["stage"] == "pretrain"]
-        job = next((job for job in run.folders if job.startswith("evaluate/base/")), None)
-        line = lines.get(str(run.folders[job].resolve())) if job else None
-        if line and line.get(lead) and phases and "image_tokens" in phases[0]:
+        line = lines.get(name, {})
+        if line.get(lead) and phases and "image_tokens" in phases[0]:
             found.append(
                 {"run": name, "tokens": tokens_of(phases[0]), "per_cent": 100 * float(line[lead])}
             )
