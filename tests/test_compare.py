@@ -284,3 +284,18 @@ def test_a_metric_that_no_model_has_is_a_column_of_dashes(store):
     measure_also(store, "routers_0", "cifar", "plain", {})
     rows = lines_of(compare(["routers_0"], store))
     assert rows["base"][7] == rows["moe"][7] == "-"
+
+
+def test_the_average_of_a_part_of_an_evaluation_folder_is_shown_and_leads(store):
+    for name in ("routers_0", "routers_1"):
+        page = store / f"runs/{name}/report/results.csv"
+        head, chance, base, moe = page.read_text().splitlines()
+        head = f"{HEAD},evalset/VTAB (1/13),evalset/Average (3/38),evalset/mnist,evalset/cifar10"
+        costs = [",".join(line.split(",")[:6]) for line in (chance, base, moe)]
+        scores = ["0.1,0.2,0.1,0.1", "0.5,0.6,0.7,0.7", "0.5,0.8,0.9,0.9"]
+        lines = [f"{cost},{score}" for cost, score in zip(costs, scores, strict=True)]
+        page.write_text("\n".join([head, *lines]) + "\n")
+    rows = lines_of(compare(["routers_0", "routers_1"], store))
+    assert rows["model"][4:] == ["evalset/Average (3/38)", "over base"]
+    assert rows["chance"] == ["20.0"]
+    assert rows["moe"][4:] == ["80.0 +- 0.0*", "+20.0 +- 0.0"]

@@ -26,7 +26,8 @@ from clipgraft.versions import deciding
 
 LOCK = "versions.json"
 BEST = "best_expert"
-_SHOWN = ("/mean_R@1", "_acc1", "evalset/Average")  # how the metrics of the table end
+# How the metrics of the table end; of a folder that is not whole, `Average (3/38)`.
+_SHOWN = [re.compile(end) for end in (r"/mean_R@1$", r"_acc1$", r"^evalset/Average( \(.+\))?$")]
 _ATTRIBUTES = ("/probe_", "/given_")  # what the metrics of the second table have in their names
 _LAST = "best_expert upcycled moe"
 Version: TypeAlias = tuple[Path, ...]  # of a model: the folders of all its evaluations
@@ -145,13 +146,13 @@ def _evaluations_of(run: str, results: Path) -> dict[str, dict[str, Path]]:
 
 def lead_metric(chance: Mapping[str, str]) -> str:
     """The metric that stands for all: the first mean R@1, or else the first accuracy; empty without any."""
-    found = [name for end in _SHOWN for name in chance if name.endswith(end)]
+    found = [name for end in _SHOWN for name in chance if end.search(name)]
     return next(iter(found), "")
 
 
 def main_metrics(chance: Mapping[str, str]) -> list[str]:
-    """Those of the table: mean R@1 of tasks, accuracy of labels."""
-    return [name for name in chance if name.endswith(_SHOWN)]
+    """Those of the table: mean R@1 of tasks, accuracy of labels, the average of an evaluation folder."""
+    return [name for name in chance if any(end.search(name) for end in _SHOWN)]
 
 
 def short_name(metric: str) -> str:

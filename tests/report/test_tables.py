@@ -8,7 +8,7 @@ import pytest
 from clipgraft.report.costs import Cost
 from clipgraft.report.page_tables import failures_table, results_table
 from clipgraft.report.read import Model
-from clipgraft.report.tables import columns_of, human, results_csv, results_text, to_csv
+from clipgraft.report.tables import PROBE, columns_of, human, results_csv, results_text, to_csv
 
 
 def result(i2t: float, t2i: float, shape: float) -> dict:
@@ -96,6 +96,17 @@ def test_costs_after_the_base_stand_in_the_table_where_there_are_any_and_the_bes
 def test_a_run_without_evaluation_says_so():
     assert results_text([], []) == "nothing was evaluated\n"
     assert to_csv([]).strip() == ""
+
+
+def test_a_run_of_probes_alone_says_where_they_are():
+    model = Model("base", "#333333", Cost(1, 1.0))
+    probe = {"size": {"acc": 0.5, "chance": 0.3, "spread": 0.1, "num_samples": 20}}
+    model.results["new"] = {"retrieval": None, "zero_shot": {}, "given": {}, "probe": probe}
+    learnt = columns_of([model])
+    assert "new/probe_size_acc" in results_csv([model], learnt)
+    shown = [column for column in learnt if column.group != PROBE]
+    assert "nothing" not in results_text([model], shown)
+    assert "results.csv" in results_text([model], shown)
 
 
 @pytest.mark.parametrize(

@@ -113,9 +113,14 @@ def results_text(models: Sequence[Model], columns: Sequence[Column]) -> str:
     )
     note += "cost: all training that led to the model"
     note += "; after: after the base, embeddings for clusters counted\n" if len(spent) > 2 else "\n"
-    return "\n".join(
-        [*blocks, *failures, note] if blocks else ["nothing was evaluated\n", *failures]
-    )
+    return "\n".join([*blocks, *failures, note] if blocks else [_nothing(models), *failures])
+
+
+def _nothing(models: Sequence[Model]) -> str:
+    """Why there is no table."""
+    if any(model.results for model in models):
+        return "no retrieval, no classification; probes and neighbours are in results.csv\n"
+    return "nothing was evaluated\n"
 
 
 def failures_of(models: Sequence[Model]) -> list[tuple[str, str, str]]:
