@@ -167,6 +167,20 @@ def test_the_short_caption_adds_the_same_loss_with_its_weight(is_mixed, smoothin
         assert torch.allclose(ours, theirs, atol=1e-9)
 
 
+def test_a_sample_that_is_shown_twice_is_not_its_own_negative():
+    torch.manual_seed(0)
+    image, text = F.normalize(torch.randn(2, 6, 8, dtype=torch.float64), dim=2)
+    rows, visit_B = torch.tensor([0, 1, 2, 0, 1, 2]), torch.tensor([4, 4, 4, 5, 5, 5])
+    features = Features(image[rows], text[rows], torch.tensor(7.0, dtype=torch.float64))
+    alone = dist.World(0, 1, torch.device("cpu"))
+    objective = expert_objective(alone, job(label_smoothing=0.1), np.array([0, 0, 1]))
+    batch = Batch(rows, rows, rows, rows, True, visit_B=visit_B)
+    loss, _ = objective(features, (), batch, 0.0)
+    groups = ["first 0", "first 0", "first 1", "second 0", "second 0", "second 1"]
+    wanted = masked_loss(image[rows], text[rows], 7.0, groups, 0.1)
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-9)
+
+
 def test_training_reads_drawn_and_short_captions_in_turn(data, base, labels, tmp_path):
     """Without a full stop the short caption is the drawn one, so both have the same loss."""
     plain, both = folder(tmp_path / "plain"), folder(tmp_path / "both")

@@ -27,7 +27,12 @@ from clipgraft.checkpoint import load_model
 from clipgraft.config import ConfigError
 from clipgraft.data.labels import read_labels
 from clipgraft.data.loader import Batch
-from clipgraft.data.sampler import HomogeneousBatches, RoundRobinBatches, share_homogeneous
+from clipgraft.data.sampler import (
+    HomogeneousBatches,
+    RoundRobinBatches,
+    labels_by_pass,
+    share_homogeneous,
+)
 from clipgraft.evaluation.watch import open_watch
 from clipgraft.models.build import mlp_parameters
 from clipgraft.moe_settings import MlpSettings
@@ -124,14 +129,15 @@ def sampler_of(settings: ExpertJob, data: Data, labels_N: np.ndarray | None) -> 
         raise ConfigError("batches: homogeneous needs pseudo labels. Hint: --input labels=MANIFEST")
     if labels_N is None:
         return ordinary_batches(data, settings, settings.seed)
-    sizes_C = np.bincount(labels_N)
+    sizes_C, visits = np.bincount(labels_N), data.visits(settings, settings.seed)
+    shown = labels_by_pass(labels_N, *visits.of_epoch(0), visits.passes)
     log.info(
         "%s samples in %d pseudo labels (smallest %s, largest %s), %.0f %% in batches of one label",
         f"{len(labels_N):,}",
         len(sizes_C),
         f"{sizes_C.min():,}",
         f"{sizes_C.max():,}",
-        100 * share_homogeneous(labels_N, settings.batch_size),
+        100 * share_homogeneous(shown, settings.batch_size),
     )
     if settings.batch_order == "round_robin":
         return RoundRobinBatches(labels_N, settings.batch_size, settings.seed)
@@ -139,7 +145,7 @@ def sampler_of(settings: ExpertJob, data: Data, labels_N: np.ndarray | None) -> 
         labels_N,
         settings.batch_size,
         settings.seed,
-        visits=data.visits(settings, settings.seed),
+        visits=visits,
         shuffle_block=settings.shuffle_block,
     )
 
@@ -149,14 +155,18 @@ def expert_objective(
 ) -> Objective:
     """The loss of MCL: in a batch packed from several clusters, negatives of other clusters are masked.
 
-    With short captions, texts come in turn drawn and short, and each of both has the loss.
+    So are those of other visits: a sample that is shown twice is not its own negative. With short captions, texts come in
+    turn drawn and short, and each of both has the loss.
     """
     smoothing, short = settings.label_smoothing, settings.short_captions
+    num_labels = 0 if labels_N is None else int(labels_N.max()) + 1
 
     def objective(features: Features, _: object, batch: Batch, __: float) -> Loss:
         group_G = None
         if labels_N is not None and batch.is_mixed:
             labels_B = torch.from_numpy(labels_N[batch.rows_B.numpy()])
+            if batch.visit_B is not None:
+                labels_B = labels_B + num_labels * batch.visit_B
             group_G = dist.gather(labels_B.to(features.image_BD.device))
         if short is None:
             return expert_loss(world, features, smoothing, group_G)

@@ -14,6 +14,7 @@ from clipgraft.data.sampler import (
     RoundRobinBatches,
     UniformBatches,
     Visits,
+    labels_by_pass,
     share_homogeneous,
 )
 
@@ -213,6 +214,20 @@ def test_a_source_is_shown_as_often_as_it_weighs(kind):
         assert Counter(count_N[source_N == 2]) == {0: 200}
         chosen.append(count_N)
     assert 80 < (chosen[0] != chosen[1])[source_N == 0].sum() < 420  # half of 500 is drawn anew
+
+
+@pytest.mark.parametrize("weights", [[2.0, 2.0, 2.0], [4.0, 2.5, 0.5]])
+def test_no_sample_is_twice_in_a_batch_of_its_label_however_much_it_weighs(weights):
+    labels, (_, visits) = np.arange(1000) % 16, weighed(weights)
+    sampler = HomogeneousBatches(labels, 24, 0, visits=visits)
+    batches = epoch_of(sampler, 0) + epoch_of(sampler, 1)
+    kinds = Counter(batch.is_mixed for batch in batches)
+    assert kinds[False] > kinds[True] > 0
+    for batch in (batch for batch in batches if not batch.is_mixed):
+        assert len(set(labels[batch.rows_B])) == 1 and len(set(batch.rows_B)) == 24
+    shown = labels_by_pass(labels, *visits.of_epoch(0), visits.passes)
+    drawn = sum(24 for batch in epoch_of(sampler, 0) if not batch.is_mixed)
+    assert share_homogeneous(shown, 24) == pytest.approx(drawn / visits.num)
 
 
 def test_another_seed_shows_another_part_of_a_source():

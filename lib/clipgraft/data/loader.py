@@ -65,6 +65,7 @@ class Batch:
         crop_B: int64, which of the stored crops each image is; None where it is none.
         cached_BE: float16, stored embeddings of images and texts by each reference; None where there are none.
         short_BL: as text_BL, of a second caption of each sample; None where there is none.
+        visit_B: how often each sample has been shown before, at most, int64; None where nobody counts.
     """
 
     images_BCHW: Tensor
@@ -77,6 +78,7 @@ class Batch:
     crop_B: Tensor | None = None
     cached_BE: Tensor | None = None
     short_BL: Tensor | None = None
+    visit_B: Tensor | None = None
 
 
 class Loader:
@@ -224,6 +226,7 @@ class Loader:
             torch.empty((len(rows_B), self.text_length), dtype=torch.int64, pin_memory=pin)
             if self.short_captions
             else None,
+            torch.from_numpy(np.array(visit_B, np.int64)),
         )
         parts = np.array_split(np.arange(len(rows_B)), min(self.num_threads, len(rows_B)))
         futures = [pool.submit(self._fill_text, batch, bits_BK)]

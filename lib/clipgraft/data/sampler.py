@@ -161,6 +161,9 @@ class HomogeneousBatches:
     Of each label, shuffled, come as many whole batches as there are. The remainders are laid end to end, label by
     label in a random order of labels, and cut into batches too: mixed ones, whose loss must mask pairs of other
     labels. At most one incomplete batch is dropped. The batches come in random order.
+
+    Where sources weigh more than 1, each pass over the data has labels of its own (`labels_by_pass`), in mixed batches
+    too: or a sample would stand among its own negatives.
     """
 
     def __init__(
@@ -208,8 +211,9 @@ class HomogeneousBatches:
         """Visits of an epoch, their order with homogeneous batches first, the order of the batches, number of the first."""
         rng = np.random.default_rng([self.seed, epoch])
         visits = self.visits.of_epoch(epoch)
+        label = labels_by_pass(self._labels_N, *visits, self.visits.passes)
         # Labels in a random order, or the same ones would lose their remainder in every epoch.
-        label = rng.permutation(self._num_labels)[self._labels_N[visits[0]]]
+        label = rng.permutation(self._num_labels * self.visits.passes)[label]
         whole, rest = _by_label(label, self.batch_size, self.shuffle_block, rng)
         place = rng.permutation(self.num_batches)
         return visits, np.concatenate([whole, rest]), place, len(whole) // self.batch_size
@@ -258,8 +262,23 @@ class RoundRobinBatches:
         return Rows(rows, np.broadcast_to(epoch, len(rows)), False)
 
 
+def labels_by_pass(
+    labels_N: np.ndarray, rows: np.ndarray, visit: np.ndarray, passes: int
+) -> np.ndarray:
+    """Labels of visits, of each pass its own: no sample has one twice.
+
+    Args:
+        labels_N: pseudo label of each sample, from 0.
+        rows: samples that are visited.
+        visit: numbers of the visits.
+        passes: over the data, of which an epoch is made.
+    """
+    label = labels_N[rows]
+    return label if passes == 1 else label + (int(labels_N.max()) + 1) * (visit % passes)
+
+
 def share_homogeneous(labels_N: np.ndarray, batch_size: int) -> float:
-    """Share of the samples that are in batches of their own label; the others are packed, or lost to round-robin."""
+    """Share of the visits that are in batches of their own label; the others are packed, or lost to round-robin."""
     sizes_C = np.bincount(labels_N)
     return float((sizes_C // batch_size * batch_size).sum() / sizes_C.sum())
 
