@@ -105,6 +105,28 @@ def test_texts_are_recorded_alike_where_padding_is_routed(moe):
 
 
 @torch.no_grad()
+def test_a_class_token_behind_each_text_is_left_out(tiny_config):
+    torch.manual_seed(0)
+    tiny_config["text_cfg"]["embed_cls"] = True
+    model = build(tiny_config)
+    insert_experts(model, 3, 2, image_layers=[], text_layers="all")
+    for name, tensor in model.named_parameters():
+        if "router" in name or "mlp" in name:
+            torch.nn.init.normal_(tensor, std=0.3)
+    recorder = Recorder(model.eval(), (START, END))
+    blocks = list(model.text.transformer.resblocks)
+    inputs = inputs_of(model, blocks, lambda: model.encode_text(TEXTS))
+    assert inputs[0].shape[1] == TEXTS.shape[1] + 1
+    recorder.see_texts(TEXTS)
+    found = recorder.towers()["text"]
+    assert found.key_R.tolist() == [5, 0, 7, 8, 1, 2, 3, 4, 5, 6]
+    places = [(0, 1), (1, 1), (1, 2), (1, 3), *((2, n) for n in range(1, 7))]
+    for layer, x_BLD in enumerate(inputs):
+        chosen_BL = first_choice(blocks[layer].mlp, x_BLD)
+        assert found.expert_RM[:, layer].tolist() == [chosen_BL[place] for place in places]
+
+
+@torch.no_grad()
 def test_a_dense_model_has_nothing_to_record(tiny_config):
     model = build(tiny_config).eval()
     recorder = Recorder(model, (START, END))

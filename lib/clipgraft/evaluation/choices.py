@@ -93,13 +93,16 @@ class Recorder:
             self._parts["image"] = [(arrays["item_R"], arrays["key_R"], arrays["expert_RM"])]
 
     def see_texts(self, text_BL: Tensor) -> None:
-        """Record the tokens of the texts that have just been encoded; padding, start and end are left out."""
+        """Record the tokens of the texts that have just been encoded; padding, start, end and class are left out."""
         taken = self._take("text", "text")
         if taken is None:
             return
         ids_BL = text_BL.cpu().numpy()
         # 0 is padding at the end of a text only; before it, it is "!".
         real_BL = np.cumsum(ids_BL[:, ::-1] != 0, axis=1)[:, ::-1] > 0
+        if taken.shape[0] > ids_BL.size:  # a class token behind each text (text_cfg.embed_cls)
+            expert_BLM = taken.reshape(len(ids_BL), -1, taken.shape[1])
+            taken = expert_BLM[:, : ids_BL.shape[1]].reshape(ids_BL.size, -1)
         if taken.shape[0] == ids_BL.size:  # where padding is seen it is routed, too
             taken = taken[real_BL.reshape(-1)]
         assert len(taken) == real_BL.sum(), "routed tokens are not those of the texts"
