@@ -29,6 +29,7 @@ def model_folder(tmp_path: Path) -> ModelFolder:
         vocabulary: str = "corpus",
         num_experts: int = 0,
         text_layers: Any = (1,),
+        top_k: int = 2,
     ) -> Path:
         file, vocab_size = write_vocabulary(tmp_path, vocabulary)
         config = model_config(vocab_size, changes or {})
@@ -41,7 +42,7 @@ def model_folder(tmp_path: Path) -> ModelFolder:
             expert = {name: torch.randn_like(t) / 3 for name, t in model.state_dict().items()}
             experts = [model.state_dict(), *[expert] * (num_experts - 1)]
             layers = {"image_layers": "all", "text_layers": text_layers}
-            moe = upcycle(model, experts, top_k=2, generator=torch.Generator(), **layers)
+            moe = upcycle(model, experts, top_k=top_k, generator=torch.Generator(), **layers)
         folder = tmp_path / "model"
         folder.mkdir()
         save_model(folder, model, {**describe(config), "moe": moe}, file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from small_models import images
 
 import clipgraft
 from clipgraft.checkpoint import load_model
+from clipgraft.clipmoe import main as read_clip_moe
 from clipgraft.config import ConfigError
 from clipgraft.export.__main__ import export, main
 from clipgraft.export.card import _table
@@ -138,6 +140,25 @@ def test_the_released_form_comes_back_as_it_was(model_folder, tmp_path):
     assert spec["moe"] == ours.spec["moe"]
     for name, tensor in ours.model.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_the_card_of_the_released_form_says_how_many_experts_a_token_goes_to(
+    model_folder, tmp_path, top_k
+):
+    sizes = {"width": 64, "head_width": 64}
+    changes = {"quick_gelu": True, "vision_cfg": sizes, "text_cfg": {"width": 64, "heads": 1}}
+    folder = model_folder(changes, "full", num_experts=3, text_layers="all", top_k=top_k)
+    main(["clip_moe", str(folder), str(tmp_path / "out")])
+    command = re.search(
+        r"clipgraft\.clipmoe (read [^`]*)`", (tmp_path / "out/README.md").read_text()
+    )
+    words = command[1].replace("out/", f"{tmp_path}/out/").replace("OUT", f"{tmp_path}/back")
+    read_clip_moe(words.split())
+    back, ours = (
+        load_model(of, insert_experts=insert_experts) for of in (tmp_path / "back", folder)
+    )
+    assert back.spec["moe"] == ours.spec["moe"] and ours.spec["moe"]["top_k"] == top_k
 
 
 WRONG = [

@@ -257,6 +257,20 @@ def test_a_model_that_their_reader_would_take_for_another_is_not_written(tmp_pat
         released_state(model, spec)
 
 
+SETTINGS = [{"init_logit_bias": -10.0}, {"nonscalar_logit_scale": True}]
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: next(iter(setting)))
+def test_another_bias_or_scale_is_refused_where_it_is_written_not_where_it_is_read(
+    tmp_path, setting
+):
+    torch.save(random_state(published(0)), tmp_path / "dense.pt")
+    _, spec = read_released(tmp_path / "dense.pt")
+    config = spec["config"] | setting
+    with pytest.raises(ConfigError, match=next(iter(setting))):
+        released_state(build(config), {**spec, "config": config})
+
+
 def test_another_vocabulary_is_not_written(tmp_path):
     torch.save(random_state(published(LAYERS)), tmp_path / "moe.pt")
     with pytest.raises(SystemExit, match=r"a table of 50 tokens, .*'?index: {vocabulary: full}"):

@@ -88,6 +88,7 @@ def _filled(usage: str, loaded: Loaded, name: str) -> str:
         "SIDE": side,
         "EMBED": config["embed_dim"],
         "LENGTH": config["text_cfg"]["context_length"],
+        "TOP_K": (loaded.spec["moe"] or {"top_k": 1})["top_k"],
     }
     return re.sub("|".join(words), lambda found: str(words[found[0]]), usage)
 

@@ -15,7 +15,7 @@ from clipgraft.models.released import released_state
 log = logging.getLogger(__name__)
 
 USAGE = """`clip_moe.pt` is a state dict with the names and shapes of CLIP-MoE's checkpoints, which its code reads. So does clipgraft:
-`python -m clipgraft.clipmoe read FOLDER/clip_moe.pt OUT`.
+`python -m clipgraft.clipmoe read FOLDER/clip_moe.pt OUT --top-k TOP_K`. No checkpoint says how many experts a token goes to.
 """
 
 

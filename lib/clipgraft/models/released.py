@@ -195,6 +195,10 @@ def _check_form(weights: Mapping[str, Tensor], spec: Mapping[str, Any]) -> None:
     config, moe = spec["config"], spec["moe"]
     theirs = _config(weights, "the model")
     wrong = [] if config["quick_gelu"] else ["quick_gelu is false, theirs is true"]
+    if "logit_bias" in weights:
+        wrong.append("init_logit_bias is set, theirs have no bias")
+    if weights["logit_scale"].ndim:
+        wrong.append("nonscalar_logit_scale is true, theirs is false")
     forms = {"vision_cfg": open_clip.CLIPVisionCfg, "text_cfg": open_clip.CLIPTextCfg}
     for tower, form in forms.items():
         ours, other = (dataclasses.asdict(form(**one[tower])) for one in (config, theirs))
