@@ -131,6 +131,18 @@ def test_bytes_of_a_place_are_those_of_the_file():
     assert fp.PLACE == _PLACE.itemsize
 
 
+def test_weights_that_are_taken_as_they_are_need_no_samples(tall_config):
+    (taken, trained), machine = (
+        [scale.Preset("x", tall_config, [phase(samples_seen=num)]) for num in (0, 64_000)],
+        scale.machine_of("H200", 0.3),
+    )
+    unseen = "samples that are never seen"
+    assert scale.data_needs(taken, 1_000_000)[unseen] == 0
+    assert scale.data_needs(trained, 1_000_000)[unseen] == 1_000_000 / 64_000
+    both = list(scale.first_rows([taken, trained], machine))
+    assert {len(row) for row in both if row[0] == "x"} == {4}
+
+
 def test_what_is_not_known_is_said():
     with pytest.raises(ConfigError, match=r"--gpu TPU is not known. Hint: one of V100"):
         scale.machine_of("TPU", 0.3)

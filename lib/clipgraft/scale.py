@@ -251,14 +251,15 @@ def data_needs(preset: Preset, pairs: int) -> dict[str, float]:
     """The same of what grows with the data."""
     on_disk = fp.index_bytes() + sum(fp.shard_bytes(phase) for phase in preset.phases)
     remembers = fp.LOG_U * any(phase.loss.is_global for phase in preset.phases)
-    day = 24 * 3600 * DAYS
+    day, seen = 24 * 3600 * DAYS, sum(phase.samples_seen for phase in preset.phases)
     return {
         "disk": pairs * on_disk / DISK,
         "order of an epoch": pairs * fp.NODE * fp.ORDER / NODE_MEMORY,
         "u in saved state": pairs * remembers / (fp.WRITE * fp.SAVE_SHARE * fp.LOST),
         "download": pairs / fp.DOWNLOAD / day,
         "index": pairs / (fp.INDEX * CORES) / day,
-        "samples that are never seen": pairs / sum(x.samples_seen for x in preset.phases),
+        # Weights that are taken as they are (samples_seen: 0) have to see nothing.
+        "samples that are never seen": pairs / seen if seen else 0.0,
     }
 
 
