@@ -6,11 +6,12 @@ import ctypes
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from clipgraft.devices import fetch_later
+from clipgraft.devices import fetch_later, precision
 
 PAGES = """
 import resource, sys, torch
@@ -47,6 +48,19 @@ def test_a_number_that_is_read_late_is_as_it_was():
     read = fetch_later(value)
     value.data.fill_(3.0)
     assert read() == read() == 2.0
+
+
+@pytest.mark.parametrize(("major", "wanted"), [(7, torch.float32), (8, torch.bfloat16)])
+def test_a_gpu_that_only_emulates_bf16_computes_in_float32(monkeypatch, major, wanted):
+    """Compute capability 7 (V100, T4) has tensors of it, and no fast products."""
+    monkeypatch.delenv("CLIPGRAFT_PRECISION", raising=False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    about = SimpleNamespace(major=major, minor=5, name="a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: about)
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda _: True)
+    assert precision(torch.device("cuda")) is wanted
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
