@@ -130,6 +130,19 @@ def test_centroid_routers_send_clusters_to_experts_of_their_own():
     np.testing.assert_allclose(rows_ED, factor * apart_ED, atol=1e-5)
 
 
+def test_what_comes_into_mlps_is_computed_in_true_float32(base, data, tmp_path):
+    """Not in TF32, which is cuDNN's default for the convolution that makes patches."""
+    seen = []
+
+    def look(module, _):
+        if isinstance(module, torch.nn.Conv2d):
+            seen.append(torch.backends.cudnn.allow_tf32)
+
+    with torch.nn.modules.module.register_module_forward_pre_hook(look):
+        assembled(tmp_path / "moe", base, data, router_init="centroids")
+    assert seen and not any(seen)
+
+
 def test_no_more_samples_are_clustered_than_there_are_and_none_twice(
     base, data, tmp_path, monkeypatch, caplog
 ):

@@ -23,6 +23,7 @@ from torch import Tensor
 from clipgraft.checkpoint import Loaded
 from clipgraft.data.loader import Loader
 from clipgraft.data.sampler import UniformBatches
+from clipgraft.evaluation.encode import true_float32
 from clipgraft.models.build import normalize
 from clipgraft.models.moe import MoeMlp, router_parameters, upcycle
 from clipgraft.settings import AssembleJob
@@ -134,7 +135,8 @@ def _encode(
     )
     about = base.spec["preprocess"]
     model.to(device).eval()
-    for batch in loader:
-        images_BCHW = normalize(batch.images_BCHW.to(device), about["mean"], about["std"])
-        model(images_BCHW, batch.text_BL.to(device))
+    with true_float32():
+        for batch in loader:
+            images_BCHW = normalize(batch.images_BCHW.to(device), about["mean"], about["std"])
+            model(images_BCHW, batch.text_BL.to(device))
     return num_steps * batch_size

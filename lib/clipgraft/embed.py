@@ -39,6 +39,7 @@ from clipgraft.data.samples import Captions, picture_sizes
 from clipgraft.data.tokens import Tokenizer, Tokens
 from clipgraft.data.vocabulary import is_same_vocabulary
 from clipgraft.devices import device_name
+from clipgraft.evaluation.encode import true_float32
 from clipgraft.meter import LOG_SECONDS
 from clipgraft.models.build import normalize, trimmed
 from clipgraft.models.public import Encode
@@ -84,7 +85,7 @@ def embed(
     Returns:
         Facts for the manifest.
     """
-    with dist.world() as world, torch.no_grad():
+    with dist.world() as world, torch.no_grad(), true_float32():
         data = Data.open(index, shard)
         encoder = _Encoder.of(load_model(model), world.device)
         num, dim = len(data.shards), encoder.dim
@@ -129,7 +130,7 @@ def embed_reference(
     Returns:
         Facts for the manifest.
     """
-    with dist.world() as world, torch.no_grad():
+    with dist.world() as world, torch.no_grad(), true_float32():
         data = Data.open(index, shard)
         loaded = load_reference(settings, settings.image_size)
         encoder = _Encoder.of(loaded, world.device)

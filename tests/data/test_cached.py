@@ -37,7 +37,7 @@ from clipgraft.models.build import build, describe, normalize
 from clipgraft.pretrain import pretrain
 from clipgraft.recipes import AugmentationSettings
 from clipgraft.references import CachedReference, OnlineReference, open_references
-from clipgraft.settings import PretrainJob, ReferenceJob, ShardJob
+from clipgraft.settings import EmbedSettings, PretrainJob, ReferenceJob, ShardJob
 from clipgraft.training_data import Data
 
 N, SIZE, CROPS = 20, 16, 3
@@ -193,6 +193,23 @@ def test_a_visit_shows_the_stored_crop_of_the_picture(data, model, tmp_path):
             cut(picture, tuple(box.tolist()), expected)
             assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - expected).mean() < 0.5
             np.testing.assert_allclose(uniform, as_uniform(words[0, 6:13]), atol=1e-6)
+
+
+def test_pictures_are_embedded_in_true_float32(data, model, tmp_path):
+    """Not in TF32, which is cuDNN's default for the convolution that makes patches."""
+    assert torch.backends.cudnn.allow_tf32
+    seen = []
+
+    def look(module, _):
+        if isinstance(module, torch.nn.Conv2d):
+            seen.append(torch.backends.cudnn.allow_tf32)
+
+    with torch.nn.modules.module.register_module_forward_pre_hook(look):
+        embed_reference(job(model), *data, folder(tmp_path / "crops"))
+        num_crops = len(seen)
+        stage.embed(EmbedSettings(), model, *data, folder(tmp_path / "whole"))
+    assert 0 < num_crops < len(seen) and not any(seen)
+    assert torch.backends.cudnn.allow_tf32
 
 
 def test_shards_of_another_size_show_the_same_part_of_the_picture(data, model, tmp_path):
