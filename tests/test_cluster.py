@@ -190,6 +190,14 @@ def test_small_clusters_join_their_nearest():
     assert become_C.tolist() == [0] * 4 and merged == [3, 8, 40]
 
 
+def test_opposite_clusters_that_add_up_to_nothing_keep_the_direction_of_one(tmp_path):
+    one_D = np.eye(8)[0]
+    found = kmeans(points_of(tmp_path, np.repeat([one_D, -one_D], 20, axis=0)), 2, min_size=30)
+    assert found.sizes_C.tolist() == [40] and found.merged == [20]
+    np.testing.assert_allclose(np.abs(found.centroids_CD), one_D[None], atol=1e-6)
+    assert found.inertia == pytest.approx((20 * 0 + 20 * 4) / 40)
+
+
 def test_merged_clusters_keep_their_rows_and_inertia(tmp_path):
     rng = np.random.default_rng(0)
     owner_N = np.repeat([0, 1, 2], [100, 90, 4])

@@ -184,6 +184,8 @@ def merge_small(
 ) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """Merge clusters that are too small, the smallest first, each into the one with the nearest centroid.
 
+    Opposite clusters whose points add up to nothing have no direction in common: the larger one's centroid stays.
+
     Args:
         centroids_CD: unit vectors.
         sums_CD: of the points of each cluster, as unit vectors.
@@ -203,7 +205,9 @@ def merge_small(
         if sizes_C[small]:
             sizes_C[target] += sizes_C[small]
             sums_CD[target] += sums_CD[small]
-            centroids_CD[target] = sums_CD[target] / np.linalg.norm(sums_CD[target])
+            length = np.linalg.norm(sums_CD[target])
+            if length > 0:
+                centroids_CD[target] = sums_CD[target] / length
     return np.searchsorted(left, become_C).astype(np.int32), centroids_CD[left], merged
 
 
