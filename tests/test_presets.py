@@ -16,10 +16,12 @@ from clipgraft.architectures import architecture
 from clipgraft.config import load_config, merge
 from clipgraft.planning import plan_run
 from clipgraft.recipes import PhaseSettings
+from clipgraft.run_settings import RunSettings
 from clipgraft.schedule import num_steps, num_warmup_steps, peak_lr
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = sorted((ROOT / "presets").glob("clipa_*.yaml"))
+CLIPMOE = ROOT / "presets/clipmoe_l14.yaml"
 DATACOMP = (
     1_281_167 * 10_000
 )  # samples of CLIPA-v2's pretraining: ten thousand passes of ImageNet's size
@@ -177,7 +179,59 @@ def test_a_preset_and_some_lines_about_data_are_a_whole_config(path):
     assert run.model.name == preset["model"]["name"]
 
 
-@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def clipmoe() -> RunSettings:
+    """The preset of CLIP-MoE with data, over what the demo has of a model and its training."""
+    shapes = {"kind": "shapes", "num_samples": 2000}
+    own = {
+        "download": {"train": shapes, "test": shapes},
+        "evaluate": {"tasks": {"test": {"data": "test", "retrieval": True}}},
+    }
+    demo = yaml.safe_load((ROOT / "config.yaml").read_text())
+    below = {key: demo[key] for key in ("model", "cluster", "finetune_expert", "finetune_router")}
+    preset = yaml.safe_load(CLIPMOE.read_text())
+    (run,) = load_config(merge(merge(below, preset), own)).values()
+    return run
+
+
+def test_clip_moe_is_published_with_four_experts_of_openais_model_and_248_tokens():
+    run = clipmoe()
+    assert (run.model.name, run.model.pretrained, run.model.config) == ("ViT-L-14", "openai", None)
+    (base,) = run.pretrain
+    assert (base.samples_seen, base.image_size, base.text_length) == (0, 224, 77 * 4 - 60)
+    assert (base.text_pos_resize, base.text_pos_keep) == ("stretch", 20)
+    assert run.cluster.by == "image_x_text"
+    assert run.cluster.of_round(3) == {"image_clusters": 3, "text_clusters": 3}
+    moe = run.moe
+    assert (moe.num_experts, moe.top_k, moe.router_init) == (4, 2, "random")
+    assert moe.image_layers == moe.text_layers == "all"
+    jobs = {job.name for job in plan_run("main", run)}
+    assert {"finetune_expert/3", "finetune_router/moe"} <= jobs and "finetune_expert/4" not in jobs
+
+
+def test_clip_moe_trains_experts_and_routers_as_its_code_does_unless_told():
+    run = clipmoe()
+    expert, router = run.finetune_expert, run.finetune_router
+    for job, lr, decay in ((expert, 1e-5, 0.2), (router, 1e-6, 0.01)):
+        assert (job.batch_size, num_steps(job), num_warmup_steps(job)) == (8 * 100, 1545, 200)
+        optim = job.optim
+        assert (optim.lr, optim.lr_min, optim.weight_decay) == (lr, 0, decay)
+        assert optim.max_grad_norm is None
+        assert (optim.name, optim.beta1, optim.beta2, optim.eps) == ("adamw", 0.9, 0.999, 1e-8)
+        assert job.crop_scale == (1, 1) and job.flip_prob == 0
+    assert (expert.init, expert.batch_order) == ("base", "round_robin")
+    assert (expert.label_smoothing, expert.stop_ratio, expert.lock) == (0.1, None, [])
+    assert (router.train, router.balance) == ("routers", "pooled")
+    assert (router.balance_weight, router.z_weight) == (0.01, 0)
+
+
+def test_the_base_of_clip_moe_has_a_plan_and_needs_no_training():
+    done = run_plan("--preset", f"presets/{CLIPMOE.name}", "--samples", "1236000")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("ViT-L-14: 427.")
+    assert "passes over 1,236,000 samples: long 0.0" in done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("path", [*PRESETS, CLIPMOE], ids=lambda path: path.stem)
 def test_the_header_of_a_preset_names_its_own_file(path):
     comments = [line for line in path.read_text().splitlines() if line.startswith("#")]
     commands = [line for line in comments if "presets/" in line]

@@ -22,7 +22,8 @@ from clipgraft.recipes import PhaseSettings
 from clipgraft.schedule import num_steps
 
 PRESETS = Path(__file__).resolve().parent.parent.parent / "presets"
-STUDIES = {  # ours
+STUDIES = {  # ours, but for the first one, which pretrains nothing
+    "clipmoe_l14",
     "experts_small_batch",
     "experts_study",
     "inverse_scaling",
