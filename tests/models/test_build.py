@@ -171,6 +171,19 @@ def test_settings_say_how_images_are_prepared(tiny_config):
         inline(tiny_config, preprocess={"resize_mode": "longest"})
 
 
+def test_a_checkpoint_wants_images_as_all_public_weights_of_its_architecture_do(tiny_config):
+    """The file does not say how; settings that do come first."""
+    theirs = open_clip.get_pretrained_cfg("ViT-H-14-CLIPA", "datacomp1b")
+    keys = ("mean", "std", "interpolation", "resize_mode")
+    wanted = {key: theirs[key] for key in keys} | {"size": 16}
+    file = {"name": "ViT-H-14-CLIPA", "pretrained": "run/epoch_30.pt"}
+    ours = describe(tiny_config, ModelSettings(**file))["preprocess"]
+    assert ours == wanted | {key: list(wanted[key]) for key in ("mean", "std")}
+    assert (ours["interpolation"], ours["resize_mode"]) == ("bilinear", "squash")
+    told = ModelSettings(**file, preprocess={"resize_mode": "shortest"})
+    assert describe(tiny_config, told)["preprocess"] == ours | {"resize_mode": "shortest"}
+
+
 @pytest.mark.parametrize("name", ["ViT-L-14-CLIPA", "ViT-H-14-CLIPA-336", "ViT-bigG-14-CLIPA"])
 def test_towers_of_clipa_v2_keep_their_token_table(name):
     settings, theirs = ModelSettings(name=name), open_clip.get_model_config(name)

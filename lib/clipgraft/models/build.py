@@ -25,7 +25,13 @@ from clipgraft.config import ConfigError
 from clipgraft.lean import open_clip, with_timm
 from clipgraft.model_settings import ModelSettings
 from clipgraft.models.positions import LINEAR, TextResize, resize_positions
-from clipgraft.models.weights import fit_state, pretrained_file, pretrained_tag, read_state
+from clipgraft.models.weights import (
+    fit_state,
+    pretrained_file,
+    pretrained_tag,
+    read_state,
+    wanted_preprocess,
+)
 from clipgraft.reductions import TEXT_MASKS
 
 log = logging.getLogger(__name__)
@@ -93,8 +99,8 @@ def describe(config: dict[str, Any], settings: ModelSettings | None = None) -> d
 
     Args:
         config: as `model_config` returns it.
-        settings: say how images are prepared, or else public weights of an open_clip tag do; without
-            both they are prepared as for OpenAI's CLIP.
+        settings: say how images are prepared, or else the weights that they name do
+            (`wanted_preprocess`); without both they are prepared as for OpenAI's CLIP.
     """
     preprocess = {
         "size": config["vision_cfg"]["image_size"],
@@ -104,10 +110,8 @@ def describe(config: dict[str, Any], settings: ModelSettings | None = None) -> d
         "resize_mode": "shortest",
     }
     if settings:
-        tag = pretrained_tag(settings)
-        preprocess |= {key: tag[key] for key in preprocess if tag.get(key) is not None}
+        preprocess |= wanted_preprocess(settings)
         preprocess |= settings.preprocess.model_dump(exclude_none=True)
-        preprocess["size"] = config["vision_cfg"]["image_size"]
     preprocess |= {key: list(preprocess[key]) for key in ("mean", "std")}
     return {
         "format": 1,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from clipgraft.config import ConfigError
 from clipgraft.lean import open_clip
-from clipgraft.model_settings import ModelSettings, PreprocessSettings
+from clipgraft.model_settings import ModelSettings
 from clipgraft.models.build import (
     adopt_activation,
     architecture_of,
@@ -40,7 +40,6 @@ log = logging.getLogger(__name__)
 
 Encode = Callable[[Sequence[str]], Tensor]
 _BERT = "google-bert/bert-base-uncased"
-_PREPROCESS = tuple(PreprocessSettings.model_fields)
 
 
 def load_public(
@@ -70,8 +69,6 @@ def load_public(
     model.load_state_dict(fit_state(state, model, str(path)))
     if image_size is not None and image_size != config["vision_cfg"]["image_size"]:
         model = _resized(model, config, image_size)
-    if not pretrained_tag(settings):
-        settings = settings.model_copy(update={"preprocess": _usual_preprocess(name)})
     log.info("%s with weights from %s", name, path)
     return model, describe(config, settings), tokenizer
 
@@ -161,14 +158,3 @@ def _resized(model: nn.Module, config: dict[str, Any], image_size: int) -> nn.Mo
     resize_positions(state, model)
     model.load_state_dict(state)
     return model
-
-
-def _usual_preprocess(name: str) -> PreprocessSettings:
-    """How all public weights of an architecture want their images; as OpenAI's if there are none, or they disagree."""
-    tags = [
-        open_clip.get_pretrained_cfg(name, tag)
-        for tag in open_clip.list_pretrained_tags_by_model(name)
-    ]
-    wanted = [PreprocessSettings(**{key: tag.get(key) for key in _PREPROCESS}) for tag in tags]
-    agree = bool(wanted) and all(one == wanted[0] for one in wanted)
-    return wanted[0] if agree else PreprocessSettings()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from clipgraft.config import ConfigError, local_path
 from clipgraft.lean import open_clip
-from clipgraft.model_settings import ModelSettings
+from clipgraft.model_settings import ModelSettings, PreprocessSettings
 from clipgraft.models.positions import IMAGE, TEXT
 
 KERNEL = "visual.conv1.weight"  # of the patches
@@ -31,6 +31,7 @@ _WRAPPERS = ("module.", "_orig_mod.")  # of several devices, of the compiler; in
 OPENAIS = {"input_resolution", "context_length", "vocab_size"}  # in OpenAI's files alone
 SECOND_TABLE = "_res"  # what the name of Long-CLIP's second text position table ends in
 _LONG_CLIP_KEEP = 20  # rows that are those of the first
+_PREPROCESS = tuple(PreprocessSettings.model_fields)
 _SCALAR = np.float64(0).__reduce__()[0]
 # What a numpy number is pickled as; numpy 1 called the module by another name.
 _NUMBERS: list[Any] = [
@@ -45,6 +46,21 @@ def pretrained_tag(settings: ModelSettings) -> dict[str, Any]:
     if settings.pretrained is None or settings.name is None:
         return {}
     return dict(open_clip.get_pretrained_cfg(settings.name, settings.pretrained))
+
+
+def wanted_preprocess(settings: ModelSettings) -> dict[str, Any]:
+    """How the weights that `settings` name want their images, as far as that is known.
+
+    A checkpoint does not say it: taken is what all public weights of its architecture agree on.
+    """
+    if settings.pretrained is None or settings.name is None:
+        return {}
+    tag = pretrained_tag(settings)
+    public = open_clip.list_pretrained_tags_by_model(settings.name)
+    tags = [tag] if tag else [open_clip.get_pretrained_cfg(settings.name, each) for each in public]
+    wanted = [PreprocessSettings(**{key: one.get(key) for key in _PREPROCESS}) for one in tags]
+    agree = bool(wanted) and all(one == wanted[0] for one in wanted)
+    return wanted[0].model_dump(exclude_none=True) if agree else {}
 
 
 def pretrained_file(settings: ModelSettings) -> Path:
