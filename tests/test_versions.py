@@ -475,6 +475,17 @@ def test_what_a_reference_is_or_sees_makes_new_embeddings(teacher, change):
     assert plain.keys() == other.keys() and plain != other
 
 
+def test_a_cached_checkpoint_says_its_image_size(tmp_path):
+    """Its weights may be of another size than its architecture's, and online they would be run at that."""
+    weights = tmp_path / "b32.pt"
+    weights.write_bytes(b"not opened")
+    reference = {"model": "ViT-B-32", "pretrained": str(weights)}
+    with pytest.raises(ConfigError, match=r"ViT-B-32/.*b32.pt is not known .* give `image_size`"):
+        versions({"pretrain": {"full": cached(weights, **reference)}})
+    assert embeds({"pretrain": {"full": cached(weights, **reference, image_size=112)}})
+    assert embeds({"pretrain": {"full": cached(weights, **reference | {"pretrained": "openai"})}})
+
+
 def test_several_crops_depend_on_what_they_are_drawn_with_and_on_no_seed_or_rate(teacher):
     def told(**change) -> dict[str, str]:
         return embeds({"pretrain": {"full": {**cached(teacher, 3), **change}}})

@@ -98,20 +98,26 @@ def check_weights(pretrained: str | None, where: str) -> None:
 def image_size_of(reference: ReferenceSettings) -> int:
     """Side of the images that a reference is given: as set, or its own; `check_references` has found it.
 
+    A checkpoint may have been trained at another size than its architecture's, and planning does not open it.
+
     Raises:
         ConfigError: if it is known only when the reference is opened.
     """
     side: Any = reference.image_size
     if side is None and reference.pretrained is None:
         side = _read(local_path(reference.model) / "model.json")["preprocess"]["size"]
-    elif side is None and ":" not in reference.model:
+    elif side is None and ":" not in reference.model and not _is_file(reference.pretrained):
         vision = architecture(ModelSettings(name=reference.model))["vision_cfg"]
         side = vision.get("image_size", 224)  # open_clip's own default
     if not isinstance(side, int):
         raise ConfigError(
-            f"references: the image size of {reference.model} is not known. Hint: give `image_size`"
+            f"references: the image size of {reference.name} is not known before it is opened. Hint: give `image_size`"
         )
     return side
+
+
+def _is_file(pretrained: str | None) -> bool:
+    return pretrained is not None and local_path(pretrained).is_file()
 
 
 def our_file(settings: ModelSettings) -> Path | None:
