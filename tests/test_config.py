@@ -439,6 +439,18 @@ def test_a_mistake_about_references_and_locks_is_named(number, phase, words):
     assert len(str(error.value).splitlines()) == 1
 
 
+def test_bounds_of_a_temperature_that_comes_with_weights_leave_the_phases_alone():
+    """0.07, which no phase after the first starts from, need not be within; elsewhere it must."""
+    raw = copy.deepcopy(SMALL)
+    raw["pretrain"][1] |= {"loss": {"tau_bounds": [0.01, 0.05]}}
+    (run,) = load_config(raw).values()
+    assert run.pretrain[1].loss.tau_bounds == (0.01, 0.05)
+    outside = r"pretrain.full.temperature = 0.07 is outside of loss.tau_bounds = \[0.01, 0.05\]"
+    raw["pretrain"][1]["loss"] |= {"kind": "rgcl", "lr_tau": 0.01, "lr_tau_schedule": "const"}
+    with pytest.raises(ConfigError, match=outside):
+        load_config(raw)
+
+
 def test_null_takes_back_what_an_overlay_inherits():
     raw = copy.deepcopy(SMALL)
     more = {"evaluate": {"tasks": {"more": raw["evaluate"]["tasks"]["renders"]}}, "seed": 3}

@@ -52,7 +52,7 @@ def start_misfit(phase: PhaseSettings, is_carried: bool, has_pretrained: bool) -
         other = "the phase before" if is_carried else "model.pretrained"
         return f"{where}.init_from = reference: the weights are those of {other}. Hint: remove one"
     if is_carried or has_pretrained or phase.init_from:
-        return ""
+        return _bounds_misfit(phase, has_weights=True)
     kept = [f"lock = [{', '.join(phase.lock)}]"] if phase.lock else []
     kept += ["loss.temperature = locked"] if phase.loss.tau == "locked" else []
     kept += ["text_pos_resize = stretch"] if phase.text_pos_resize == "stretch" else []
@@ -61,7 +61,19 @@ def start_misfit(phase: PhaseSettings, is_carried: bool, has_pretrained: bool) -
             f"{where}.{kept[0]}: there are no initial weights to keep. Hint: model.pretrained, init_from: reference, "
             "or a phase before"
         )
-    return ""
+    return _bounds_misfit(phase, has_weights=False)
+
+
+def _bounds_misfit(phase: PhaseSettings, has_weights: bool) -> str:
+    """A learned temperature comes with the weights, where there are any, and a fixed one has no bounds."""
+    low, high = phase.loss.tau_bounds
+    starts = phase.loss.tau == "per_sample" or (phase.loss.tau == "learned" and not has_weights)
+    if not starts or low <= phase.temperature <= high:
+        return ""
+    return (
+        f"pretrain.{phase.name}.temperature = {phase.temperature} is outside of loss.tau_bounds = [{low}, {high}]. "
+        "Hint: a temperature within"
+    )
 
 
 def stretch_misfit(keep: int, num_rows: int) -> str:

@@ -375,13 +375,3 @@ class PhaseSettings(TrainSettings):
                 "Hint: text_pos_resize: stretch"
             )
         return self
-
-    @model_validator(mode="after")
-    def _temperature(self) -> PhaseSettings:
-        low, high = self.loss.tau_bounds
-        is_fixed = self.loss.tau in ("constant", "locked")
-        if not low <= self.temperature <= high and not is_fixed:
-            raise ValueError(
-                f"temperature = {self.temperature} is outside of loss.tau_bounds = [{low}, {high}]"
-            )
-        return self
