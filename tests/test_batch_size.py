@@ -24,6 +24,7 @@ from clipgraft.batch_size import (
 from clipgraft.config import ConfigError
 from clipgraft.launch import find_devices
 from clipgraft.provenance import MANIFEST
+from clipgraft.settings import PretrainJob
 
 SMALL = Path(__file__).parent / "config" / "small.yaml"
 
@@ -75,6 +76,18 @@ def test_the_largest_part_that_fits_is_found_by_real_steps(results, tmp_path, ca
     assert advice(trials, 31) == (
         "pretrain/full: batch_size 62 over 1 process, 31 at a time: accumulate: 2 (instead of 1)"
     )
+
+
+def test_a_trial_of_a_small_part_is_valid_whatever_the_schedule(tmp_path):
+    """With `lr_per_256` the peak rate falls with the batch, below an `lr_min` that the job may have."""
+    raw = yaml.safe_load(SMALL.read_text())
+    optim = {"lr_per_256": 1e-3, "lr_min": 1e-5, "warmup_steps": 3}
+    raw["pretrain"] = [{**raw["pretrain"][1], "watch": None, "optim": optim}]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw))
+    job = find_job("small", "pretrain", [tmp_path / "config.yaml"])
+    words = Trials(job, {}, 1, None).command(1, 2, tmp_path)
+    settings = PretrainJob(**json.loads(words[words.index("--settings") + 1]))
+    assert (settings.batch_size, settings.optim.lr_per_256, settings.optim.lr_min) == (2, 1e-3, 0)
 
 
 def test_what_a_fork_shares_with_its_parent_is_counted_once():

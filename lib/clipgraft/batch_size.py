@@ -106,12 +106,13 @@ class Trials:
     def command(self, size: int, num_parts: int, out: Path) -> list[str]:
         """The job's script with another length, batch and number of parts."""
         batch_size = size * num_parts * self.num_processes
-        warmups = dict.fromkeys(("warmup", "warmup_steps", "warmup_samples"))
+        # Neither fits a run so short, with a peak rate of so small a batch.
+        schedule = {**dict.fromkeys(("warmup", "warmup_steps", "warmup_samples")), "lr_min": 0.0}
         changes = {
             "batch_size": batch_size,
             "accumulate": num_parts,
             "samples_seen": STEPS * batch_size,
-            "optim": {**self.job.settings["optim"], **warmups},
+            "optim": {**self.job.settings["optim"], **schedule},
             "watch": None,
             "cuda_graphs": False,  # not with parts
         }
