@@ -469,6 +469,27 @@ def test_null_takes_back_what_an_overlay_inherits():
         load_config({**raw, "pretrain": None})
 
 
+def test_null_takes_back_any_setting_of_a_section():
+    """A run beside a preset of another loss or optimizer, which has settings of its own."""
+    raw = copy.deepcopy(SMALL)
+    raw["pretrain"][0] |= {"loss": {"kind": "rgcl_g", "rho": 6.5, "gamma": {"min": 0.3}}}
+    raw["pretrain"][0]["optim"] |= {"beta2": 0.95}
+    phase = {"optim": {"name": "sgd", "beta2": None}, "text_reduction": None, "crop_scale": None}
+    plain = {"kind": "contrastive", "rho": None, "gamma": None}
+    raw["runs"] = {
+        "told": {"pretrain": {"short": phase | {"loss": plain}}},
+        "whole": {"pretrain": {"short": phase | {"loss": None}}},
+        "inner": {"pretrain": {"short": {"loss": {"gamma": {"min": None}}}}},
+    }
+    told, whole, inner = (run.pretrain[0] for run in load_config(raw).values())
+    assert told.loss == whole.loss == LossSettings() and told.loss.kind == "contrastive"
+    assert (told.optim.name, told.optim.beta2, told.crop_scale) == ("sgd", 0.98, (0.9, 1.0))
+    assert (inner.loss.rho, inner.loss.gamma.min) == (6.5, 0.2)
+    raw["runs"] = {"a": {"pretrain": {"short": {"samples_seen": None}}}}
+    with pytest.raises(ConfigError, match=r"missing key `pretrain.0.samples_seen`"):
+        load_config(raw)
+
+
 def test_one_reference_is_a_list_of_one_and_an_overlay_can_replace_it():
     raw = copy.deepcopy(SMALL)
     raw["pretrain"][0] |= {"reference": B32, "distillation": {"feature": 0.5}}

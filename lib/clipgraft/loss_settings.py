@@ -112,7 +112,7 @@ class LossSettings(Settings):
         for name, kinds in of_kind.items():
             if name in changed(self) and self.kind not in kinds:
                 raise ValueError(
-                    f"{name} has no effect on kind: {self.kind}. Hint: remove it, or kind: {kinds[-1]}"
+                    f"{name} has no effect on kind: {self.kind}. Hint: remove it (null in an overlay), or kind: {kinds[-1]}"
                 )
         if (self.tau == "per_sample") != (self.kind == "rgcl"):
             raise ValueError(

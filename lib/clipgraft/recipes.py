@@ -93,7 +93,8 @@ class OptimSettings(Settings):
         for key, names in of_name.items():
             if key in changed(self) and self.name not in names:
                 raise ValueError(
-                    f"{key} = {getattr(self, key)} has no effect on name: {self.name}. Hint: remove it, or name: {names[0]}"
+                    f"{key} = {getattr(self, key)} has no effect on name: {self.name}. Hint: remove it (null in an "
+                    f"overlay), or name: {names[0]}"
                 )
         if self.name == "lamb" and not self.weight_decay:
             raise ValueError(

@@ -7,7 +7,7 @@ exceptions are `resources` (devices, threads, memory, time) and `slurm`, which n
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
@@ -69,7 +69,7 @@ class RunSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _taken_back(cls, raw: Any) -> Any:
-        """`null` takes back what an overlay inherits: a section, a data set, a task; where it means something, it stays."""
+        """`null` takes back what an overlay inherits: a data set, a task, as it does a section or a setting."""
         if not isinstance(raw, Mapping):
             return raw
         kept = {
@@ -79,12 +79,7 @@ class RunSettings(Settings):
         evaluate = kept.get("evaluate")
         if isinstance(evaluate, Mapping) and "tasks" in evaluate:
             kept["evaluate"] = {**evaluate, "tasks": _named(evaluate["tasks"])}
-        has_none = {
-            name
-            for name, field in cls.model_fields.items()
-            if type(None) in get_args(field.annotation)
-        }
-        return {key: value for key, value in kept.items() if value is not None or key in has_none}
+        return kept
 
     @model_validator(mode="before")
     @classmethod

@@ -6,6 +6,7 @@ A source says which columns, keys or files hold what; several captions of an ima
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -29,6 +30,22 @@ class Settings(BaseModel):
     """Base of every section: no unknown keys, no changes after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null(cls, raw: Any) -> Any:
+        """`null` takes back what an overlay inherits; where it means something, it stays."""
+        if not isinstance(raw, Mapping):
+            return raw
+        return {
+            key: value for key, value in raw.items() if value is not None or not cls._is_back(key)
+        }
+
+    @classmethod
+    def _is_back(cls, key: object) -> bool:
+        """Whether a setting without a value is one that was not given."""
+        field = cls.model_fields.get(str(key))
+        return field is not None and type(None) not in get_args(field.annotation)
 
 
 Attribute = Literal["colour", "shape", "texture", "size", "position", "background"]
