@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from clipgraft.config import ConfigError, load_config, merge, sweep_points
+from clipgraft.job import Job
 from clipgraft.planning import plan_run, plan_runs
 from clipgraft.settings import IndexJob
 from clipgraft.versions import _sampled, deciding, local_files, sources_of
@@ -521,6 +522,33 @@ def test_retrained_weights_of_a_reference_are_another_source(teacher):
     after = told()
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {"embed/full.reference_0", "pretrain/full"}
+
+
+def test_state_is_not_continued_with_other_local_weights(teacher, tmp_path):
+    """The tag of a job that reads a local reference, or starts from a file, has what Snakemake sees of them."""
+    public = tmp_path / "public.pt"
+    public.write_bytes(bytes(2**21))
+    overlay = {"model": {"pretrained": str(public)}, "pretrain": {"full": cached(teacher)}}
+    jobs = plan_run("small", load_config(merge(copy.deepcopy(SMALL), overlay))["small"])
+
+    def told() -> dict[str, str]:
+        return {
+            job.name: Job(job.stage, job.name, job.settings, {}, tmp_path, 1, "code").tag
+            for job in jobs
+        }
+
+    plain = told()
+    shard = next(job for job in jobs if job.name == "shard/short")
+    as_before = ["shard", *deciding(shard.settings, {}), "code"]
+    assert plain["shard/short"] == json.dumps(as_before, sort_keys=True)
+    (teacher / "model.safetensors").write_bytes(b"\1" * 2**21)
+    further = told()
+    changed = {name for name in plain if plain[name] != further[name]}
+    assert changed == {"embed/full.reference_0", "pretrain/full"}
+    public.write_bytes(b"\1" * 2**21)
+    replaced = told()
+    assert replaced["pretrain/short"] != further["pretrain/short"]
+    assert replaced["embed/full.reference_0"] == further["embed/full.reference_0"]
 
 
 def test_a_change_of_every_64th_part_of_large_weights_is_seen(tmp_path):

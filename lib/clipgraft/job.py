@@ -16,9 +16,10 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,7 +34,7 @@ from clipgraft.disk import disk_trouble
 from clipgraft.integrity import Inputs, to_the_present
 from clipgraft.lock import locked
 from clipgraft.orphan import NOTHING_TO_DO, SNAKEMAKE, is_left, leave_when_asked, leave_with_parents
-from clipgraft.versions import MEMORY, deciding, fingerprint
+from clipgraft.versions import MEMORY, deciding, fingerprint, weights_of
 
 log = logging.getLogger(__name__)
 S = TypeVar("S", bound=BaseModel)
@@ -128,8 +129,13 @@ class Job:
 
     @property
     def tag(self) -> str:
-        """What saved state must agree with to be continued: settings, inputs and code."""
-        return _tag(self.stage, self.raw_settings, self._ids(), self.code)
+        """What saved state must agree with to be continued: settings, inputs, local weights and code."""
+        return _tag(self.stage, self.raw_settings, self._ids(), self.code, self.weights)
+
+    @cached_property
+    def weights(self) -> list[str]:
+        """What tells that local weights, read beside the inputs, have changed; as the job began."""
+        return weights_of(self.stage, self.raw_settings, is_start="init" not in self.inputs)
 
     def _ids(self) -> dict[str, str]:
         """Of the inputs."""
@@ -203,9 +209,10 @@ class Job:
             os.environ[NOTHING_TO_DO] = "1"  # the other processes learn it from `dist.world`
 
     def _is_same(self, manifest: Mapping[str, Any]) -> bool:
-        """Whether a job of the same settings, inputs and code has written it."""
+        """Whether a job of the same settings, inputs, local weights and code has written it."""
         ids = {name: about["id"] for name, about in manifest["inputs"].items()}
-        return self.tag == _tag(manifest["stage"], manifest["settings"], ids, manifest["code"])
+        stage, settings, code = (manifest[key] for key in ("stage", "settings", "code"))
+        return self.tag == _tag(stage, settings, ids, code, manifest.get("weights", []))
 
     def _outputs_before(self) -> set[str]:
         """Files of the run before, by other code maybe."""
@@ -240,6 +247,7 @@ class Job:
                 }
                 for name, folder in self.inputs.items()
             },
+            "weights": self.weights,
             "outputs": outputs,
             "packages": provenance.package_versions(),
             "hardware": provenance.hardware(),
@@ -254,8 +262,15 @@ class Job:
             write_json(self.out / LEFT / provenance.MANIFEST, manifest)
 
 
-def _tag(stage: str, settings: Mapping[str, Any], ids: Mapping[str, str], code: str) -> str:
-    return json.dumps([stage, *deciding(settings, ids), code], sort_keys=True)
+def _tag(
+    stage: str,
+    settings: Mapping[str, Any],
+    ids: Mapping[str, str],
+    code: str,
+    weights: Sequence[str],
+) -> str:
+    parts = [stage, *deciding(settings, ids), code, *weights]
+    return json.dumps(parts, sort_keys=True)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from clipgraft import settings as cfg
 from clipgraft.architectures import our_file
 from clipgraft.aside import written_aside
-from clipgraft.config import ConfigError, local_path
+from clipgraft.config import ConfigError, local_path, validate
 from clipgraft.evalset_tasks import data_folder
 from clipgraft.loss_settings import ReferenceSettings
 from clipgraft.sources import Settings
@@ -191,6 +191,21 @@ def sources_of(settings: Settings, is_start: bool = True) -> Iterator[str]:
         for pattern in [given] if isinstance(given, str) else given or []:
             if "://" not in pattern:  # what is remote is taken at its name
                 yield from map(_identity, local_files(pattern))
+
+
+def weights_of(stage: str, settings: Mapping[str, Any], is_start: bool) -> list[str]:
+    """`sources_of` a job that reads local weights beside its inputs, from its settings as it is handed them.
+
+    Args:
+        stage: of the job.
+        settings: JSON-able.
+        is_start: as in `sources_of`.
+    """
+    if stage == "pretrain":
+        return list(sources_of(validate(cfg.PretrainJob, settings), is_start))
+    if stage == "embed" and "model" in settings:
+        return list(sources_of(validate(cfg.ReferenceJob, settings)))
+    return []
 
 
 @cache
