@@ -120,6 +120,22 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("pretrain.0.loss", {"kind": "rgcl_g", "lr_tau_schedule": "const"}, ["needs lr_tau"]),
         (
             "pretrain.0.loss",
+            {"kind": "rgcl_g", "lr_tau": 1e-4, "lr_tau_threshold": 0.02},
+            ["lr_tau_threshold has no effect on lr_tau_schedule: cosine", "step_thresh"],
+        ),
+        ("pretrain.0.loss", {"lr_tau_factor": 0.5}, ["lr_tau_factor has no effect", "Hint"]),
+        (
+            "pretrain.0.loss",
+            {"temperature": "constant", "tau_bounds": [0.02, 0.5]},
+            ["tau_bounds has no effect: the temperature is constant"],
+        ),
+        (
+            "model.config.init_logit_scale",
+            2.0,
+            ["config.init_logit_scale = 2.0 has no effect", "`temperature`", "Hint"],
+        ),
+        (
+            "pretrain.0.loss",
             {"kind": "rgcl_g", "gamma": {"schedule": "scent", "min": 0.3}},
             ["gamma.min has no effect on schedule: scent"],
         ),

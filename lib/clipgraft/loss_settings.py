@@ -118,10 +118,17 @@ class LossSettings(Settings):
             raise ValueError(
                 f"temperature: {self.tau} with kind: {self.kind}: per_sample is for rgcl, and rgcl needs it"
             )
-        fixed = {"lr_tau", "lr_tau_schedule", "lr_tau_threshold", "lr_tau_factor", "tau_grad"}
+        stepped = {"lr_tau_threshold", "lr_tau_factor"}
+        fixed = {"lr_tau", "lr_tau_schedule", "tau_bounds", "tau_grad", *stepped}
         useless = sorted(fixed & changed(self))
         if self.tau in ("constant", "locked") and useless:
             raise ValueError(f"{useless[0]} has no effect: the temperature is {self.tau}")
+        useless = sorted(stepped & changed(self))
+        if self.lr_tau_schedule != "step_thresh" and useless:
+            raise ValueError(
+                f"{useless[0]} has no effect on lr_tau_schedule: {self.lr_tau_schedule}. Hint: remove it (null in an "
+                "overlay), or lr_tau_schedule: step_thresh"
+            )
         return self
 
     @model_validator(mode="after")

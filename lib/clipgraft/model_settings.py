@@ -76,6 +76,11 @@ class ModelSettings(Settings):
             raise ValueError(
                 f"config lacks {', '.join(missing)}. Hint: it has the form of open_clip's model JSONs"
             )
+        if "init_logit_scale" in config:
+            raise ValueError(
+                f"config.init_logit_scale = {config['init_logit_scale']} has no effect: training starts at the `temperature` "
+                "of its phase, or at that of its weights. Hint: remove it, and temperature: exp(-init_logit_scale)"
+            )
         known = {"": MODEL_KEYS, "vision_cfg": VISION_KEYS, "text_cfg": TEXT_KEYS}
         for section, keys in known.items():
             part = config.get(section, {}) if section else config
