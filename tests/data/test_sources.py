@@ -428,6 +428,47 @@ def test_numbers_without_names_and_missing_columns_are_told(tmp_path):
     assert "label 5: there are 2 classes" in messages(tmp_path / "3")["00000-00000000"]
 
 
+def test_unpacked_files_are_kept_by_what_they_are_and_not_by_their_place(tmp_path, monkeypatch):
+    monkeypatch.setattr("clipgraft.data.sources.parquet.SHARD", 1)
+    settings = {
+        "kind": "parquet",
+        "files": str(tmp_path / "*.parquet"),
+        "captions": {"alt": "text"},
+    }
+    source, work = TypeAdapter(OneSource).validate_python(settings), tmp_path / "work"
+
+    def write(name: str, *texts: str) -> None:
+        rows = {"image": [jpeg(seed=len(text)) for text in texts], "text": texts}
+        pq.write_table(pa.table(rows), tmp_path / name)
+
+    def captions_after(name: str) -> list:
+        (tmp_path / name).mkdir()
+        download(source, tmp_path / name, 1, work)
+        told = read_outcomes(tmp_path / name / "outcomes.parquet")
+        assert sorted(path.name for path in (tmp_path / name).glob("*.tar")) == [
+            each.file for each in told
+        ]
+        return [each.captions for each in told]
+
+    write("b.parquet", "b", "b again")
+    (tmp_path / "c.parquet").write_bytes(b"PAR1 cut")
+    with pytest.raises(ConfigError, match=r"c\.parquet"):
+        captions_after("first")
+    write("c.parquet", "c")
+    write("a.parquet", "a")
+    assert captions_after("repaired") == [["a"], ["b"], ["b again"], ["c"]]
+    write("b.parquet", "another b")
+    assert captions_after("replaced") == [["a"], ["another b"], ["c"]]
+    (tmp_path / "c.parquet").unlink()
+    assert captions_after("shorter") == [["a"], ["another b"]]
+
+    def fail(*_):
+        raise AssertionError("it was finished")
+
+    monkeypatch.setattr("clipgraft.data.sources.parquet._open", fail)
+    assert captions_after("unchanged") == [["a"], ["another b"]]
+
+
 # --- tars -----------------------------------------------------------------------------------------
 
 

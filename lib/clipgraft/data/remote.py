@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,20 @@ def open_file(name: str, packing: str | None = None) -> Any:
     if packing is None:
         return file
     return io.BufferedReader(_told_plainly(name, lambda: Unpacked(file, packing, name)))
+
+
+def identity_of(name: str) -> str:
+    """8 hex digits that are others once a path or an address holds another file.
+
+    Raises:
+        ConfigError: if it is not there or cannot be read.
+    """
+
+    def look() -> str:
+        system, path = _system(name)
+        return _identity(system.info(path))
+
+    return str(_told_plainly(name, look))
 
 
 def copy_all(
@@ -162,11 +176,7 @@ def _copy_part(url: str, target: Path, progress: _Megabytes) -> Path:
     system, path = _system(url)
     about = system.info(path)
     size = about.get("size")
-    identity = repr(
-        [about.get(key) for key in ("size", "ETag", "etag", "mtime", "LastModified", "blob_id")]
-    )
-    digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
-    part = target.with_name(f"{target.name}.{digest}.part")
+    part = target.with_name(f"{target.name}.{_identity(about)}.part")
     for other in target.parent.glob(f"{target.name}.*.part"):
         if other != part:
             other.unlink()  # of a version that is no longer there
@@ -187,6 +197,12 @@ def _copy_part(url: str, target: Path, progress: _Megabytes) -> Path:
     if size is not None and part.stat().st_size != size:
         raise OSError(f"it has {size:,} bytes, and {part.stat().st_size:,} came")
     return part
+
+
+def _identity(about: Mapping[str, Any]) -> str:
+    """8 hex digits that change with a file, as far as its file system tells."""
+    told = [about.get(key) for key in ("size", "ETag", "etag", "mtime", "LastModified", "blob_id")]
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:8]
 
 
 def _append(system: Any, path: str, part: Path, progress: _Megabytes) -> None:

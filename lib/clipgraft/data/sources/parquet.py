@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,16 @@ import pyarrow.parquet as pq
 from clipgraft.aside import written_aside
 from clipgraft.config import ConfigError
 from clipgraft.data.fetch import SHARD, link
-from clipgraft.data.outcomes import Outcome, collect_captions, read_outcomes, write_outcomes
+from clipgraft.data.outcomes import (
+    OUTCOMES,
+    Outcome,
+    collect_captions,
+    read_outcomes,
+    requested_of,
+    write_outcomes,
+)
 from clipgraft.data.parallel import Progress, parallel_map
-from clipgraft.data.remote import expand, open_file
+from clipgraft.data.remote import expand, identity_of, open_file
 from clipgraft.data.sources.classes import class_label, read_classes, write_classes
 from clipgraft.data.tars import add_member
 from clipgraft.data.unpacked import open_parquet
@@ -38,7 +46,7 @@ _MAGIC = {
 
 
 def download_parquet(source: ParquetSource, out: Path, work: Path, threads: int) -> list[Outcome]:
-    """Unpack the images of all files into tars; a file that is finished is not read again.
+    """Unpack the images of all files into tars; a file that is finished is not read again while it stays as it is.
 
     Raises:
         ConfigError: if a file cannot be read or lacks a column, or class names are unknown.
@@ -53,8 +61,9 @@ def download_parquet(source: ParquetSource, out: Path, work: Path, threads: int)
         outcomes += of_file
         progress.add(1, f"   {len(outcomes):,} images")
     progress.done(f"   {len(outcomes):,} images")
-    for path in sorted(work.glob("*.tar")):
-        link(path, out / path.name)
+    for number in range(len(files)):  # of an earlier, longer list there may be more
+        for path in sorted(_folder(work, number).glob("*.tar")):
+            link(path, out / path.name)
     if source.label_column is not None:
         told = (json.loads(each.labels)["class"] for each in outcomes if each.labels)
         write_classes(classes or sorted(set(told)), out)
@@ -86,9 +95,12 @@ def _class_names(source: ParquetSource, files: list[str]) -> list[str] | None:
 
 def _unpack(task: tuple[ParquetSource, str, list[str] | None, int, Path]) -> list[Outcome]:
     source, name, classes, number, work = task
-    marker = work / f"{number:05d}.parquet"
-    if marker.is_file():
+    folder = _folder(work, number)
+    marker, unpacked = folder / OUTCOMES, repr([name, identity_of(name), classes])
+    if requested_of(marker) == unpacked:
         return read_outcomes(marker)
+    shutil.rmtree(folder, ignore_errors=True)  # not finished, or of another file
+    folder.mkdir()
     outcomes: list[Outcome] = []
     try:
         with open_file(name) as file:
@@ -100,7 +112,7 @@ def _unpack(task: tuple[ParquetSource, str, list[str] | None, int, Path]) -> lis
                 for cells in clean_table(pa.Table.from_batches([batch])).to_pylist():
                     if row % SHARD == 0:
                         _close(tar)
-                        tar = tarfile.open(work / f"{number:05d}-{row // SHARD:04d}.tar", "w")
+                        tar = tarfile.open(folder / f"{number:05d}-{row // SHARD:04d}.tar", "w")
                     assert tar is not None
                     outcomes.append(_add(source, classes, cells, f"{number:05d}-{row:08d}", tar))
                     row += 1
@@ -108,8 +120,13 @@ def _unpack(task: tuple[ParquetSource, str, list[str] | None, int, Path]) -> lis
     except (pa.ArrowException, OSError) as error:
         raise ConfigError(f"{name} cannot be read: {error}. Hint: download it again") from None
     with written_aside(marker) as aside:
-        write_outcomes(outcomes, aside)
+        write_outcomes(outcomes, aside, unpacked)
     return outcomes
+
+
+def _folder(work: Path, number: int) -> Path:
+    """What is unpacked of one file; its outcomes, written last, say of which."""
+    return work / f"{number:05d}"
 
 
 def _close(tar: tarfile.TarFile | None) -> None:
