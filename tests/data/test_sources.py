@@ -502,6 +502,22 @@ def test_names_that_the_json_gives_are_never_changed(tmp_path):
     assert [(row["uid"], row["reason"]) for row in rejects] == [("same", "repeated key")]
 
 
+@pytest.mark.parametrize("folder", ["", "./", "photos/"])
+def test_the_resource_forks_that_a_mac_packs_part_no_image_from_its_caption(folder, tmp_path):
+    files = {".DS_Store": bytes(100)}
+    for name, content in (
+        ("0.jpg", jpeg()),
+        ("0.txt", "zero"),
+        ("1.jpg", jpeg()),
+        ("1.txt", "one"),
+    ):
+        files |= {f"{folder}._{name}": b"\0\5\26\7" + bytes(60), f"{folder}{name}": content}
+    tar = write_tar(tmp_path / "x.tar", files)
+    samples = indexed(tmp_path, {"kind": "tars", "tars": str(tar)})
+    assert samples.all_captions() == [["zero"], ["one"]]
+    assert len(messages(tmp_path / "download")) == 2
+
+
 def test_tars_are_chosen_by_globs_braces_and_lists(tmp_path):
     for number in range(4):
         files = {f"{number}.jpg": jpeg(seed=number), f"{number}.txt": f"number {number}"}

@@ -66,11 +66,14 @@ def list_members(path: Path) -> list[tuple[str, int, int]]:
 def list_samples(path: Path) -> list[tuple[str, Members]]:
     """Samples of a WebDataset tar, in its order: neighbours whose names agree up to the first dot.
 
-    An extension that comes twice begins another sample of the same key.
+    An extension that comes twice begins another sample of the same key. Hidden files belong to none: a Mac puts
+    a `._0.jpg` before each `0.jpg`. webdataset passes over them, too, where they are in no folder.
     """
     samples: list[tuple[str, Members]] = []
     for name, offset, size in list_members(path):
         folder, _, base = name.rpartition("/")
+        if base.startswith("."):
+            continue
         stem, _, extension = base.partition(".")
         key = f"{folder}/{stem}".removeprefix("./").removeprefix("/")
         extension = extension.lower()
