@@ -220,9 +220,32 @@ def listing(name: str) -> str:
         raise ConfigError(
             f"folder {name!r} does not exist. Hint: paths are relative to {Path().resolve()}"
         )
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = files_below(folder)
     listed = "\n".join(f"{path.relative_to(folder)}:{path.stat().st_size}" for path in files)
     return f"{len(files)} files, {_short_hash(listed)}"
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files of a folder and its subfolders, sorted; links to folders are followed, and each folder is entered once.
+
+    Folders come before links to them: a link to another place of the same tree adds nothing.
+    """
+    files: list[Path] = []
+    entered: set[str] = set()
+    starts = [str(folder)]  # and the links that are met
+    for start in starts:
+        for place, folders, names in os.walk(start):
+            folders.sort()
+            real = os.path.realpath(place)
+            if real in entered:
+                folders.clear()
+                continue
+            entered.add(real)
+            starts += [
+                link for name in folders if os.path.islink(link := os.path.join(place, name))
+            ]
+            files += [path for name in names if (path := Path(place, name)).is_file()]
+    return sorted(files)
 
 
 def _weights(reference: ReferenceSettings | cfg.ReferenceJob) -> list[Path]:

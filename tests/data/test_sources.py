@@ -26,6 +26,7 @@ from clipgraft.data.samples import Samples
 from clipgraft.data.sources.annotations import first_sentence
 from clipgraft.settings import IndexJob, IndexSettings
 from clipgraft.sources import SOURCE_KINDS, OneSource, Source, UrlSource
+from clipgraft.versions import listing
 
 
 @pytest.fixture
@@ -244,6 +245,30 @@ def test_a_folder_per_class_gives_labels_and_captions(tmp_path):
     assert samples.captions(0) == ["a photo of a dog", "one dog and another dog"]
     assert samples.captions(2) == ["a photo of a tabby cat", "one tabby cat and another tabby cat"]
     assert "in no folder" in messages(tmp_path / "download")["stray.jpg"]
+
+
+def test_linked_folders_are_entered_once_each_and_a_loop_ends(tmp_path):
+    kept, chosen = tmp_path / "kept", tmp_path / "chosen"
+    for number, name in enumerate(("cat", "dog", "fox")):
+        (kept / name / "deep").mkdir(parents=True)
+        (kept / name / "deep" / "1.jpg").write_bytes(jpeg(seed=number))
+    (chosen / "own").mkdir(parents=True)
+    (chosen / "own" / "2.jpg").write_bytes(jpeg(seed=3))
+    for name in ("cat", "dog"):
+        (chosen / name).symlink_to(kept / name)
+    (kept / "dog" / "up").symlink_to(chosen)
+    (chosen / "also").symlink_to(chosen / "own")
+    samples = indexed(tmp_path, {"kind": "class_folder", "folder": str(chosen)})
+    assert classes_of(samples) == {
+        "cat/deep/1.jpg": "cat",
+        "dog/deep/1.jpg": "dog",
+        "own/2.jpg": "own",
+    }
+    assert samples.image_bytes(1) == jpeg(seed=1)
+    before = listing(str(chosen))
+    (kept / "cat" / "deep" / "2.jpg").write_bytes(jpeg(seed=4))
+    listing.cache_clear()
+    assert before.startswith("3 files") and listing(str(chosen)).startswith("4 files")
 
 
 def test_class_names_and_templates_that_cannot_be_meant_are_refused(tmp_path):

@@ -11,6 +11,7 @@ from clipgraft.data.sources.classes import class_label, write_classes
 from clipgraft.data.utf8 import clean, is_utf8
 from clipgraft.sources import ClassFolderSource, FolderSource
 from clipgraft.spelling import hint
+from clipgraft.versions import files_below
 
 
 def local_folder(name: str) -> Path:
@@ -77,9 +78,7 @@ def _unnamable(key: str) -> Outcome:
 
 
 def _images(folder: Path) -> list[Path]:
-    paths = sorted(
-        path for path in folder.rglob("*") if path.suffix[1:].lower() in SUFFIXES and path.is_file()
-    )
+    paths = [path for path in files_below(folder) if path.suffix[1:].lower() in SUFFIXES]
     if not paths:
         raise ConfigError(
             f"folder {folder} holds no images. Hint: image files are {', '.join(SUFFIXES)}"
