@@ -524,7 +524,28 @@ def test_names_that_the_json_gives_are_never_changed(tmp_path):
     source = {"kind": "tars", "tars": str(tmp_path / "*.tar"), "uid_key": "key"}
     assert indexed(tmp_path, source).uids() == ["other 0", "other 1", "same"]
     rejects = pq.read_table(tmp_path / "index/rejects.parquet").to_pylist()
-    assert [(row["uid"], row["reason"]) for row in rejects] == [("same", "repeated key")]
+    assert [(row["uid"], row["reason"]) for row in rejects] == [("same", "repeated uid")]
+
+
+def test_rows_that_name_the_same_image_are_captions_of_it_unless_it_is_another(tmp_path):
+    files = {}
+    for number, (seed, uid) in enumerate([(1, "x"), (1, "x"), (2, "x"), (3, "y"), (1, "x")]):
+        about = {"id": uid, "caption": f"caption {min(number, 3)}"}
+        files |= {f"{number}.jpg": jpeg(seed=seed), f"{number}.json": about}
+    files |= {"5.jpg": "no picture", "5.json": {"id": "y", "caption": "lost"}}
+    tar = write_tar(tmp_path / "x.tar", files)
+    samples = indexed(tmp_path, {"kind": "tars", "tars": str(tar), "uid_key": "id"})
+    assert captions_of(samples) == {
+        "x": [("caption", f"caption {number}") for number in (0, 1, 3)],
+        "y": [("caption", "caption 3")],
+    }
+    rejects = pq.read_table(tmp_path / "index/rejects.parquet").to_pylist()
+    assert [(row["uid"], row["reason"], row["detail"].split(", ")[-1]) for row in rejects] == [
+        ("x", "repeated uid", "which takes 1 caption"),
+        ("x", "repeated uid", f"which is in {tar}"),
+        ("x", "repeated uid", "which takes 1 caption"),
+        ("y", "undecodable", rejects[3]["detail"]),
+    ]
 
 
 @pytest.mark.parametrize("folder", ["", "./", "photos/"])

@@ -142,8 +142,9 @@ def build_index(
         rejected += [each for each in results if isinstance(each, Rejected)]
         progress.add(len(results), f"   {len(rejected):,} rejected")
     progress.done()
+    accepted, repeats = _join_named(accepted)
     accepted, copies = _without_copies(settings, accepted, not_in or {})
-    rejected = sorted(rejected + copies, key=lambda each: each.uid)
+    rejected = sorted(rejected + repeats + copies, key=lambda each: each.uid)
     reasons = Counter(each.reason for each in rejected)
     for reason, count in reasons.most_common():
         example = next(each for each in rejected if each.reason == reason)
@@ -167,10 +168,18 @@ def build_index(
 
 
 def _without_repeats(found: list[Found]) -> tuple[list[Found], list[Rejected]]:
-    """The first sample of each uid, and the others: one tar holds the same key twice."""
+    """The first sample of each key, and the others: one tar holds the same key twice.
+
+    Images that share a name which the data gives stay, until their pixels are known.
+    """
     first: dict[str, Found] = {}
-    repeats = [each for each in found if first.setdefault(each.uid, each) is not each]
-    return list(first.values()), [
+    kept: list[Found] = []
+    repeats: list[Found] = []
+    for each in found:
+        known = first.setdefault(each.uid, each)
+        is_named = (each.is_named or known.is_named) and _place(each)[0] is not None
+        (kept if each is known or is_named else repeats).append(each)
+    return kept, [
         Rejected(
             each.uid,
             "repeated key",
@@ -270,6 +279,48 @@ def _why_no_caption(class_names: ClassNames, found: Found) -> tuple[str, str]:
 # --- copies -------------------------------------------------------------------------------------------------
 
 
+def _join_named(accepted: list[Accepted]) -> tuple[list[Accepted], list[Rejected]]:
+    """The first sample of each uid, with the captions of those that show the same; all others are rejected."""
+    row_of: dict[str, int] = {}
+    joined: list[Accepted] = []
+    rejected: list[Rejected] = []
+    adopted = Counter[str]()
+    for each in accepted:
+        row = row_of.setdefault(each.uid, len(joined))
+        if row == len(joined):
+            joined.append(each)
+            continue
+        first = joined[row]
+        if each.pixel_hash == first.pixel_hash:
+            joined[row], num, done = _adopt(first, each, adopted[each.uid])
+            adopted[each.uid] += num
+            detail = f"the pixels of the first{done}"
+        else:
+            detail = f"another image than the first of this name, which is in {first.tar}"
+        place = each.tar, each.image_offset, each.image_bytes
+        rejected.append(Rejected(each.uid, "repeated uid", detail, *place))
+    return joined, rejected
+
+
+def _adopt(original: Accepted, copy: Accepted, num_adopted: int) -> tuple[Accepted, int, str]:
+    """The original with what only a copy's captions say, how many it takes, and what was done in words."""
+    known = set(zip(original.captions, original.caption_kinds, strict=True))
+    pairs = zip(copy.captions, copy.caption_kinds, strict=True)
+    new = [pair for pair in dict.fromkeys(pairs) if pair not in known]
+    if not new:
+        return original, 0, ", and its captions"
+    if num_adopted + len(new) > _MAX_ADOPTED:
+        told = f", which has taken {num_adopted} captions of copies and takes no more"
+        return original, 0, told
+    captions, kinds = map(list, zip(*new, strict=True))
+    taker = replace(
+        original,
+        captions=original.captions + captions,
+        caption_kinds=original.caption_kinds + kinds,
+    )
+    return taker, len(new), f", which takes {_count(len(new), 'caption')}"
+
+
 def _without_copies(
     settings: IndexJob, accepted: list[Accepted], not_in: Mapping[str, Path]
 ) -> tuple[list[Accepted], list[Rejected]]:
@@ -283,22 +334,9 @@ def _without_copies(
 
     def adopt(row: int, first: int) -> str:
         """Give the captions of a copy to its original; returns what was done."""
-        original = accepted[first]
-        known = set(zip(original.captions, original.caption_kinds, strict=True))
-        pairs = zip(accepted[row].captions, accepted[row].caption_kinds, strict=True)
-        new = [pair for pair in dict.fromkeys(pairs) if pair not in known]
-        if not new:
-            return ", and its captions"
-        if adopted[first] + len(new) > _MAX_ADOPTED:
-            return f", which has taken {adopted[first]} captions of copies and takes no more"
-        adopted[first] += len(new)
-        captions, kinds = map(list, zip(*new, strict=True))
-        accepted[first] = replace(
-            original,
-            captions=original.captions + captions,
-            caption_kinds=original.caption_kinds + kinds,
-        )
-        return f", which takes {_count(len(new), 'caption')}"
+        accepted[first], num, done = _adopt(accepted[first], accepted[row], adopted[first])
+        adopted[first] += num
+        return done
 
     def reject(
         row: int, reason: str, of: str, other_hash: np.uint64 | None = None, adopted: str = ""
