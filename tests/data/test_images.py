@@ -62,6 +62,44 @@ def test_orientation_tags_are_obeyed_by_every_way_in(tag):
         assert np.abs(pixels.astype(int) - expected).mean() < 4
 
 
+def _turned_by_xmp(xmp: bytes) -> bytes:
+    return jpeg(48, 32, xmp=b'<x:xmpmeta xmlns:x="adobe:ns:meta/">' + xmp + b"</x:xmpmeta>")
+
+
+def _turned_behind(segments: bytes) -> bytes:
+    """A JPEG with these bytes before its EXIF."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = jpeg(48, 32, exif=exif)
+    place = data.index(b"\xff\xe1")
+    return data[:place] + segments + data[place:]
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        _turned_by_xmp(b'<rdf:Description tiff:Orientation="6"/>'),
+        _turned_by_xmp(b"<tiff:Orientation>6</tiff:Orientation>"),
+        _turned_behind(2 * (b"\xff\xe2" + (60_002).to_bytes(2, "big") + bytes(60_000))),
+        _turned_behind(b"\xff\xff"),  # bytes that only fill
+    ],
+)
+def test_whatever_turns_a_jpeg_turns_it_in_every_way_in(stored):
+    by_pillow = np.asarray(to_rgb(open_image(stored)))
+    assert by_pillow.shape == (48, 32, 3)
+    assert np.array_equal(decode(stored), by_pillow)
+    assert np.array_equal(decode_whole(stored), by_pillow)
+    assert decode(shrink(stored, 32, 98)).shape == by_pillow.shape
+
+
+def test_jpegs_that_nothing_turns_are_decoded_the_fast_way(monkeypatch):
+    stored = [jpeg(), jpeg(icc_profile=bytes(150_000)), _turned_by_xmp(b"<dc:title/>")]
+    expected = [decode_whole(data) for data in stored]
+    monkeypatch.setattr("clipgraft.data.images.to_rgb", None)
+    for data, pixels in zip(stored, expected, strict=True):
+        assert np.array_equal(decode(data), pixels)
+
+
 def test_small_jpegs_keep_their_bytes():
     data = jpeg(40, 30)
     assert shrink(data, 30, 50) == data

@@ -142,7 +142,7 @@ def decode(data: bytes) -> np.ndarray:
     """
     if data[:2] != _START:
         return np.asarray(to_rgb(open_image(data)))
-    if b"Exif\0" not in data[:65536]:
+    if not _may_be_turned(data):
         with suppress(ValueError, KeyError):  # Pillow gives a better account of damage
             height, width, *_ = simplejpeg.decode_jpeg_header(data, strict=False)
             if height * width <= MAX_MEGAPIXELS * 1e6:
@@ -200,6 +200,24 @@ def _whole_jpeg(data: bytes, is_progressive: bool) -> tuple[np.ndarray | None, b
     if _DAMAGE.search(complaint) or _is_left_over(data, _EXTRA.search(complaint)):
         raise _bad(f"libjpeg: {complaint}", data)
     return None, data  # Pillow decides
+
+
+def _may_be_turned(data: bytes) -> bool:
+    """Whether a JPEG has EXIF or an orientation in XMP before its pixels, by which Pillow turns it; also if unsure."""
+    place = len(_START)
+    while data[place : place + 1] == b"\xff":
+        marker, size = data[place + 1 : place + 2], data[place + 2 : place + 4]
+        if marker == b"\xda":  # pixels follow
+            return False
+        if not (b"\xc0" <= marker < b"\xd0" or b"\xda" < marker < b"\xff"):  # it has no size
+            return True
+        end = place + 2 + int.from_bytes(size, "big")
+        if marker == b"\xe1":
+            segment = data[place + 4 : end]
+            if segment.startswith(b"Exif\0") or b"tiff:Orientation" in segment:
+                return True
+        place = end
+    return True
 
 
 def _is_upright(image: Image.Image) -> bool:
