@@ -157,6 +157,57 @@ def test_json_lines_may_hold_lists_and_broken_lines_are_told(site, tmp_path):
     assert "line 2 is no JSON" in told["000000002"] and "line 4" in told["000000003"]
 
 
+def test_in_json_lines_texts_and_lists_go_together_and_what_is_missing_is_no_caption(
+    site, tmp_path
+):
+    cells = ["one", ["two", "three"], None, float("nan"), [float("nan"), "four", 5]]
+    rows = [
+        {"url": f"{site.address}/{number}.jpg", "caption": cell}
+        for number, cell in enumerate(cells)
+    ]
+    odd = [{}, [{}], 10**30, {"a": 10**30}, [1, "a"]]  # nobody reads them
+    rows = [{**row, "meta": meta, "odd": [{}]} for row, meta in zip(rows, odd, strict=True)]
+    rows[0] |= {"empty": {}, "long": 10**30}
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    samples = indexed(tmp_path, urls(tmp_path / "t.jsonl"))
+    assert samples.all_captions() == [["one"], ["two", "three"], ["four", "5"]]
+    rejects = pq.read_table(tmp_path / "index/rejects.parquet").to_pylist()
+    assert {row["reason"] for row in rejects} == {"empty caption"} and len(rejects) == 2
+
+
+@pytest.mark.parametrize("cell", [{"en": "a dog"}, True, [{"raw": "a dog"}], [["a dog"]]])
+@pytest.mark.parametrize("kind", ["urls", "tars", "parquet"])
+def test_what_is_no_text_is_no_caption_and_is_named(kind, cell, tmp_path):
+    captions = {"caption": "alt"}
+    if kind == "tars":
+        files = {"0.jpg": jpeg(), "0.json": {"alt": cell}, "1.jpg": jpeg(), "1.json": {"alt": "x"}}
+        tar = write_tar(tmp_path / "x.tar", files)
+        source = {"kind": "tars", "tars": str(tar), "captions": captions}
+        told = messages(downloaded(tmp_path, source))
+        assert "its .json: 'alt' holds a" in told["0"] and not told["1"]
+        return
+    if kind == "urls":
+        source = urls(tmp_path / "t.jsonl", captions=captions)
+        rows = [{"url": "http://a/b", "alt": "x"}, {"url": "http://a/b", "alt": cell}]
+        (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    else:
+        source = {"kind": kind, "files": str(tmp_path / "t.parquet"), "captions": captions}
+        pq.write_table(pa.table({"image": [jpeg()], "alt": [cell]}), tmp_path / "t.parquet")
+    with pytest.raises(ConfigError, match=r"'alt' holds a \w+ where a caption is wanted"):
+        downloaded(tmp_path, source)
+
+
+def test_a_caption_that_is_missing_in_a_tar_or_a_parquet_file_is_none(tmp_path):
+    files = {"0.jpg": jpeg(), "0.json": '{"alt": NaN, "title": "zero"}'}
+    tar = write_tar(tmp_path / "x.tar", files)
+    table = pa.table({"image": [jpeg()], "alt": [float("nan")], "title": ["zero"]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    for kind, key, path in (("tars", "tars", tar), ("parquet", "files", tmp_path / "t.parquet")):
+        source = {"kind": kind, key: str(path), "captions": {"alt": "alt", "title": "title"}}
+        told = read_outcomes(downloaded(tmp_path, source, kind) / "outcomes.parquet")
+        assert [each.captions for each in told] == [["zero"]]
+
+
 def test_tables_are_several_files_with_different_columns_and_remote_ones_too(site, tmp_path):
     (tmp_path / "a.csv").write_text(f"url,caption\n{site.address}/0.jpg,one\n")
     remote = fsspec.filesystem("memory")

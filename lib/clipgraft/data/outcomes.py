@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clipgraft.config import ConfigError
 from clipgraft.data.utf8 import clean
 
 OUTCOMES = "outcomes.parquet"
@@ -90,14 +91,34 @@ def collect_captions(
     Args:
         row: column -> cell: text, a list of texts, or nothing.
         columns: caption kind -> column.
+
+    Raises:
+        ConfigError: if a cell holds something else.
     """
     captions, kinds = [], []
     for kind, column in columns.items():
-        cell = row.get(column)
-        for text in cell if isinstance(cell, list) else [cell]:
-            if isinstance(text, bytes):
-                text = text.decode("utf-8", "replace")
-            if text is not None and str(text).strip():
-                captions.append(clean(str(text)))
-                kinds.append(kind)
+        texts = texts_of(row.get(column), column)
+        captions += texts
+        kinds += [kind] * len(texts)
     return captions, kinds
+
+
+def texts_of(cell: object, column: str) -> list[str]:
+    """The texts of a cell without empty ones; a missing value may be written as NaN, and a number is its digits.
+
+    Raises:
+        ConfigError: if it is neither a text nor a list of texts.
+    """
+    texts = []
+    for text in cell if isinstance(cell, list) else [cell]:
+        if isinstance(text, bool | dict | list | tuple):
+            raise ConfigError(
+                f"{column!r} holds a {type(text).__name__} where a caption is wanted. Hint: a caption is a text, or one "
+                "of a list of texts; give what holds them"
+            )
+        if isinstance(text, bytes):
+            text = text.decode("utf-8", "replace")
+        if text is None or text != text or not str(text).strip():  # NaN alone differs from itself
+            continue
+        texts.append(clean(str(text)))
+    return texts

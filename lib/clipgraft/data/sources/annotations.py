@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from clipgraft.config import ConfigError
-from clipgraft.data.outcomes import Outcome
+from clipgraft.data.outcomes import Outcome, texts_of
 from clipgraft.data.sources.folders import local_folder
 from clipgraft.data.utf8 import clean, is_utf8
 from clipgraft.sources import CocoSource, ShareGpt4vSource
@@ -128,7 +128,7 @@ def _find_images(found: Iterable[Annotated], folder: Path, json_file: Path) -> l
             outcomes[key] = Outcome(key, "", "failed", "the entry names no image")
             continue
         texts = zip(captions, kinds, strict=True)
-        pairs = [(clean(str(text)), kind) for text, kind in texts if text is not None]
+        pairs = [(text, kind) for cell, kind in texts for text in texts_of(cell, "caption")]
         captions, kinds = [text for text, _ in pairs], [kind for _, kind in pairs]
         pure, name = PurePosixPath(name), clean(name)
         known = outcomes.get(name)

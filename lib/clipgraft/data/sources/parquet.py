@@ -102,12 +102,12 @@ def _unpack(task: tuple[ParquetSource, str, list[str] | None, int, Path]) -> lis
     shutil.rmtree(folder, ignore_errors=True)  # not finished, or of another file
     folder.mkdir()
     outcomes: list[Outcome] = []
+    tar: tarfile.TarFile | None = None
     try:
         with open_file(name) as file:
             table = _open(file, name)
             columns = _columns(source, name, table.schema_arrow.names)
             row = 0
-            tar: tarfile.TarFile | None = None
             for batch in table.iter_batches(_ROWS, columns=columns):
                 for cells in clean_table(pa.Table.from_batches([batch])).to_pylist():
                     if row % SHARD == 0:
@@ -116,9 +116,10 @@ def _unpack(task: tuple[ParquetSource, str, list[str] | None, int, Path]) -> lis
                     assert tar is not None
                     outcomes.append(_add(source, classes, cells, f"{number:05d}-{row:08d}", tar))
                     row += 1
-            _close(tar)
     except (pa.ArrowException, OSError) as error:
         raise ConfigError(f"{name} cannot be read: {error}. Hint: download it again") from None
+    finally:
+        _close(tar)
     with written_aside(marker) as aside:
         write_outcomes(outcomes, aside, unpacked)
     return outcomes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
+from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from clipgraft.config import ConfigError
+from clipgraft.data.outcomes import texts_of
 from clipgraft.data.remote import expand, is_remote, open_file
 from clipgraft.data.unpacked import open_parquet
 from clipgraft.data.utf8 import clean, clean_bytes, clean_table, is_utf8
@@ -33,7 +35,7 @@ def read_tables(source: UrlSource) -> tuple[pa.Table, list[str]]:
     parts: list[pa.Table] = []
     bad: list[str] = []
     for name in expand(source.table):
-        table = _read_file(name, source.columns, bad)
+        table = _read_file(name, source, bad)
         _check_columns(name, table, source)
         parts.append(table)
     try:
@@ -67,7 +69,7 @@ def _check_columns(name: str, table: pa.Table, source: UrlSource) -> None:
         raise ConfigError(f"{name} has no column {column!r} ({setting}). Hint: {hint}")
 
 
-def _read_file(name: str, columns: list[str] | None, bad: list[str]) -> pa.Table:
+def _read_file(name: str, source: UrlSource, bad: list[str]) -> pa.Table:
     path = PurePosixPath(urlsplit(name).path if is_remote(name) else name)
     suffix = path.suffix.lower()
     packing = _PACKED.get(suffix)
@@ -84,8 +86,8 @@ def _read_file(name: str, columns: list[str] | None, bad: list[str]) -> pa.Table
                 whole = io.BytesIO(file.read()) if packing else file  # it is read from its end
                 return clean_table(open_parquet(whole, name).read())
             if kind in ("csv", "tsv"):
-                return _read_lines(file, kind, columns, bad)
-            return _read_json_lines(file, name, bad)
+                return _read_lines(file, kind, source.columns, bad)
+            return _read_json_lines(file, name, source, bad)
     except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{name} cannot be read as {kind}: {error}. Hint: check how it was written, or get it again"
@@ -131,14 +133,14 @@ def _header(data: bytes, parse: pa.csv.ParseOptions) -> list[str]:
         return list(reader.schema.names)
 
 
-def _read_json_lines(file: BinaryIO, name: str, bad: list[str]) -> pa.Table:
+def _read_json_lines(file: BinaryIO, name: str, source: UrlSource, bad: list[str]) -> pa.Table:
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
         try:
             # Written anew if it has surrogates that stand alone, which no table can hold.
-            row = json.loads(clean_bytes(line))
+            row = json.loads(clean_bytes(line), parse_constant=_no_number)
             row = (
                 row
                 if is_utf8(text := json.dumps(row, ensure_ascii=False))
@@ -154,17 +156,40 @@ def _read_json_lines(file: BinaryIO, name: str, bad: list[str]) -> pa.Table:
     if bad and not rows:
         raise ConfigError(f"{name} has no rows: {bad[0]}. Hint: JSON lines are one object per line")
     names = dict.fromkeys(name for row in rows for name in row)
-    return pa.table({name: _column([row.get(name) for row in rows]) for name in names})
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    captions = source.captions.values()
+    return pa.table(
+        {
+            column: _caption_column(cells, column) if column in captions else _column(cells)
+            for column, cells in columns.items()
+        }
+    )
 
 
-def _column(values: list[Any]) -> pa.Array:
-    try:
-        return pa.array(values)
-    except pa.ArrowException:  # of several types
-        return pa.array(
-            [
-                value if value is None or isinstance(value, str) else json.dumps(value)
-                for value in values
-            ],
-            pa.string(),
-        )
+def _no_number(_: str) -> None:
+    """NaN and infinity, which JSON does not have, stand for what is missing."""
+
+
+def _caption_column(cells: list[Any], column: str) -> pa.Array:
+    """Texts and lists of texts in one column are lists."""
+    texts = [texts_of(cell, column) for cell in cells]
+    with suppress(pa.ArrowException, OverflowError):
+        return pa.array(cells)
+    return pa.array(texts, pa.list_(pa.string()))
+
+
+def _column(cells: list[Any]) -> pa.Array:
+    """Cells of several types, and of types that no parquet file can hold, are JSON."""
+    with suppress(pa.ArrowException, OverflowError):
+        if _can_be_stored((array := pa.array(cells)).type):
+            return array
+    return pa.array(
+        [cell if cell is None or isinstance(cell, str) else json.dumps(cell) for cell in cells],
+        pa.string(),
+    )
+
+
+def _can_be_stored(kind: pa.DataType) -> bool:
+    """Whether no object in it is without keys."""
+    inner = [kind.field(number).type for number in range(kind.num_fields)]
+    return bool(inner or not pa.types.is_struct(kind)) and all(map(_can_be_stored, inner))

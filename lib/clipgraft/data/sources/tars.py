@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from clipgraft.config import ConfigError
 from clipgraft.data.fetch import link
 from clipgraft.data.outcomes import Outcome, collect_captions
 from clipgraft.data.parallel import parallel_map
@@ -77,5 +78,8 @@ def _read_sample(source: TarSource, path: Path, file: str, key: str, members: Me
         uid = clean(str(about[source.uid_key]))
     captions, kinds = (None, None)
     if source.captions is not None:
-        captions, kinds = collect_captions(about, source.captions)
+        try:
+            captions, kinds = collect_captions(about, source.captions)
+        except ConfigError as error:
+            return Outcome(key, file, "failed", f"its .json: {str(error).split('. Hint')[0]}")
     return Outcome(key, file, "ok", "", uid, captions, kinds)
