@@ -504,6 +504,47 @@ def test_numbers_without_names_and_missing_columns_are_told(tmp_path):
     assert "label 5: there are 2 classes" in messages(tmp_path / "3")["00000-00000000"]
 
 
+@pytest.mark.parametrize(
+    ("cell", "kind"),
+    [("images/1.jpg", "string"), ([{"bytes": b"x"}], "list<"), ({"path": "x.jpg"}, "struct<path")],
+)
+def test_an_image_column_without_bytes_is_named_with_its_type(cell, kind, tmp_path):
+    pq.write_table(pa.table({"image": [cell], "text": ["a"]}), tmp_path / "t.parquet")
+    source = {"kind": "parquet", "files": str(tmp_path / "t.parquet")}
+    with pytest.raises(ConfigError, match=rf"t\.parquet: column 'image' is of type {kind}"):
+        downloaded(tmp_path, {**source, "captions": {"caption": "text"}})
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "classes"),
+    [
+        ([1.0, 0.0, None], "cat dog", ["dog", "cat", None]),
+        ([1.0, float("nan"), -1.0], "cat dog", ["dog", None, None]),
+        ([True, False, None], "no yes", ["yes", "no", None]),
+        ([True, False, None], None, ["True", "False", None]),
+        (["dog", "cat", None], "cat dog", ["dog", "cat", None]),
+    ],
+)
+def test_labels_are_numbers_truth_values_or_names(labels, names, classes, tmp_path):
+    rows = {"image": [jpeg(seed=number) for number in range(3)], "label": labels}
+    pq.write_table(pa.table({**rows, "text": ["a", "b", "c"]}), tmp_path / "t.parquet")
+    source = {"kind": "parquet", "files": str(tmp_path / "t.parquet"), "label_column": "label"}
+    if names:
+        (tmp_path / "names.txt").write_text(names.replace(" ", "\n"))
+        source["classes"] = str(tmp_path / "names.txt")
+    samples = indexed(tmp_path, {**source, "captions": {"caption": "text"}})
+    assert list(classes_of(samples).values()) == classes
+
+
+@pytest.mark.parametrize("label", ["fox", 0.5])
+def test_a_label_that_is_no_class_is_named(label, tmp_path):
+    pq.write_table(pa.table({"image": [jpeg()], "label": [label]}), tmp_path / "t.parquet")
+    (tmp_path / "names.txt").write_text("cat\ndog")
+    source = {"kind": "parquet", "files": str(tmp_path / "t.parquet"), "label_column": "label"}
+    with pytest.raises(ConfigError, match=rf"'label' has the label {label!r}, which is none of"):
+        downloaded(tmp_path, {**source, "classes": str(tmp_path / "names.txt")})
+
+
 def test_unpacked_files_are_kept_by_what_they_are_and_not_by_their_place(tmp_path, monkeypatch):
     monkeypatch.setattr("clipgraft.data.sources.parquet.SHARD", 1)
     settings = {

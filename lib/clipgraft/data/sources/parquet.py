@@ -83,10 +83,11 @@ def _class_names(source: ParquetSource, files: list[str]) -> list[str] | None:
     if isinstance(feature, dict) and feature.get("names"):
         return list(feature["names"])
     column = source.label_column
-    if column in schema.names and not pa.types.is_integer(schema.field(column).type):
-        return None
     if column not in schema.names:
         _raise_no_column(files[0], "label_column", column, schema.names)
+    kind = schema.field(column).type
+    if not pa.types.is_integer(kind) and not pa.types.is_floating(kind):
+        return None
     raise ConfigError(
         f"{files[0]}: column {column!r} has class numbers, and the metadata no names. Hint: give "
         "`classes`, a text file with one class name per line"
@@ -107,6 +108,7 @@ def _unpack(task: tuple[ParquetSource, str, list[str] | None, int, Path]) -> lis
         with open_file(name) as file:
             table = _open(file, name)
             columns = _columns(source, name, table.schema_arrow.names)
+            _check_images(name, table.schema_arrow.field(source.image_column))
             row = 0
             for batch in table.iter_batches(_ROWS, columns=columns):
                 for cells in clean_table(pa.Table.from_batches([batch])).to_pylist():
@@ -114,7 +116,8 @@ def _unpack(task: tuple[ParquetSource, str, list[str] | None, int, Path]) -> lis
                         _close(tar)
                         tar = tarfile.open(folder / f"{number:05d}-{row // SHARD:04d}.tar", "w")
                     assert tar is not None
-                    outcomes.append(_add(source, classes, cells, f"{number:05d}-{row:08d}", tar))
+                    key = f"{number:05d}-{row:08d}"
+                    outcomes.append(_add(source, name, classes, cells, key, tar))
                     row += 1
     except (pa.ArrowException, OSError) as error:
         raise ConfigError(f"{name} cannot be read: {error}. Hint: download it again") from None
@@ -141,6 +144,7 @@ def _close(tar: tarfile.TarFile | None) -> None:
 
 def _add(
     source: ParquetSource,
+    name: str,
     classes: list[str] | None,
     cells: dict[str, Any],
     key: str,
@@ -159,16 +163,52 @@ def _add(
     labels = None
     if source.label_column is not None:
         label = cells[source.label_column]
+        if isinstance(label, float) and label.is_integer():  # pandas, where one is missing
+            label = int(label)
         if isinstance(label, int) and classes is not None and label >= len(classes):
             message = f"label {label}: there are {len(classes)} classes"
             return Outcome(key, file, "failed", message, uid, captions, kinds)
-        if isinstance(label, int):
-            label = classes[label] if classes is not None and label >= 0 else None
-        if label is not None:
-            labels = class_label(str(label))
+        if (of_class := _class_of(name, source.label_column, classes, label)) is not None:
+            labels = class_label(of_class)
     suffix = next((kind for magic, kind in _MAGIC.items() if data.startswith(magic)), "jpg")
     add_member(tar, f"{key}.{suffix}", data)
     return Outcome(key, file, "ok", "", uid, captions, kinds, labels)
+
+
+def _class_of(name: str, column: str, classes: list[str] | None, label: Any) -> str | None:
+    """The class that a number or a name stands for; None if it stands for none, as NaN and Hugging Face's -1."""
+    if label is None or label != label:
+        return None
+    if classes is None:
+        return str(label)
+    if isinstance(label, int):
+        return classes[label] if label >= 0 else None
+    if label not in classes:
+        raise ConfigError(
+            f"{name}: column {column!r} has the label {label!r}, which is none of the {len(classes)} classes, "
+            f"e.g. {classes[0]!r}. Hint: write it into `classes` as the column does"
+        )
+    return str(label)
+
+
+def _check_images(name: str, column: pa.Field) -> None:
+    kind = column.type
+    if pa.types.is_struct(kind) and "bytes" in kind.names:
+        kind = kind.field("bytes").type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    has_bytes = (
+        pa.types.is_binary,
+        pa.types.is_large_binary,
+        pa.types.is_binary_view,
+        pa.types.is_fixed_size_binary,
+        pa.types.is_null,
+    )
+    if not any(is_kind(kind) for is_kind in has_bytes):
+        raise ConfigError(
+            f"{name}: column {column.name!r} is of type {column.type}, not the bytes of images. Hint: set image_column "
+            "to a column of bytes, or of structs with `bytes`; paths and addresses of images are for other kinds of source"
+        )
 
 
 def _columns(source: ParquetSource, name: str, there: list[str]) -> list[str]:
