@@ -224,6 +224,17 @@ def test_tars_come_from_a_web_server(ranges, site, tmp_path):
         )
 
 
+def test_addresses_that_differ_in_their_query_or_name_no_tar_are_copied_apart(site, tmp_path):
+    names = ("/get.tar?id=1", "/get.tar?id=2", "/files/1", "/files/2/", "/files-2.tar")
+    for number, name in enumerate(names):
+        site.files[name] = tar_bytes(tmp_path, number)
+    tars = [site.address + name for name in names]
+    samples = indexed(tmp_path, TarSource(kind="tars", tars=tars))
+    assert samples.all_captions() == [[f"number {number}"] for number in range(5)]
+    copies = sorted(path.name for path in (tmp_path / "out").glob("*.tar"))
+    assert len(copies) == 5 and {"1.tar", "2.tar", "files-2.tar"} < set(copies)
+
+
 PROGRAM = """
 import sys
 from pathlib import Path

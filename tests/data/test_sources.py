@@ -656,6 +656,24 @@ def test_the_resource_forks_that_a_mac_packs_part_no_image_from_its_caption(fold
     assert len(messages(tmp_path / "download")) == 2
 
 
+def test_a_tar_may_have_any_name(tmp_path):
+    names = ("a.TAR", "a.tar.0", "a.tar.1", "part-0")
+    for number, name in enumerate(names):
+        write_tar(tmp_path / name, {"0.jpg": jpeg(seed=number), "0.txt": name})
+    tars = [str(tmp_path / name) for name in names]
+    samples = indexed(tmp_path, {"kind": "tars", "tars": tars})
+    assert captions_of(samples) == {f"{name}/0": [("caption", name)] for name in names}
+
+
+def test_images_of_annotations_without_a_suffix_are_no_tars(tmp_path):
+    pictures(tmp_path, "1", "2.jpg")
+    content = {
+        "images": [{"id": 1, "file_name": "1"}, {"id": 2, "file_name": "2.jpg"}],
+        "annotations": [{"image_id": 2, "caption": "two"}],
+    }
+    assert indexed(tmp_path, annotated(tmp_path, "coco", content)).uids() == ["2.jpg"]
+
+
 def test_tars_are_chosen_by_globs_braces_and_lists(tmp_path):
     for number in range(4):
         files = {f"{number}.jpg": jpeg(seed=number), f"{number}.txt": f"number {number}"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from clipgraft.config import ConfigError
 from clipgraft.data.captions import clean_caption
-from clipgraft.data.images import BadImage
+from clipgraft.data.images import SUFFIXES, BadImage
 from clipgraft.data.outcomes import OUTCOMES, Outcome, read_outcomes
 from clipgraft.data.tars import Members, list_tars, read_range, too_large
 from clipgraft.data.utf8 import clean
@@ -36,6 +37,7 @@ class Found:
         members: where its files' bytes are; of an image file, only the image.
         source: name of its part of a mixed data set; else empty.
         is_named: the user's data names it, by a column or a key of its JSON; such names stay.
+        is_in_tar: else its image is a file.
         captions, caption_kinds, labels: as the outcome has them.
     """
 
@@ -45,6 +47,7 @@ class Found:
     members: Members
     source: str = ""
     is_named: bool = False
+    is_in_tar: bool = False
     captions: list[str] | None = None
     caption_kinds: list[str] | None = None
     labels: str | None = None
@@ -167,7 +170,7 @@ def read_text(found: Found, extension: str) -> str | None:
     Raises:
         BadImage: if it is larger than a text of a sample can be.
     """
-    if found.path.suffix == ".tar":
+    if found.is_in_tar:
         place = found.members.get(extension)
         return (
             None if place is None else read_range(found.path, *place).decode("utf-8-sig", "replace")
@@ -185,27 +188,41 @@ def _find_one(download: Path, threads: int) -> list[Found]:
     for outcome in read_outcomes(download / OUTCOMES):
         if outcome.status == "ok":
             by_file.setdefault(outcome.file, {})[outcome.key] = outcome
-    tars = [file for file in by_file if file.endswith(".tar")]
+    tars = [file for file in by_file if _is_tar(download / file)]
     paths = [download / file for file in tars]  # absolute names stay themselves
     found = []
     for file, path, samples in zip(tars, paths, list_tars(paths, threads), strict=True):
         found += [
-            _found(by_file[file][key], path, members)
+            _found(by_file[file][key], path, members, is_in_tar=True)
             for key, members in samples
             if key in by_file[file]
         ]
     for file in by_file.keys() - set(tars):
         path = download / file
         members = {path.suffix[1:].lower(): (0, path.stat().st_size)}
-        found += [_found(outcome, path, members) for outcome in by_file[file].values()]
+        of_file = by_file[file].values()
+        found += [_found(outcome, path, members, is_in_tar=False) for outcome in of_file]
     return found
 
 
-def _found(outcome: Outcome, path: Path, members: Members) -> Found:
-    uid = outcome.key if outcome.uid is None else outcome.uid
-    captions, kinds = outcome.captions, outcome.caption_kinds
-    is_named = outcome.uid is not None
-    return Found(uid, outcome.file, path, members, "", is_named, captions, kinds, outcome.labels)
+def _is_tar(path: Path) -> bool:
+    """By its name; one that says nothing is looked into."""
+    suffix = path.suffix[1:].lower()
+    return suffix == "tar" or (suffix not in SUFFIXES and tarfile.is_tarfile(path))
+
+
+def _found(outcome: Outcome, path: Path, members: Members, is_in_tar: bool) -> Found:
+    return Found(
+        outcome.key if outcome.uid is None else outcome.uid,
+        outcome.file,
+        path,
+        members,
+        is_named=outcome.uid is not None,
+        is_in_tar=is_in_tar,
+        captions=outcome.captions,
+        caption_kinds=outcome.caption_kinds,
+        labels=outcome.labels,
+    )
 
 
 def _with_unique_uids(found: list[Found]) -> list[Found]:
@@ -218,7 +235,9 @@ def _with_unique_uids(found: list[Found]) -> list[Found]:
         return found
     log.info("keys repeat, e.g. in %s and %s: uids are tar/key", *clash)
     named = [
-        each if each.is_named else replace(each, uid=f"{each.path.stem}/{each.uid}")
+        each
+        if each.is_named
+        else replace(each, uid=f"{each.path.name.removesuffix('.tar')}/{each.uid}")
         for each in found
     ]
     clash = _clash(named)

@@ -92,7 +92,11 @@ def identity_of(name: str) -> str:
 
 
 def copy_all(
-    urls: Sequence[str], folder: Path, check: Callable[[Path], object], threads: int = 8
+    urls: Sequence[str],
+    folder: Path,
+    check: Callable[[Path], object],
+    suffix: str = "",
+    threads: int = 8,
 ) -> list[Path]:
     """Copy addresses into a folder, several at once.
 
@@ -100,6 +104,7 @@ def copy_all(
         urls: what to copy.
         folder: made if need be; finished copies in it are kept.
         check: called with each fresh copy; raises ConfigError if it is not whole.
+        suffix: that the names of copies end in, also where an address does not.
         threads: copies at once.
 
     Returns:
@@ -109,7 +114,7 @@ def copy_all(
         ConfigError: if one cannot be had.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    names = _names(urls)
+    names = _names(urls, suffix)
     progress = _Megabytes(len(urls))
     with ThreadPoolExecutor(max(1, min(threads, _COPIES_AT_ONCE))) as pool:
         futures = [
@@ -222,15 +227,21 @@ def _append(system: Any, path: str, part: Path, progress: _Megabytes) -> None:
         os.fsync(file.fileno())
 
 
-def _names(urls: Sequence[str]) -> list[str]:
-    """A file name for each address: its last part, or the whole path where that is taken twice."""
-    paths = [urlsplit(url).netloc + urlsplit(url).path for url in urls]
-    times = Counter(path.rsplit("/", 1)[-1] for path in paths)
-    short = [path.rsplit("/", 1)[-1] for path in paths]
-    return [
-        name if times[name] == 1 else path.replace("/", "-")
-        for name, path in zip(short, paths, strict=True)
-    ]
+def _names(urls: Sequence[str], suffix: str) -> list[str]:
+    """A file name for each address: its last part, the whole path where others have that, else with a hash before it."""
+    parts = [urlsplit(url.removesuffix("/")) for url in urls]
+    paths = [(part.netloc + part.path).removesuffix(suffix) + suffix for part in parts]
+    names = [path.rsplit("/", 1)[-1] for path in paths]
+    hashes = [hashlib.sha256(url.encode()).hexdigest()[:16] for url in urls]
+    for others in (
+        [path.replace("/", "-") for path in paths],
+        [f"{digest}-{name}" for digest, name in zip(hashes, names, strict=True)],
+    ):
+        times = Counter(names)
+        names = [
+            name if times[name] == 1 else other for name, other in zip(names, others, strict=True)
+        ]
+    return names
 
 
 def _glob(url: str) -> list[str]:

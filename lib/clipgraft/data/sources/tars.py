@@ -30,7 +30,9 @@ def download_tars(source: TarSource, out: Path, work: Path, threads: int) -> lis
     remote = [name for name in names if is_remote(name)]
     if source.classes is not None:
         write_classes(read_classes(source.classes), out)
-    copies = dict(zip(remote, copy_all(remote, work, list_samples), strict=True)) if remote else {}
+    copies: dict[str, Path] = {}
+    if remote:
+        copies = dict(zip(remote, copy_all(remote, work, list_samples, ".tar"), strict=True))
     for path in copies.values():
         link(path, out / path.name)
     tasks = [
