@@ -24,6 +24,7 @@ from clipgraft.data.index import build_index
 from clipgraft.data.outcomes import read_outcomes
 from clipgraft.data.samples import Samples
 from clipgraft.data.sources.annotations import first_sentence
+from clipgraft.data.sources.tables import read_tables
 from clipgraft.settings import IndexJob, IndexSettings
 from clipgraft.sources import SOURCE_KINDS, OneSource, Source, UrlSource
 from clipgraft.versions import listing
@@ -139,6 +140,24 @@ def test_csv_cells_are_text_with_quotes_commas_and_newlines(site, tmp_path):
     )
     samples = indexed(tmp_path, urls(tmp_path / "t.csv", preset="laion"))
     assert samples.all_captions() == [['one, "two" three'], ["007"]]
+
+
+@pytest.mark.parametrize(
+    ("cells", "captions"),
+    [
+        (['"best day ever', 'says "stop"', "last"], ['"best day ever', 'says "stop"', "last"]),
+        (['"he said ""hi""', '"all of it"', '""'], ['"he said ""hi""', '"all of it"', '""']),
+        (['"a ""b"" c"', '"all of it"', 'no "quote'], ['a "b" c', "all of it", 'no "quote']),
+    ],
+)
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_in_a_tsv_quotes_open_nothing_unless_all_are_of_whole_cells(cells, captions, end, tmp_path):
+    for order in ("{1}\t{0}", "{0}\t{1}"):
+        rows = [("url", "caption"), *((f"http://a/{cell[-1:]}", cell) for cell in cells)]
+        table = "".join(order.format(*row) + end for row in rows)
+        (tmp_path / "t.tsv").write_bytes(table.encode())
+        read, bad = read_tables(UrlSource(**urls(tmp_path / "t.tsv")))
+        assert read["caption"].to_pylist() == captions and not bad
 
 
 def test_json_lines_may_hold_lists_and_broken_lines_are_told(site, tmp_path):

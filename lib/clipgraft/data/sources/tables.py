@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections import Counter
 from contextlib import suppress
 from pathlib import PurePosixPath
@@ -21,6 +22,9 @@ from clipgraft.data.utf8 import clean, clean_bytes, clean_table, is_utf8
 from clipgraft.sources import UrlSource
 
 _PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+
+# A cell that begins with a quote and is not quoted as a whole.
+_OPEN_QUOTE = re.compile(rb'(?:^|\t)"(?!(?:[^"\t\r\n]|"")*"(?:[\t\r]|$))', re.MULTILINE)
 
 
 def read_tables(source: UrlSource) -> tuple[pa.Table, list[str]]:
@@ -97,21 +101,22 @@ def _read_file(name: str, source: UrlSource, bad: list[str]) -> pa.Table:
 def _read_lines(file: BinaryIO, kind: str, columns: list[str] | None, bad: list[str]) -> pa.Table:
     """CSV or TSV; every cell is text: a caption of digits is no number.
 
-    A TSV without header is taken as it stands: in captions of the web a quote opens nothing.
+    A TSV is taken as it stands, as in captions of the web a quote opens nothing, unless it has a header and quotes
+    whole cells wherever one begins with a quote, as pandas does.
     """
+    data = clean_bytes(file.read())
 
     def note(row: Any) -> str:
         bad.append(f"{row.actual_columns} columns, not {row.expected_columns}: {row.text[:60]!r}")
         return "skip"
 
-    is_raw = kind == "tsv" and columns is not None
+    is_raw = kind == "tsv" and bool(columns or _OPEN_QUOTE.search(data))
     parse = pa.csv.ParseOptions(
         delimiter="\t" if kind == "tsv" else ",",
         quote_char=False if is_raw else '"',
         newlines_in_values=not is_raw,
         invalid_row_handler=note,
     )
-    data = clean_bytes(file.read())
     names = columns or _header(data, parse)
     table = pa.csv.read_csv(
         pa.BufferReader(data),
