@@ -271,6 +271,18 @@ def test_class_names_must_be_unique(out, tmp_path):
         )
 
 
+def test_class_names_are_utf8_with_or_without_a_mark(out, tmp_path):
+    tar = write_tar(tmp_path / "x.tar", {"a.jpg": jpeg(), "a.cls": "0"})
+    names = tmp_path / "classes.txt"
+    source = TarSource(kind="tars", tars=str(tar), classes=str(names))
+    names.write_text("caf\u00e9\ntea\n", "utf-8-sig")
+    download(source, out, 1)
+    assert json.loads((out / "classes.json").read_text()) == {"class": ["caf\u00e9", "tea"]}
+    names.write_text("caf\u00e9\ntea\n", "latin-1")
+    with pytest.raises(ConfigError, match=r"classes\.txt is not UTF-8"):
+        download(source, out, 1)
+
+
 def test_an_image_without_a_caption_file_is_a_failed_outcome(out, tmp_path):
     pictures = tmp_path / "pictures"
     pictures.mkdir()

@@ -15,10 +15,14 @@ def read_classes(file: str) -> list[str]:
     """Class names, one per line.
 
     Raises:
-        ConfigError: if a line is empty or a name is repeated.
+        ConfigError: if a line is empty, a name is repeated, or it is no UTF-8.
     """
     path = local_files(file)[0]
-    names = [line.strip() for line in path.read_text("utf-8").splitlines()]
+    try:
+        text = path.read_text("utf-8-sig")  # editors of Windows put a mark before it
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"classes {path} is not UTF-8: {error}. Hint: save it as UTF-8") from None
+    names = [line.strip() for line in text.splitlines()]
     while names and not names[-1]:
         names.pop()
     repeated = [name for name, count in Counter(names).items() if count > 1 or not name]
