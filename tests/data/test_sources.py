@@ -160,6 +160,16 @@ def test_in_a_tsv_quotes_open_nothing_unless_all_are_of_whole_cells(cells, capti
         assert read["caption"].to_pylist() == captions and not bad
 
 
+def test_columns_of_views_are_those_of_their_texts(site, tmp_path):
+    url, view = f"{site.address}/0.jpg", pa.string_view()
+    table = pa.table(
+        {"url": pa.array([url, None], view), "caption": pa.array(["one", "two"], view)}
+    )
+    table = table.append_column("raw", pa.array([b"\xff", b""], pa.binary_view()))
+    pq.write_table(table, tmp_path / "t.parquet")
+    assert indexed(tmp_path, urls(tmp_path / "t.parquet")).all_captions() == [["one"]]
+
+
 def test_json_lines_may_hold_lists_and_broken_lines_are_told(site, tmp_path):
     rows = [
         {"url": f"{site.address}/0.jpg", "syn": ["one", "two"]},

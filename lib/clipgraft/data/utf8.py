@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import pyarrow as pa
 
+_VIEWS = (
+    (pa.types.is_string_view, pa.large_string()),
+    (pa.types.is_binary_view, pa.large_binary()),
+)
+
 
 def is_utf8(text: str) -> bool:
     """Whether a text can be written; names of files and lone surrogates in JSON may not be."""
@@ -32,6 +37,10 @@ def clean_table(table: pa.Table) -> pa.Table:
     """The table with broken text in its string columns replaced; parquet files are read without a look at it."""
     for number, name in enumerate(table.column_names):
         column = table.column(number)
+        for is_view, kind in _VIEWS:  # pyarrow can take no rows of them
+            if is_view(column.type):
+                column = column.cast(kind)
+                table = table.set_column(number, name, column)
         if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
             continue
         try:
