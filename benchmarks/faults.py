@@ -215,8 +215,9 @@ class Stream:
     def _go_back_to(self, moment: float) -> list[Done]:
         """Link what was done then, and the last states; returns what was at work, or else came next."""
         root, whole, jobs = self.place.root, self.campaign.whole.root, self.campaign.jobs
-        for name in ("results", "logs", ".snakemake"):
-            shutil.rmtree(root / name, ignore_errors=True)
+        for folder in (root / "results", root / "logs", root / ".snakemake", self.place.tmp):
+            shutil.rmtree(folder, ignore_errors=True)
+        self.place.tmp.mkdir()  # what one moment left is not held against the next
         ignore = shutil.ignore_patterns(*OF_ONE_CALL)
         shutil.copytree(whole / ".snakemake", root / ".snakemake", ignore=ignore)
         running = [job for job in jobs if job.began <= moment < job.ended]
