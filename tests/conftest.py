@@ -6,6 +6,7 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +25,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run beside one another, one per core
 os.environ["PYTHONPATH"] = os.pathsep.join([str(NO_NETWORK), str(ROOT / "lib")])
 runpy.run_path(str(NO_NETWORK / "sitecustomize.py"))  # children get it by PYTHONPATH
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a script has it that was begun with &
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,6 +1,7 @@
 """Laws of fetching by URL: what is refused, and that nothing is fetched twice, whatever was killed."""
 
 import json
+import multiprocessing.pool
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from PIL import Image
 from server import Site
 
 from clipgraft.config import ConfigError
+from clipgraft.data import fetch_process
 from clipgraft.data.download import download
 from clipgraft.data.fetch import last_outcomes
 from clipgraft.data.fetch_process import FILES, PARENT, PRIVATE, SECONDS, is_public
@@ -282,6 +284,34 @@ def test_a_killed_child_of_img2dataset_is_said_and_the_next_fetch_goes_on(
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [status for status, _ in told(out)] == ["ok"] * num_images
+
+
+def test_a_worker_that_is_killed_while_the_pool_looks_is_seen(monkeypatch, capsys):
+    """Its end is told to the pool a moment before its exit code can be had."""
+    pool = multiprocessing.pool.Pool
+    monkeypatch.setattr(pool, "_join_exited_workers", staticmethod(pool._join_exited_workers))
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    fetch_process._end_with_a_killed_worker()
+
+    class Worker:
+        pid = 7
+
+        def __init__(self, looks):
+            self.codes = [None] * looks
+
+        @property
+        def exitcode(self):
+            return self.codes.pop() if self.codes else -signal.SIGKILL
+
+        def join(self):
+            pass
+
+    for looks in range(3):
+        workers = [Worker(looks)]
+        with pytest.raises(SystemExit):
+            while workers:
+                pool._join_exited_workers(workers)
+        assert "worker 7 was killed by signal 9" in capsys.readouterr().out
 
 
 def test_work_on_another_table_is_not_gone_on_with(site, out, tmp_path):

@@ -32,7 +32,7 @@ def stop(*_):
     sys.exit(75)
 signal.signal(signal.SIGTERM, stop)
 (here / f"began{sys.argv[2]}").write_text(str((here / "saved").exists()))
-if sys.argv[2] == "1":
+if sys.argv[2] != "2":
     time.sleep(100)
 """
 
@@ -78,9 +78,10 @@ def test_an_orphan_saves_and_leaves_before_the_same_work_begins_again(sandbox, t
     command = ["--", f"{tmp_path}/train.py", str(tmp_path)]
     first = submit(sandbox, tmp_path, options, *command, "1")
     other = submit(
-        sandbox, tmp_path, [options[0], "--comment=rule_train_wildcards_y"], *command, "1"
+        sandbox, tmp_path, [options[0], "--comment=rule_train_wildcards_y"], *command, "3"
     )
     wait_until((tmp_path / "began1").exists, "the orphan")
+    wait_until((tmp_path / "began3").exists, "the other work")
     second = submit(sandbox, tmp_path, options, *command, "2")
     wait_for(sandbox, tmp_path, second)
     assert (tmp_path / "began2").read_text() == "True"

@@ -163,11 +163,13 @@ def _end_with_a_killed_worker() -> None:
     join = multiprocessing.pool.Pool._join_exited_workers  # type: ignore[attr-defined]
 
     def checked(workers: list[Any]) -> Any:
-        for worker in workers:
+        before = list(workers)
+        joined = join(workers)  # first: one may end while it looks, and is replaced
+        for worker in before:
             if (worker.exitcode or 0) < 0:
                 print(f"worker {worker.pid} was killed by signal {-worker.exitcode}", flush=True)
                 os._exit(1)
-        return join(workers)
+        return joined
 
     multiprocessing.pool.Pool._join_exited_workers = staticmethod(checked)  # type: ignore[attr-defined]
 
