@@ -98,7 +98,7 @@ class Ours:
             routing, trained = RoutingLoss(router, moe, is_first=True), trained_in_router(model, self.part)  # fmt: skip
         elif self.part == "mlps":
             expert = ExpertJob.model_validate({**raw, "batches": "ordinary", "seed": 0})
-            objective, trained = expert_objective(world, expert, None), trained_in_expert(model, expert)  # fmt: skip
+            objective, trained = expert_objective(world, expert), trained_in_expert(model, expert)  # fmt: skip
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained is None or name in trained)
         turns = Turns(case, orders, [our_batch(case, number) for number in range(NUM_BATCHES)])
@@ -130,7 +130,7 @@ def our_batch(case: Case, number: int) -> Batch:
     """As our loader would bring it, but on the device."""
     images_BCHW, text_BL = batch_of(case, number, case.config["text_cfg"]["context_length"])
     rows_B = torch.arange(case.batch)
-    return Batch(images_BCHW.to(case.device), text_BL, rows_B, rows_B, False)
+    return Batch(images_BCHW.to(case.device), text_BL, rows_B, rows_B)
 
 
 def _unfused(*args: Any, **how: Any) -> torch.optim.Optimizer:

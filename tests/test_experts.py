@@ -19,6 +19,7 @@ from clipgraft import dist, embed, train, training_state
 from clipgraft.checkpoint import load_model, read_weights
 from clipgraft.config import ConfigError
 from clipgraft.data.loader import Batch
+from clipgraft.data.sampler import HomogeneousBatches, Visits
 from clipgraft.data.tokens import Tokenizer, Tokens
 from clipgraft.evaluation import encode
 from clipgraft.experts import check_learnable, expert_objective, finetune_expert, mean_of_end
@@ -146,11 +147,12 @@ def test_the_short_caption_adds_the_same_loss_with_its_weight(is_mixed, smoothin
     leaves = [each.clone().requires_grad_() for each in (image, text, short)]
     labels = np.array([0, 0, 1, 1, 1, 2])
     settings = job(label_smoothing=smoothing, short_captions={"weight": 0.25, "kind": "caption"})
-    objective = expert_objective(dist.World(0, 1, torch.device("cpu")), settings, labels)
+    objective = expert_objective(dist.World(0, 1, torch.device("cpu")), settings)
     in_turn = torch.stack(leaves[1:], 1).flatten(0, 1)
     features = Features(leaves[0], in_turn, torch.tensor(7.0, dtype=torch.float64))
     rows = torch.arange(6)
-    loss, extras = objective(features, (), Batch(rows, rows, rows, rows, is_mixed), 0.0)
+    group_B = torch.from_numpy(labels) if is_mixed else None
+    loss, extras = objective(features, (), Batch(rows, rows, rows, rows, group_B), 0.0)
     groups = labels if is_mixed else [0] * 6
     mine = [each.clone().requires_grad_() for each in (image, text, short)]
     own, more = (masked_loss(mine[0], each, 7.0, groups, smoothing) for each in mine[1:])
@@ -170,13 +172,15 @@ def test_the_short_caption_adds_the_same_loss_with_its_weight(is_mixed, smoothin
 def test_a_sample_that_is_shown_twice_is_not_its_own_negative():
     torch.manual_seed(0)
     image, text = F.normalize(torch.randn(2, 6, 8, dtype=torch.float64), dim=2)
-    rows, visit_B = torch.tensor([0, 1, 2, 0, 1, 2]), torch.tensor([4, 4, 4, 5, 5, 5])
+    labels_N, visits = np.array([0, 0, 1]), Visits(3, 0, np.zeros(3, int), np.array([2.0]))
+    drawn = HomogeneousBatches(labels_N, 6, 0, visits=visits).batch(3)
+    rows, group_B = torch.from_numpy(drawn.rows_B), torch.from_numpy(drawn.group_B)
+    assert sorted(rows.tolist()) == [0, 0, 1, 1, 2, 2]
     features = Features(image[rows], text[rows], torch.tensor(7.0, dtype=torch.float64))
     alone = dist.World(0, 1, torch.device("cpu"))
-    objective = expert_objective(alone, job(label_smoothing=0.1), np.array([0, 0, 1]))
-    batch = Batch(rows, rows, rows, rows, True, visit_B=visit_B)
-    loss, _ = objective(features, (), batch, 0.0)
-    groups = ["first 0", "first 0", "first 1", "second 0", "second 0", "second 1"]
+    objective = expert_objective(alone, job(label_smoothing=0.1))
+    loss, _ = objective(features, (), Batch(rows, rows, rows, rows, group_B), 0.0)
+    groups = list(zip(labels_N[drawn.rows_B], drawn.visit_B % 2, strict=True))
     wanted = masked_loss(image[rows], text[rows], 7.0, groups, 0.1)
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-9)
 

@@ -128,7 +128,7 @@ def run(
         objective = objective_of(
             world, loss, OptimSettings(lr=1.0), memory, 3, distillation, case.projections
         )
-        batch = Batch(torch.empty(num), torch.empty(num), rows[own], rows[own], False)
+        batch = Batch(torch.empty(num), torch.empty(num), rows[own], rows[own])
         references = [
             ReferenceFeatures(image[own], text[own], scale)
             for (image, text), scale in zip(case.references, case.scales, strict=True)
@@ -352,7 +352,7 @@ def test_parts_have_the_gradient_of_the_whole_with_every_term(kind, num_ranks, m
         objective = objective_of(
             world, loss, OptimSettings(lr=1.0), memory, 3, distillation, copy.projections
         )
-        batch = Batch(torch.empty(num), torch.empty(num), rows[own], rows[own], False)
+        batch = Batch(torch.empty(num), torch.empty(num), rows[own], rows[own])
         references = [
             ReferenceFeatures(image[own], text[own], scale)
             for (image, text), scale in zip(copy.references, copy.scales, strict=True)

@@ -558,7 +558,7 @@ with dist.world() as world:
         objective = objective_of(world, settings, OptimSettings(lr=1.0), memory, 3)
         for step in range(3):
             rows = (torch.arange(8) * 3 + step // 2) % 20
-            batch = Batch(torch.empty(b), torch.empty(b), rows[own], rows[own], False)
+            batch = Batch(torch.empty(b), torch.empty(b), rows[own], rows[own])
             encode = lambda m, part: m(x[step, own].chunk(2)[part], y[step, own].chunk(2)[part])
             loss, _ = backward_in_parts(
                 ddp, 2, encode, lambda *f: objective(Features(*f), [], batch, float(step))

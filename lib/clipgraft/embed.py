@@ -249,7 +249,7 @@ class _Chunks:
         """Rows of a chunk."""
         place, crop = divmod(step, self.num_crops)
         rows_B = np.arange(*_span(int(self.numbers[place]), self.num_samples))
-        return Rows(rows_B, np.full(len(rows_B), crop), False)
+        return Rows(rows_B, np.full(len(rows_B), crop))
 
 
 def _fill(

@@ -88,7 +88,7 @@ def finetune_expert(
         vision, text = spec["config"]["vision_cfg"], spec["config"]["text_cfg"]
         fit = Fit(
             model,
-            expert_objective(world, settings, groups),
+            expert_objective(world, settings),
             settings,
             data,
             sampler_of(settings, data, groups),
@@ -130,7 +130,7 @@ def sampler_of(settings: ExpertJob, data: Data, labels_N: np.ndarray | None) -> 
     if labels_N is None:
         return ordinary_batches(data, settings, settings.seed)
     sizes_C, visits = np.bincount(labels_N), data.visits(settings, settings.seed)
-    shown = labels_by_pass(labels_N, *visits.of_epoch(0), visits.passes)
+    shown = labels_by_pass(labels_N, visits.of_epoch(0), visits.passes)
     log.info(
         "%s samples in %d pseudo labels (smallest %s, largest %s), %.0f %% in batches of one label",
         f"{len(labels_N):,}",
@@ -150,24 +150,18 @@ def sampler_of(settings: ExpertJob, data: Data, labels_N: np.ndarray | None) -> 
     )
 
 
-def expert_objective(
-    world: dist.World, settings: MlpSettings, labels_N: np.ndarray | None
-) -> Objective:
+def expert_objective(world: dist.World, settings: MlpSettings) -> Objective:
     """The loss of MCL: in a batch packed from several clusters, negatives of other clusters are masked.
 
-    So are those of other visits: a sample that is shown twice is not its own negative. With short captions, texts come in
-    turn drawn and short, and each of both has the loss.
+    So are those of other passes over the data: a sample that is shown twice is not its own negative. With short captions,
+    texts come in turn drawn and short, and each of both has the loss.
     """
     smoothing, short = settings.label_smoothing, settings.short_captions
-    num_labels = 0 if labels_N is None else int(labels_N.max()) + 1
 
     def objective(features: Features, _: object, batch: Batch, __: float) -> Loss:
         group_G = None
-        if labels_N is not None and batch.is_mixed:
-            labels_B = torch.from_numpy(labels_N[batch.rows_B.numpy()])
-            if batch.visit_B is not None:
-                labels_B = labels_B + num_labels * batch.visit_B
-            group_G = dist.gather(labels_B.to(features.image_BD.device))
+        if batch.group_B is not None:
+            group_G = dist.gather(batch.group_B.to(features.image_BD.device))
         if short is None:
             return expert_loss(world, features, smoothing, group_G)
         own_BD, short_BD = features.text_BD.unflatten(0, (-1, 2)).unbind(1)

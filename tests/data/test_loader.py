@@ -72,7 +72,7 @@ def test_batches_have_the_documented_shapes_and_types(batches):
     assert (batch.images_BCHW.shape, batch.images_BCHW.dtype) == ((4, 3, 16, 16), torch.uint8)
     assert batch.images_BCHW.permute(0, 2, 3, 1).is_contiguous()
     assert (batch.text_BL.shape, batch.text_BL.dtype) == ((4, 6), torch.int64)
-    assert (batch.rows_B.dtype, batch.is_mixed) == (torch.int64, False)
+    assert (batch.rows_B.dtype, batch.group_B) == (torch.int64, None)
     assert (batch.uniform_BK.shape, batch.uniform_BK.dtype) == ((4, 7), torch.float32)
     assert batches()[0].uniform_BK is None and batch.image_bits_B is None
     bits = batches(drops_patches=True)[0].image_bits_B
@@ -278,12 +278,15 @@ def test_the_numbers_of_augmentation_are_uniform_and_below_one(batches):
     assert torch.corrcoef(uniform.T).fill_diagonal_(0).abs().max() < 0.1
 
 
-def test_mixed_batches_say_so(batches):
-    labels = np.array([0] * 7 + [1] * 5)
-    sampler = HomogeneousBatches(labels, 4, 0)
-    told = [batch.is_mixed for batch in batches(sampler=sampler)]
-    assert told == [sampler.batch(step).is_mixed for step in range(6)]
-    assert sorted(told[:3]) == [False, False, True]
+@pytest.mark.parametrize("rank", [0, 1])
+def test_mixed_batches_bring_the_labels_of_their_own_rows(batches, rank):
+    labels = np.array([0] * 7 + [1] * 5, np.int32)
+    told = list(batches(sampler=HomogeneousBatches(labels, 4, 0), rank=rank, world=2))
+    mixed = [batch for batch in told if batch.group_B is not None]
+    assert (len(told), len(mixed)) == (6, 2)
+    for batch in mixed:
+        assert batch.group_B.dtype == torch.int64
+        assert batch.group_B.tolist() == labels[batch.rows_B].tolist()
 
 
 def test_an_error_in_a_thread_reaches_the_consumer_and_names_the_row(batches, folders, tmp_path):

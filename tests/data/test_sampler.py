@@ -48,7 +48,7 @@ def test_a_batch_is_a_function_of_seed_and_step_alone(make):
     for one, other in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(one.rows_B, other.rows_B)
         np.testing.assert_array_equal(one.visit_B, other.visit_B)
-        assert one.is_mixed == other.is_mixed
+        np.testing.assert_array_equal(one.group_B, other.group_B)
 
 
 def test_epochs_and_seeds_have_different_orders(make):
@@ -67,14 +67,20 @@ def test_every_row_is_seen_in_the_long_run(make):
     assert seen == set(range(20))
 
 
-def test_batches_have_one_label_unless_they_say_so():
+def test_batches_have_one_label_or_bring_those_of_all_rows():
     for batch in epoch_of(HomogeneousBatches(LABELS, 3, 0), 2):
-        assert (len(set(LABELS[batch.rows_B])) > 1) == batch.is_mixed
+        own = LABELS[batch.rows_B]
+        if batch.group_B is None:
+            assert len(set(own)) == 1
+        else:
+            assert len(set(own)) > 1 and batch.group_B.tolist() == own.tolist()
 
 
 def test_each_label_has_as_many_batches_of_its_own_as_fit():
     sampler = HomogeneousBatches(LABELS, 3, 0)
-    own = Counter(LABELS[batch.rows_B][0] for batch in epoch_of(sampler, 0) if not batch.is_mixed)
+    own = Counter(
+        LABELS[batch.rows_B][0] for batch in epoch_of(sampler, 0) if batch.group_B is None
+    )
     assert own == {5: 3, 0: 2}
     assert sampler.num_batches == 6
 
@@ -82,7 +88,8 @@ def test_each_label_has_as_many_batches_of_its_own_as_fit():
 def test_mixed_batches_are_not_always_last():
     sampler = HomogeneousBatches(LABELS, 3, 0)
     places = {
-        [batch.is_mixed for batch in epoch_of(sampler, epoch)].index(True) for epoch in range(30)
+        [batch.group_B is not None for batch in epoch_of(sampler, epoch)].index(True)
+        for epoch in range(30)
     }
     assert len(places) > 2
 
@@ -91,7 +98,7 @@ def test_every_label_is_shuffled_anew_and_evenly():
     labels, first = np.repeat([1, 0], [6, 14]), Counter()
     for epoch in range(3000):
         sampler = HomogeneousBatches(labels, 6, epoch)
-        batches = [b.rows_B for b in epoch_of(sampler, 0) if not b.is_mixed]
+        batches = [b.rows_B for b in epoch_of(sampler, 0) if b.group_B is None]
         own = next(rows for rows in batches if set(rows) == set(range(6)))
         first[int(own[0])] += 1
     # Each of the six rows comes first 500 times, give or take five standard deviations.
@@ -101,7 +108,9 @@ def test_every_label_is_shuffled_anew_and_evenly():
 def test_blocks_of_a_label_are_neighbours_within_it():
     labels = np.random.default_rng(0).integers(2, size=16_000)
     sampler = HomogeneousBatches(labels, 80, 0, shuffle_block=10)
-    batches = sorted((b.rows_B for b in epoch_of(sampler, 0) if not b.is_mixed), key=lambda b: b[0])
+    batches = sorted(
+        (b.rows_B for b in epoch_of(sampler, 0) if b.group_B is None), key=lambda b: b[0]
+    )
     assert len(batches) == sum(np.bincount(labels) // 80)
     place = np.empty(len(labels), int)  # among the rows of the same label
     for label in (0, 1):
@@ -114,15 +123,15 @@ def test_blocks_of_a_label_are_neighbours_within_it():
 
 
 def test_the_share_in_batches_of_one_label_is_what_is_drawn():
-    drawn = [b.is_mixed for b in epoch_of(HomogeneousBatches(LABELS, 3, 0), 0)]
-    assert share_homogeneous(LABELS, 3) == pytest.approx(3 * drawn.count(False) / 20)
+    drawn = [b.group_B is None for b in epoch_of(HomogeneousBatches(LABELS, 3, 0), 0)]
+    assert share_homogeneous(LABELS, 3) == pytest.approx(3 * drawn.count(True) / 20)
 
 
 def test_round_robin_takes_one_batch_of_each_label_in_turn_and_drops_what_does_not_fill_one():
     sampler = RoundRobinBatches(LABELS, 3, 0)
     batches = epoch_of(sampler, 4)
     assert [set(LABELS[b.rows_B]) for b in batches] == [{0}, {5}, {0}, {5}, {5}]
-    assert not any(b.is_mixed for b in batches) and set(batches[0].visit_B) == {4}
+    assert all(b.group_B is None for b in batches) and set(batches[0].visit_B) == {4}
     rows = np.concatenate([b.rows_B for b in batches])
     assert len(rows) == len(set(rows)) == 15
     lost = [
@@ -156,7 +165,7 @@ def test_round_robin_without_a_whole_batch_is_the_users_mistake():
 
 def test_one_label_makes_ordinary_batches():
     sampler = HomogeneousBatches(np.zeros(7, int), 3, 0)
-    assert [batch.is_mixed for batch in epoch_of(sampler, 0)] == [False, False]
+    assert [batch.group_B for batch in epoch_of(sampler, 0)] == [None, None]
 
 
 @pytest.mark.parametrize(
@@ -213,7 +222,7 @@ def test_a_source_is_shown_as_often_as_it_weighs(kind):
         assert Counter(count_N[source_N == 1]) == {2: 225, 3: 75}
         assert Counter(count_N[source_N == 2]) == {0: 200}
         chosen.append(count_N)
-    assert 80 < (chosen[0] != chosen[1])[source_N == 0].sum() < 420  # half of 500 is drawn anew
+    assert (chosen[0] + chosen[1])[source_N == 0].tolist() == [1] * 500  # each half has its turn
 
 
 @pytest.mark.parametrize("weights", [[2.0, 2.0, 2.0], [4.0, 2.5, 0.5]])
@@ -221,12 +230,18 @@ def test_no_sample_is_twice_in_a_batch_of_its_label_however_much_it_weighs(weigh
     labels, (_, visits) = np.arange(1000) % 16, weighed(weights)
     sampler = HomogeneousBatches(labels, 24, 0, visits=visits)
     batches = epoch_of(sampler, 0) + epoch_of(sampler, 1)
-    kinds = Counter(batch.is_mixed for batch in batches)
-    assert kinds[False] > kinds[True] > 0
-    for batch in (batch for batch in batches if not batch.is_mixed):
-        assert len(set(labels[batch.rows_B])) == 1 and len(set(batch.rows_B)) == 24
-    shown = labels_by_pass(labels, *visits.of_epoch(0), visits.passes)
-    drawn = sum(24 for batch in epoch_of(sampler, 0) if not batch.is_mixed)
+    kinds = Counter(batch.group_B is None for batch in batches)
+    assert kinds[True] > kinds[False] > 0
+    for batch in batches:
+        if batch.group_B is None:
+            assert len(set(labels[batch.rows_B])) == 1 and len(set(batch.rows_B)) == 24
+            continue
+        pairs = set(zip(batch.group_B.tolist(), batch.rows_B.tolist(), strict=True))
+        assert len(pairs) == 24  # no row twice in a group, and no group of two labels
+        assert len({(group, labels[row]) for group, row in pairs}) == len(set(batch.group_B))
+    assert any(len(set(batch.rows_B)) < 24 for batch in batches)
+    shown = labels_by_pass(labels, visits.of_epoch(0), visits.passes)
+    drawn = sum(24 for batch in epoch_of(sampler, 0) if batch.group_B is None)
     assert share_homogeneous(shown, 24) == pytest.approx(drawn / visits.num)
 
 
@@ -237,16 +252,21 @@ def test_another_seed_shows_another_part_of_a_source():
     assert first == again != other
 
 
-def test_no_two_visits_of_a_row_have_the_same_number():
-    _, visits = weighed([0.5, 2.25, 1.0])
-    sampler = UniformBatches(1000, 5, 0, visits=visits)
-    seen = [
-        pair
-        for epoch in range(4)
-        for b in epoch_of(sampler, epoch)
-        for pair in zip(b.rows_B.tolist(), b.visit_B.tolist(), strict=True)
-    ]
-    assert len(seen) == len(set(seen)) == 4 * visits.num
+@pytest.mark.parametrize("kind", ["uniform", "homogeneous"])
+def test_the_visits_of_a_row_are_counted_whatever_other_sources_weigh(kind):
+    source_N, visits = weighed([0.5, 2.25, 1.0])
+    if kind == "uniform":
+        sampler = UniformBatches(1000, 5, 0, visits=visits)
+    else:
+        sampler = HomogeneousBatches(np.arange(1000) % 7, 5, 0, visits=visits)
+    seen = [[] for _ in range(1000)]
+    for epoch in range(4):
+        now = [[] for _ in range(1000)]
+        for b in epoch_of(sampler, epoch):
+            for row, visit in zip(b.rows_B.tolist(), b.visit_B.tolist(), strict=True):
+                now[row].append(visit)
+        seen = [before + sorted(new) for before, new in zip(seen, now, strict=True)]
+    assert seen == [list(range([2, 9, 4][source])) for source in source_N]
     plain = UniformBatches(20, 5, 0)
     assert {int(v) for b in epoch_of(plain, 7) for v in b.visit_B} == {7}
 

@@ -47,7 +47,7 @@ class Sampler(Protocol):
     batch_size: int
 
     def batch(self, step: int) -> Rows:
-        """Rows, how often they were shown before, and whether they mix pseudo labels."""
+        """Rows, how often they were shown before, and their pseudo labels if these are several."""
 
 
 @dataclass(frozen=True)
@@ -59,26 +59,24 @@ class Batch:
         text_BL: token ids, int64.
         rows_B: rows of the samples, int64.
         captions_B: numbers of the drawn captions, among all captions of the data set, int64.
-        is_mixed: whether the global batch holds several pseudo labels.
+        group_B: pseudo labels, int64, of which each has its own negatives; None where the global batch has one.
         uniform_BK: float32 in [0, 1), what `augment` goes by; None if the loader was not asked for it.
         image_bits_B: int64, a random word that says which patches of an image are kept; None likewise.
         crop_B: int64, which of the stored crops each image is; None where it is none.
         cached_BE: float16, stored embeddings of images and texts by each reference; None where there are none.
         short_BL: as text_BL, of a second caption of each sample; None where there is none.
-        visit_B: how often each sample has been shown before, at most, int64; None where nobody counts.
     """
 
     images_BCHW: Tensor
     text_BL: Tensor
     rows_B: Tensor
     captions_B: Tensor
-    is_mixed: bool
+    group_B: Tensor | None = None
     uniform_BK: Tensor | None = None
     image_bits_B: Tensor | None = None
     crop_B: Tensor | None = None
     cached_BE: Tensor | None = None
     short_BL: Tensor | None = None
-    visit_B: Tensor | None = None
 
 
 class Loader:
@@ -195,7 +193,7 @@ class Loader:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _submit(self, pool: ThreadPoolExecutor, step: int) -> _Pending:
-        rows, visits, is_mixed = self.sampler.batch(step)
+        rows, visits, groups = self.sampler.batch(step)
         rows_B = np.array(rows[self.own], np.int64)  # a copy: the batch outlives the epoch's order
         visit_B = visits[self.own]
         count = max(
@@ -216,7 +214,7 @@ class Loader:
             torch.empty((len(rows_B), self.text_length), dtype=torch.int64, pin_memory=pin),
             torch.from_numpy(rows_B),
             torch.empty(len(rows_B), dtype=torch.int64),
-            is_mixed,
+            None if groups is None else torch.from_numpy(groups[self.own]),
             _uniform(bits_BK[:, _AUGMENT], pin) if self.augment else None,
             _tensor(bits_BK[:, _PATCHES].view(np.int64), pin) if self.drops_patches else None,
             None if crop_B is None else torch.from_numpy(crop_B),
@@ -226,7 +224,6 @@ class Loader:
             torch.empty((len(rows_B), self.text_length), dtype=torch.int64, pin_memory=pin)
             if self.short_captions
             else None,
-            torch.from_numpy(np.array(visit_B, np.int64)),
         )
         parts = np.array_split(np.arange(len(rows_B)), min(self.num_threads, len(rows_B)))
         futures = [pool.submit(self._fill_text, batch, bits_BK)]

@@ -8,6 +8,7 @@ together. What does not fill the last batch of an epoch is dropped; the next epo
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,23 +25,39 @@ class Rows(NamedTuple):
 
     Attributes:
         rows_B: rows of the samples.
-        visit_B: how often each has been shown before, at most; with (seed, row) it names a visit.
-        is_mixed: whether the rows have several pseudo labels.
+        visit_B: how often each has been shown before; with (seed, row) it names a visit. (What an epoch's incomplete
+            last batch would have shown counts as shown.)
+        group_B: pseudo label of each, of every pass over the data its own; None where all are of one.
     """
 
     rows_B: np.ndarray
     visit_B: np.ndarray
-    is_mixed: bool
+    group_B: np.ndarray | None = None
+
+
+class EpochVisits(NamedTuple):
+    """The visits of an epoch, one pass over the data after the other, rows rising within a pass.
+
+    Attributes:
+        rows_V: samples.
+        visit_V: how often each has been shown before.
+        pass_V: of this epoch, from 0; no pass shows a sample twice.
+    """
+
+    rows_V: np.ndarray
+    visit_V: np.ndarray
+    pass_V: np.ndarray
 
 
 class Visits:
     """What an epoch shows: every sample once, or as often as the weight of its source says.
 
-    A weight of 2.5 shows all samples of a source twice, and a random half of them, another one in each epoch, a
-    third time.
+    A weight of 2.5 shows all samples of a source twice, and half of them a third time: of the shuffled source the half
+    whose turn it is, so that two epochs show each five times.
 
     Attributes:
         num: visits per epoch, the same for every epoch.
+        passes: over the data, of which an epoch is made at most.
     """
 
     def __init__(
@@ -54,19 +71,23 @@ class Visits:
 
         Args:
             num_samples: rows are 0 .. num_samples - 1.
-            seed: of the random parts.
+            seed: of the order in which parts of a source take turns.
             source_N: number of each sample's source; without, all samples are shown once.
             weight_S: visits per epoch of the samples of each source.
         """
-        self.num_samples, self.seed, self.num, self.passes = num_samples, seed, num_samples, 1
+        self.num_samples, self.num, self.passes = num_samples, num_samples, 1
         self._source_N = source_N
         if source_N is not None:
             assert weight_S is not None
             sizes_S = np.bincount(source_N, minlength=len(weight_S))
-            self._whole_S = np.floor(weight_S).astype(np.int64)
-            self._part_S = np.rint((weight_S - self._whole_S) * sizes_S).astype(np.int64)
-            self.num = int((self._whole_S * sizes_S + self._part_S).sum())
-            self.passes = int(self._whole_S.max()) + 1
+            whole_S = np.floor(weight_S).astype(np.int64)
+            self._sizes_S = sizes_S
+            self._visits_S = whole_S * sizes_S + np.rint((weight_S - whole_S) * sizes_S).astype(int)
+            self.num = int(self._visits_S.sum())
+            self.passes = int(whole_S.max()) + 1
+            order = _shuffled_within(source_N, np.random.default_rng([seed, 0, 1]))
+            self._turn_N = np.empty_like(order)
+            self._turn_N[order] = _places(sizes_S)
 
     @classmethod
     def of_index(
@@ -94,18 +115,21 @@ class Visits:
         weight_S = np.array([weights.get(name, 1.0) for name in names])
         return cls(num_samples, seed, source_N, weight_S)
 
-    def of_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and visit numbers [num], one pass over the data after the other, rising within a pass."""
+    def of_epoch(self, epoch: int) -> EpochVisits:
+        """The visits of an epoch, `num` of them."""
         if self._source_N is None:
-            return np.arange(self.num_samples), np.broadcast_to(epoch, self.num_samples)
-        rng = np.random.default_rng([self.seed, epoch, 1])
-        last_N = self._whole_S[self._source_N]  # passes that show a sample
-        for source, part in enumerate(self._part_S):
-            rows = np.flatnonzero(self._source_N == source)
-            last_N[rng.choice(rows, part, replace=False)] += 1
-        passes = [np.flatnonzero(last_N > number) for number in range(self.passes)]
-        number = np.repeat(np.arange(self.passes), [len(rows) for rows in passes])
-        return np.concatenate(passes), epoch * self.passes + number
+            epoch_N, zero_N = (np.broadcast_to(each, self.num_samples) for each in (epoch, 0))
+            return EpochVisits(np.arange(self.num_samples), epoch_N, zero_N)
+        before_N, after_N = self._shown(epoch), self._shown(epoch + 1)
+        rows_P = [np.flatnonzero(after_N - before_N > number) for number in range(self.passes)]
+        rows_V = np.concatenate(rows_P)
+        pass_V = np.repeat(np.arange(self.passes), [len(rows) for rows in rows_P])
+        return EpochVisits(rows_V, before_N[rows_V] + pass_V, pass_V)
+
+    def _shown(self, epochs: int) -> np.ndarray:
+        """How often the first epochs show each sample: visits go round the shuffled source, sample after sample."""
+        visits_N, sizes_N = self._visits_S[self._source_N], self._sizes_S[self._source_N]
+        return (epochs * visits_N + self._turn_N) // sizes_N
 
 
 class UniformBatches:
@@ -137,21 +161,19 @@ class UniformBatches:
         _check_sizes(self.visits.num, batch_size)
         self.batch_size, self.seed, self.shuffle_block = batch_size, seed, shuffle_block
         self.num_batches = self.visits.num // batch_size
-        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._drawn = lru_cache(1)(self._draw)
 
     def batch(self, step: int) -> Rows:
         """The global batch of a step; there are no labels to mix."""
         epoch, number = divmod(step, self.num_batches)
-        if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = (epoch, *self._draw(epoch))
-        _, rows, visits = self._epoch
+        rows, visits = self._drawn(epoch)
         own = slice(number * self.batch_size, (number + 1) * self.batch_size)
-        return Rows(rows[own], visits[own], False)
+        return Rows(rows[own], visits[own])
 
     def _draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         rng = np.random.default_rng([self.seed, epoch])
         order = _order(self.visits.num, self.shuffle_block, rng)
-        rows, visits = self.visits.of_epoch(epoch)
+        rows, visits, _ = self.visits.of_epoch(epoch)
         return rows[order], visits[order]
 
 
@@ -192,26 +214,24 @@ class HomogeneousBatches:
         self.batch_size, self.seed, self.shuffle_block = batch_size, seed, shuffle_block
         self.num_batches = self.visits.num // batch_size
         self._labels_N, self._num_labels = labels_N, int(labels_N.max()) + 1
-        self._epoch: tuple[int, tuple[np.ndarray, np.ndarray], np.ndarray, np.ndarray, int] | None
-        self._epoch = None
+        self._drawn = lru_cache(1)(self._draw)
 
     def batch(self, step: int) -> Rows:
-        """The global batch of a step, and whether it has several labels."""
+        """The global batch of a step, with its labels if it has several."""
         epoch, number = divmod(step, self.num_batches)
-        if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = (epoch, *self._draw(epoch))
-        _, (rows, visits), order, place, num_homogeneous = self._epoch
+        visits, order, place, num_homogeneous = self._drawn(epoch)
         first = place[number] * self.batch_size
         own = order[first : first + self.batch_size]
-        return Rows(rows[own], visits[own], bool(place[number] >= num_homogeneous))
+        shown, group_B = EpochVisits(*(each[own] for each in visits)), None
+        if place[number] >= num_homogeneous:
+            group_B = labels_by_pass(self._labels_N, shown, self.visits.passes)
+        return Rows(shown.rows_V, shown.visit_V, group_B)
 
-    def _draw(
-        self, epoch: int
-    ) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray, np.ndarray, int]:
+    def _draw(self, epoch: int) -> tuple[EpochVisits, np.ndarray, np.ndarray, int]:
         """Visits of an epoch, their order with homogeneous batches first, the order of the batches, number of the first."""
         rng = np.random.default_rng([self.seed, epoch])
         visits = self.visits.of_epoch(epoch)
-        label = labels_by_pass(self._labels_N, *visits, self.visits.passes)
+        label = labels_by_pass(self._labels_N, visits, self.visits.passes)
         # Labels in a random order, or the same ones would lose their remainder in every epoch.
         label = rng.permutation(self._num_labels * self.visits.passes)[label]
         whole, rest = _by_label(label, self.batch_size, self.shuffle_block, rng)
@@ -249,32 +269,29 @@ class RoundRobinBatches:
                 f"{len(whole_C):,} pseudo labels has {np.bincount(labels_N).max():,} samples. "
                 "Hint: a smaller batch, or batch_order: shuffled"
             )
-        self._epoch: tuple[int, np.ndarray] | None = None
+        self._drawn = lru_cache(1)(self._draw)
 
     def batch(self, step: int) -> Rows:
         """The global batch of a step, of one label."""
         epoch, number = divmod(step, self.num_batches)
-        if self._epoch is None or self._epoch[0] != epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            self._epoch = (epoch, _by_label(self._labels_N, self.batch_size, None, rng)[0])
         first = self._turns[number] * self.batch_size
-        rows = self._epoch[1][first : first + self.batch_size]
-        return Rows(rows, np.broadcast_to(epoch, len(rows)), False)
+        rows_B = self._drawn(epoch)[first : first + self.batch_size]
+        return Rows(rows_B, np.broadcast_to(epoch, len(rows_B)))
+
+    def _draw(self, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng([self.seed, epoch])
+        return _by_label(self._labels_N, self.batch_size, None, rng)[0]
 
 
-def labels_by_pass(
-    labels_N: np.ndarray, rows: np.ndarray, visit: np.ndarray, passes: int
-) -> np.ndarray:
+def labels_by_pass(labels_N: np.ndarray, visits: EpochVisits, passes: int) -> np.ndarray:
     """Labels of visits, of each pass its own: no sample has one twice.
 
     Args:
         labels_N: pseudo label of each sample, from 0.
-        rows: samples that are visited.
-        visit: numbers of the visits.
-        passes: over the data, of which an epoch is made.
+        visits: of one epoch.
+        passes: over the data, of which an epoch is made at most.
     """
-    label = labels_N[rows]
-    return label if passes == 1 else label + (int(labels_N.max()) + 1) * (visit % passes)
+    return labels_N[visits.rows_V] * passes + visits.pass_V
 
 
 def share_homogeneous(labels_N: np.ndarray, batch_size: int) -> float:

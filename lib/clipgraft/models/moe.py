@@ -6,7 +6,7 @@ weights of all experts of a layer are stacked, `[E, F, D]`; the router is float3
 is ever dropped; padding after the end token is not routed at all and gets a zero where nothing that is used later
 can see it, and is routed like any token where it can (no causal mask, or features of the last position). Towers, not
 layers, know which tokens are padding and whether this is a real forward or the second one of gradient checkpointing:
-hooks on the tower tell its layers through a `TowerState`. How experts are run is in `experts.py`.
+hooks on the tower tell its layers through a `TowerState`. How experts are run is in `backends.py`.
 """
 
 # Shapes: B batch, L sequence, T tokens, D width, F hidden, E experts, K top-k
