@@ -2,8 +2,7 @@
 
 Row i of `samples.parquet` is sample i from here on, so N never changes later; everything else is told in
 `rejects.parquet`, with a reason. Rows are sorted by uid: neither the order of tars nor the number of workers shows.
-Copies are left out of a training set only: an evaluation set is what its authors published, repeats and all. What
-the captions of a copy say and its original's do not is not lost: tables may have a row for each caption.
+Copies of a picture are left to `copies`.
 """
 
 from __future__ import annotations
@@ -14,23 +13,17 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipgraft.config import ConfigError, local_path
+from clipgraft.data.copies import join_named, without_copies
 from clipgraft.data.corpus import write_tokens
-from clipgraft.data.duplicates import (
-    find_near,
-    first_equal,
-    first_near,
-    perceptual_hash_of,
-    pixel_hash_of,
-)
+from clipgraft.data.duplicates import perceptual_hash_of, pixel_hash_of
 from clipgraft.data.found import (
     ClassNames,
     Found,
@@ -44,7 +37,7 @@ from clipgraft.data.found import (
 )
 from clipgraft.data.images import SUFFIXES, BadImage, decode_whole, open_image
 from clipgraft.data.parallel import Progress, parallel_map
-from clipgraft.data.samples import SCHEMA, samples_id_of
+from clipgraft.data.samples import REJECTS, SCHEMA, Accepted, Rejected, samples_id_of
 from clipgraft.data.tars import read_range, too_large
 from clipgraft.data.wordpiece import WordPieces
 from clipgraft.data.words import load_tagger
@@ -54,52 +47,6 @@ from clipgraft.settings import IndexJob
 log = logging.getLogger(__name__)
 
 _CHUNK = 128  # samples per task
-_MAX_ADOPTED = (
-    64  # captions from copies; a picture that says "not found" may be there a million times
-)
-
-
-@dataclass(frozen=True)
-class Accepted:
-    """A row of `samples.parquet`."""
-
-    uid: str
-    captions: list[str]
-    caption_kinds: list[str]
-    source: str
-    tar: str
-    image_offset: int
-    image_bytes: int
-    image_crc: int
-    width: int
-    height: int
-    labels: str
-    pixel_hash: str
-    perceptual_hash: int
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """A row of `rejects.parquet`; where its image is, if it has one."""
-
-    uid: str
-    reason: str
-    detail: str
-    tar: str | None = None
-    image_offset: int | None = None
-    image_bytes: int | None = None
-
-
-_REJECTS = pa.schema(
-    {
-        "uid": pa.string(),
-        "reason": pa.string(),
-        "detail": pa.string(),
-        "tar": pa.string(),
-        "image_offset": pa.int64(),
-        "image_bytes": pa.int64(),
-    }
-)
 
 
 def build_index(
@@ -142,8 +89,8 @@ def build_index(
         rejected += [each for each in results if isinstance(each, Rejected)]
         progress.add(len(results), f"   {len(rejected):,} rejected")
     progress.done()
-    accepted, repeats = _join_named(accepted)
-    accepted, copies = _without_copies(settings, accepted, not_in or {})
+    accepted, repeats = join_named(accepted)
+    accepted, copies = without_copies(settings, accepted, not_in or {})
     rejected = sorted(rejected + repeats + copies, key=lambda each: each.uid)
     reasons = Counter(each.reason for each in rejected)
     for reason, count in reasons.most_common():
@@ -152,7 +99,7 @@ def build_index(
     if not accepted:
         raise ConfigError(_nothing_left(root_of(downloads), rejected, reasons))
     facts = _write_samples(accepted, join_class_names(class_names), root_of(downloads), out)
-    _write_table(rejected, _REJECTS, out / "rejects.parquet")
+    _write_table(rejected, REJECTS, out / "rejects.parquet")
     if settings.tokenize:
         facts |= write_tokens(
             [each.captions for each in accepted],
@@ -274,118 +221,6 @@ def _why_no_caption(class_names: ClassNames, found: Found) -> tuple[str, str]:
         if text is None
         else ("empty caption", repr(text)[:60])
     )
-
-
-# --- copies -------------------------------------------------------------------------------------------------
-
-
-def _join_named(accepted: list[Accepted]) -> tuple[list[Accepted], list[Rejected]]:
-    """The first sample of each uid, with the captions of those that show the same; all others are rejected."""
-    row_of: dict[str, int] = {}
-    joined: list[Accepted] = []
-    rejected: list[Rejected] = []
-    adopted = Counter[str]()
-    for each in accepted:
-        row = row_of.setdefault(each.uid, len(joined))
-        if row == len(joined):
-            joined.append(each)
-            continue
-        first = joined[row]
-        if each.pixel_hash == first.pixel_hash:
-            joined[row], num, done = _adopt(first, each, adopted[each.uid])
-            adopted[each.uid] += num
-            detail = f"the pixels of the first{done}"
-        else:
-            detail = f"another image than the first of this name, which is in {first.tar}"
-        place = each.tar, each.image_offset, each.image_bytes
-        rejected.append(Rejected(each.uid, "repeated uid", detail, *place))
-    return joined, rejected
-
-
-def _adopt(original: Accepted, copy: Accepted, num_adopted: int) -> tuple[Accepted, int, str]:
-    """The original with what only a copy's captions say, how many it takes, and what was done in words."""
-    known = set(zip(original.captions, original.caption_kinds, strict=True))
-    pairs = zip(copy.captions, copy.caption_kinds, strict=True)
-    new = [pair for pair in dict.fromkeys(pairs) if pair not in known]
-    if not new:
-        return original, 0, ", and its captions"
-    if num_adopted + len(new) > _MAX_ADOPTED:
-        told = f", which has taken {num_adopted} captions of copies and takes no more"
-        return original, 0, told
-    captions, kinds = map(list, zip(*new, strict=True))
-    taker = replace(
-        original,
-        captions=original.captions + captions,
-        caption_kinds=original.caption_kinds + kinds,
-    )
-    return taker, len(new), f", which takes {_count(len(new), 'caption')}"
-
-
-def _without_copies(
-    settings: IndexJob, accepted: list[Accepted], not_in: Mapping[str, Path]
-) -> tuple[list[Accepted], list[Rejected]]:
-    """A training set without images of evaluation sets, and without the later ones of several that are alike."""
-    pixel_N = np.array([each.pixel_hash for each in accepted], "U16")
-    hash_N = np.array([each.perceptual_hash for each in accepted], np.uint64)
-    max_bits = settings.near_duplicates
-    copies: dict[int, Rejected] = {}
-
-    adopted = Counter[int]()
-
-    def adopt(row: int, first: int) -> str:
-        """Give the captions of a copy to its original; returns what was done."""
-        accepted[first], num, done = _adopt(accepted[first], accepted[row], adopted[first])
-        adopted[first] += num
-        return done
-
-    def reject(
-        row: int, reason: str, of: str, other_hash: np.uint64 | None = None, adopted: str = ""
-    ) -> None:
-        detail = f"the pixels of {of}{adopted}"
-        if other_hash is not None:
-            detail = f"{(hash_N[row] ^ other_hash).bit_count()} of 64 bits differ from {of}"
-        each = accepted[row]
-        place = each.tar, each.image_offset, each.image_bytes
-        copies[row] = Rejected(each.uid, reason, detail, *place)
-
-    def left() -> np.ndarray:
-        return np.array([row for row in range(len(accepted)) if row not in copies], np.int64)
-
-    for name, folder in not_in.items():
-        others = _read_hashes(folder)
-        uid_of = dict(zip(reversed(others["pixel_hash"]), reversed(others["uid"]), strict=True))
-        for row in left():
-            if pixel_N[row] in uid_of:
-                reject(row, f"in {name}", uid_of[pixel_N[row]])
-        if max_bits is not None:
-            rows, theirs = left(), np.array(others["perceptual_hash"], np.uint64)
-            for row, other in zip(rows, find_near(hash_N[rows], theirs, max_bits), strict=True):
-                if other >= 0:
-                    reject(row, f"near one in {name}", others["uid"][other], theirs[other])
-    if settings.tokenize and settings.drop_duplicates:
-        rows = left()
-        for row, first in zip(rows, rows[first_equal(pixel_N[rows])], strict=True):
-            if first != row:
-                reject(row, "duplicate", accepted[first].uid, adopted=adopt(row, first))
-    if settings.tokenize and max_bits is not None:
-        rows = left()
-        for row, first in zip(rows, rows[first_near(hash_N[rows], max_bits)], strict=True):
-            if first != row:
-                reject(row, "near duplicate", accepted[first].uid, hash_N[first])
-    return [accepted[row] for row in left()], [copies[row] for row in sorted(copies)]
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _read_hashes(index: Path) -> dict[str, list[Any]]:
-    path, columns = index / "samples.parquet", ["uid", "pixel_hash", "perceptual_hash"]
-    if not path.is_file() or not set(columns) <= set(pq.read_schema(path).names):
-        raise ConfigError(
-            f"not_in: {index} is no index with hashes of its images. Hint: run its stage `index` again"
-        )
-    return dict(pq.read_table(path, columns=columns).to_pydict())
 
 
 # --- writing ------------------------------------------------------------------------------------------------

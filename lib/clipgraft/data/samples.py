@@ -1,10 +1,11 @@
-"""Samples: what `index` accepted. Row i is sample i; the images stay where the download left them."""
+"""Samples: what `index` accepted, and what it did not. Row i is sample i; images stay where the download left them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,52 @@ SCHEMA = pa.schema(
         "perceptual_hash": pa.uint64(),
     }
 )
+
+REJECTS = pa.schema(
+    {
+        "uid": pa.string(),
+        "reason": pa.string(),
+        "detail": pa.string(),
+        "tar": pa.string(),
+        "image_offset": pa.int64(),
+        "image_bytes": pa.int64(),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A row of `rejects.parquet`; where its image is, if it has one."""
+
+    uid: str
+    reason: str
+    detail: str
+    tar: str | None = None
+    image_offset: int | None = None
+    image_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A row of `samples.parquet`."""
+
+    uid: str
+    captions: list[str]
+    caption_kinds: list[str]
+    source: str
+    tar: str
+    image_offset: int
+    image_bytes: int
+    image_crc: int
+    width: int
+    height: int
+    labels: str
+    pixel_hash: str
+    perceptual_hash: int
+
+    def rejected(self, reason: str, detail: str) -> Rejected:
+        """The sample after all among the rejects."""
+        return Rejected(self.uid, reason, detail, self.tar, self.image_offset, self.image_bytes)
 
 
 class Samples:
@@ -99,10 +146,6 @@ class Samples:
     def all_caption_kinds(self) -> list[list[str]]:
         """The kind of each caption of all samples."""
         return list(self._table["caption_kinds"].to_pylist())
-
-    def sources(self) -> list[str]:
-        """Which part of a mixed data set each sample is from; empty names if there is one source."""
-        return list(self._table["source"].to_pylist())
 
     def labels(self, name: str) -> np.ndarray:
         """Class numbers of one label [N], in the order of `label_names`; -1 where a sample has none.
