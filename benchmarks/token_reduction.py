@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from _common import Row, arguments, faster, one_core, rates, report, within  # first: sets threads
+from pydantic import TypeAdapter
 from text_reduction import index, read_captions
 from torch import nn
 
@@ -31,7 +32,7 @@ from clipgraft.devices import attention, precision
 from clipgraft.models.build import build
 from clipgraft.models.patches import drop_patches, num_patches
 from clipgraft.objectives import encode, pair_loss
-from clipgraft.reductions import image_reduction, text_reduction
+from clipgraft.reductions import ImageReduction, SyntaxText
 
 VOCABULARY = 49_408
 FULL, SHORT = (224, 77), (112, 16)  # pixels, text tokens
@@ -59,7 +60,7 @@ def built(config: dict[str, Any], reduction: object = "resize") -> nn.Module:
     """A model in training that drops patches."""
     torch.manual_seed(0)
     model = build(config)
-    drop_patches(model, image_reduction(reduction))
+    drop_patches(model, TypeAdapter(ImageReduction).validate_python(reduction))
     return model.train()
 
 
@@ -146,7 +147,7 @@ def time_words(repeats: int) -> list[Row]:
             for _ in range(repeats):
                 caption_B = rng.integers(0, num, CAPTIONS)
                 started = time.perf_counter()
-                tokens.encode(caption_B, text_length, text_reduction("syntax"))
+                tokens.encode(caption_B, text_length, SyntaxText(kind="syntax"))
                 taken.append((time.perf_counter() - started) * 1000)
             title = f"syntax reduction of {CAPTIONS:,} captions to T={text_length}"
             rows.append(within(title, taken[repeats // 5 :], REACH_WORDS, "ms", source))

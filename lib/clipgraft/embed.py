@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from clipgraft.data.augment import augment, augments
 from clipgraft.data.cached import ABOUT
 from clipgraft.data.filling import Filling
 from clipgraft.data.loader import Batch, Loader
+from clipgraft.data.parallel import Progress
 from clipgraft.data.reduce import spread
 from clipgraft.data.sampler import Rows
 from clipgraft.data.samples import Captions, picture_sizes
@@ -40,7 +40,6 @@ from clipgraft.data.tokens import Tokenizer, Tokens
 from clipgraft.data.vocabulary import is_same_vocabulary
 from clipgraft.devices import device_name
 from clipgraft.evaluation.encode import true_float32
-from clipgraft.meter import LOG_SECONDS
 from clipgraft.models.build import normalize, trimmed
 from clipgraft.models.public import Encode
 from clipgraft.recipes import AugmentationSettings
@@ -288,9 +287,10 @@ def _fill(
         device_name(encoder.device),
         f"   {filling.num_done * BATCH:,} done before" if filling.num_done else "",
     )
-    batches, progress = iter(loader), _Progress(len(chunks))
-    for chunk in chunks.tolist():
-        first, stop = _span(chunk, num)
+    spans = [_span(chunk, num) for chunk in chunks.tolist()]
+    batches = iter(loader)
+    progress = Progress("embedded", sum(stop - first for first, stop in spans), "samples")
+    for chunk, (first, stop) in zip(chunks.tolist(), spans, strict=True):
         crops = [encoder.images(next(batches), augmentation) for _ in range(num_crops)]
         row, text_BD = texts(first, stop)  # read while the device is at the images
         # Crop after crop: rows of [N, A, D] as of [N, D].
@@ -298,22 +298,6 @@ def _fill(
         filling.write("text.npy", row, text_BD.cpu().numpy())
         filling.mark(chunk)
         progress.add(stop - first)
-
-
-class _Progress:
-    """A line now and then: this process's share of the work, and its rate."""
-
-    def __init__(self, num_chunks: int) -> None:
-        self.num, self.done = num_chunks * BATCH, 0
-        self.start = self.spoke = time.monotonic()
-
-    def add(self, count: int) -> None:
-        self.done += count
-        now = time.monotonic()
-        if now - self.spoke > LOG_SECONDS:
-            self.spoke = now
-            rate = self.done / (now - self.start)
-            log.info("%s of %s samples  %s/s", f"{self.done:,}", f"{self.num:,}", f"{rate:,.0f}")
 
 
 def _filling(

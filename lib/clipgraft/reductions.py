@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, TypeAdapter
+from pydantic import BeforeValidator, Discriminator, Field
 
 from clipgraft.sources import Settings
 
@@ -101,20 +101,6 @@ REDUCTION_KINDS = {
     "image_reduction": {"resize", "random", "grid", "block"},
 }
 TRUNCATE, RESIZE = PlainText(kind="truncate"), Resize(kind="resize")
-
-
-def text_reduction(raw: Any) -> PlainText | SyntaxText | FrequencyText:
-    """A text reduction as a config has it: a name, or a mapping."""
-    adapter: TypeAdapter[PlainText | SyntaxText | FrequencyText] = TypeAdapter(TextReduction)
-    return adapter.validate_python(raw)
-
-
-def image_reduction(raw: Any) -> Resize | RandomPatches | GridPatches | BlockPatches:
-    """An image reduction as a config has it: a name, or a mapping."""
-    adapter: TypeAdapter[Resize | RandomPatches | GridPatches | BlockPatches] = TypeAdapter(
-        ImageReduction
-    )
-    return adapter.validate_python(raw)
 
 
 def text_mask_of(config: Mapping[str, Any]) -> Any:

@@ -14,6 +14,7 @@ import torch
 from indexes import make_index
 from pictures import jpeg
 from PIL import Image
+from reduced import text_reduction
 
 from clipgraft.config import ConfigError
 from clipgraft.data.corpus import write_tokens
@@ -22,7 +23,6 @@ from clipgraft.data.loader import Loader
 from clipgraft.data.sampler import HomogeneousBatches, UniformBatches, Visits
 from clipgraft.data.shards import Shards, write_shards
 from clipgraft.data.tokens import Tokenizer, Tokens
-from clipgraft.reductions import text_reduction
 from clipgraft.settings import ShardJob
 
 N = 12

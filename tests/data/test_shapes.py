@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clipgraft.data.drawing import draw_picture
 from clipgraft.data.shapes import (
     ATTRIBUTES,
     DEFAULT_MENTION,
     SPLITS,
     combinations_of,
-    draw_picture,
     draw_sample,
-    sample_sheet,
     zero_shot_templates,
 )
 
@@ -246,7 +245,9 @@ def test_objects_are_as_large_and_where_the_attributes_say():
         ATTRIBUTES["shape"], ATTRIBUTES["size"], ATTRIBUTES["position"]
     ):
         said = {**plain, "shape": shape, "size": size, "position": position}
-        is_object = pixels(draw_picture(said, rng, noise=0.0), "HSV")[..., 1] > 0.4 * 255
+        is_object = (
+            pixels(draw_picture(said, rng, image_size=64, noise=0.0), "HSV")[..., 1] > 0.4 * 255
+        )
         rows, columns = np.nonzero(is_object)
         assert min(rows.min(), columns.min()) > 0 and max(rows.max(), columns.max()) < 63
         x = (columns.min() + columns.max()) / 2 - 31.5
@@ -271,15 +272,6 @@ def test_prompts_speak_the_language_of_the_captions(attribute):
             prompt = template.replace("{c}", value)
             assert set(prompt.split()) <= heard
             assert understand(prompt)[attribute] == {value}
-
-
-def test_sheet_has_a_cell_for_every_sample(tmp_path):
-    sample_sheet(tmp_path / "sheet.png", num_samples=5, num_columns=2, zoom=1, image_size=32)
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        width, height = sheet.size
-        first = pixels(sheet.crop((14, 14, 46, 46)))
-    assert width > 2 * 32 and height > 3 * 32
-    assert np.array_equal(first, pixels(draw_sample(0, "train", 0, image_size=32).image))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from open_clip import SimpleTokenizer
+from reduced import text_reduction
 
 from clipgraft.config import ConfigError
 from clipgraft.data import corpus
@@ -16,7 +17,6 @@ from clipgraft.data.draws import as_uniform, draw_bits
 from clipgraft.data.tokens import BEGINS, CLASS, Tokenizer, Tokens
 from clipgraft.data.vocabulary import clip_merges, write_merges
 from clipgraft.data.words import CLASSES, split_words, tag_words
-from clipgraft.reductions import text_reduction
 
 # open_clip leaves its merges file to the garbage collector.
 pytestmark = pytest.mark.filterwarnings(

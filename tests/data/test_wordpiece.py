@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from reduced import text_reduction
 
 from clipgraft.config import ConfigError
 from clipgraft.data.corpus import write_tokens
@@ -14,7 +15,6 @@ from clipgraft.data.shapes import draw_sample
 from clipgraft.data.tokens import BEGINS, CLASS, Tokenizer, Tokens
 from clipgraft.data.wordpiece import WordPieces, basic_words
 from clipgraft.data.words import CLASSES, tag_words
-from clipgraft.reductions import text_reduction
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 CAPTIONS = [

@@ -151,7 +151,7 @@ def test_images_without_a_caption_are_candidates_but_no_queries():
 
 def test_a_query_without_right_candidates_never_hits():
     nothing = torch.zeros(0, dtype=torch.long)
-    assert recall_at(features(2, 4), features(20, 4), nothing, nothing).sum() == 0
+    assert recall_at(features(2, 4), features(20, 4), nothing, nothing, cutoffs=(1,)).sum() == 0
     assert chance_at(2, 20, nothing, nothing).sum() == 0
 
 
@@ -186,7 +186,8 @@ def test_both_ways_are_those_of_sorting_every_score(tile, monkeypatch):
     image_ND, text_UD = features(13, 6, seed=4), features(65, 6, seed=5)
     score_NU = image_ND.double().numpy() @ text_UD.double().numpy().T
     owner = np.repeat(np.arange(13), 5)
-    hits, text_hits = recalls(image_ND, text_UD, counted.image_P, counted.text_P)
+    pairs, weight_U = (counted.image_P, counted.text_P), counted.count_U.double()
+    hits, text_hits = recalls(image_ND, text_UD, *pairs, weight_U)
     for place, k in enumerate((1, 5, 10)):
         best = np.argsort(-score_NU, axis=1)[:, :k]
         expected = [(owner[best[n]] == n).any() for n in range(13)]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from reduced import image_reduction
 from torch import nn
 
 from clipgraft.config import ConfigError
@@ -13,7 +14,6 @@ from clipgraft.evaluation.robustness import fewer_patches, robustness
 from clipgraft.evaluation_settings import RobustnessSettings
 from clipgraft.models.build import build
 from clipgraft.models.patches import choose_patches
-from clipgraft.reductions import image_reduction
 
 CPU = torch.device("cpu")
 KINDS = [{"kind": "random", "keep": 0.5}, "grid", {"kind": "block", "keep": 0.25}]

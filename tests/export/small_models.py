@@ -9,6 +9,7 @@ import torch
 
 from clipgraft.data.vocabulary import Encoder, clip_merges, write_merges
 from clipgraft.data.wordpiece import WordPieces
+from clipgraft.data.words import split_words
 
 SIDE, LENGTH = 32, 12
 TEXTS = [
@@ -30,7 +31,8 @@ def write_vocabulary(folder: Path, kind: str) -> tuple[Path, int]:
     encoder = Encoder(clip_merges())
     if kind == "corpus":
         for text in TEXTS:
-            encoder.encode(text)
+            for word in split_words(text):
+                encoder.encode_word(word)
         encoder = Encoder([merge for merge in encoder.merges if merge in encoder.used])
     write_merges(folder / "merges.txt.gz", encoder.merges)
     return folder / "merges.txt.gz", encoder.vocab_size

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from open_clip.transformer import PatchDropout
+from reduced import image_reduction
 
 from clipgraft.config import ConfigError
 from clipgraft.data.draws import draw_bits
@@ -22,7 +23,7 @@ from clipgraft.models.patches import (
     gather_patches,
     num_patches,
 )
-from clipgraft.reductions import image_reduction, num_kept
+from clipgraft.reductions import num_kept
 
 KINDS = ["random", "grid", {"kind": "grid", "cell": "fixed"}, "block"]
 TEXT = torch.tensor([[38, 5, 39, 0, 0, 0, 0, 0]] * 3)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from reduced import image_reduction
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -23,7 +24,6 @@ from clipgraft.models.training_blocks import (
     attend_by_torch,
     speed_up,
 )
-from clipgraft.reductions import image_reduction
 
 CONFIG = {
     "embed_dim": 16,

@@ -80,7 +80,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise _bad(_short(error)) from None
 
 
-def decode_whole(data: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> np.ndarray:
+def decode_whole(data: bytes) -> np.ndarray:
     """Pixels of an image of which nothing is missing: uint8 HWC RGB, upright; the same as `decode` gives.
 
     A JPEG must hold all its pixels; that it lacks its end marker alone is forgiven, unless it is progressive,
@@ -90,7 +90,7 @@ def decode_whole(data: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> np.ndar
     Raises:
         BadImage: `undecodable`, `truncated` or `too many pixels`.
     """
-    image = open_image(data, max_megapixels)
+    image = open_image(data)
     if image.format in ("JPEG", "MPO"):
         pixels, data = _whole_jpeg(data, bool(image.info.get("progressive")))
         if pixels is not None and image.mode in ("RGB", "L") and _is_upright(image):
@@ -102,9 +102,7 @@ def decode_whole(data: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> np.ndar
         raise _bad(error.detail, data) from None
 
 
-def shrink(
-    data: bytes, short_side: int, quality: int, max_megapixels: float = MAX_MEGAPIXELS
-) -> bytes:
+def shrink(data: bytes, short_side: int, quality: int) -> bytes:
     """JPEG bytes whose short side is at most `short_side`; never enlarges.
 
     A JPEG that is small enough, upright and of an ordinary colour space stays as it is, byte for byte; if it lacks
@@ -113,12 +111,12 @@ def shrink(
     Raises:
         BadImage: if it cannot be decoded.
     """
-    image = open_image(data, max_megapixels)
+    image = open_image(data)
     is_small = min(image.size) <= short_side
     if is_small and image.format == "JPEG" and image.mode in ("RGB", "L") and _is_upright(image):
         is_open = _END not in data[-64:] and not image.info.get("progressive")
         return data + _END if is_open else data
-    pixels = decode_whole(data, max_megapixels)
+    pixels = decode_whole(data)
     if not is_small:
         height, width = pixels.shape[:2]
         scale = short_side / min(height, width)

@@ -23,6 +23,9 @@ from clipgraft.config import ConfigError
 from clipgraft.orphan import leave_with
 
 log = logging.getLogger(__name__)
+
+LOG_SECONDS = 10.0  # between lines of progress
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -69,21 +72,17 @@ def parallel_map(function: Callable[[T], R], tasks: Iterable[T], num_workers: in
 
 
 class Progress:
-    """A line every ten seconds: how many of how many, how fast, and the time left."""
+    """A line now and then: how many of how many, how fast, and the time left."""
 
-    def __init__(
-        self, verb: str, total: int, interval_seconds: float = 10.0, unit: str = "images"
-    ) -> None:
+    def __init__(self, verb: str, total: int, unit: str = "images") -> None:
         """Start the clock.
 
         Args:
             verb: what is done to images, e.g. `decoded`.
             total: how many there are; 0 if that is not known.
-            interval_seconds: time between lines.
             unit: what is counted.
         """
-        self.verb, self.total, self.interval = verb, total, interval_seconds
-        self.unit = unit
+        self.verb, self.total, self.unit = verb, total, unit
         self.count, self.started = 0, time.monotonic()
         self.last = self.started
 
@@ -91,7 +90,7 @@ class Progress:
         """Count `count` more images; speak if it is time to."""
         self.count += count
         now = time.monotonic()
-        if now - self.last >= self.interval:
+        if now - self.last >= LOG_SECONDS:
             self.last = now
             log.info("%s%s", self._line(now), note)
 

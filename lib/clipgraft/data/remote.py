@@ -96,7 +96,6 @@ def copy_all(
     folder: Path,
     check: Callable[[Path], object],
     suffix: str = "",
-    threads: int = 8,
 ) -> list[Path]:
     """Copy addresses into a folder, several at once.
 
@@ -105,7 +104,6 @@ def copy_all(
         folder: made if need be; finished copies in it are kept.
         check: called with each fresh copy; raises ConfigError if it is not whole.
         suffix: that the names of copies end in, also where an address does not.
-        threads: copies at once.
 
     Returns:
         Paths, in the order of `urls`.
@@ -116,7 +114,7 @@ def copy_all(
     folder.mkdir(parents=True, exist_ok=True)
     names = _names(urls, suffix)
     progress = _Megabytes(len(urls))
-    with ThreadPoolExecutor(max(1, min(threads, _COPIES_AT_ONCE))) as pool:
+    with ThreadPoolExecutor(_COPIES_AT_ONCE) as pool:
         futures = [
             pool.submit(_copy, url, folder / name, check, progress)
             for url, name in zip(urls, names, strict=True)

@@ -15,8 +15,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
 
-from clipgraft.data.words import split_words
-
 Merge = tuple[str, str]
 
 _NUM_BYTES = 256
@@ -46,10 +44,6 @@ class Encoder:
     def write(self, path: Path) -> None:
         """Write the merges so that open_clip reads them."""
         write_merges(path, self.merges)
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of the pieces of a text, without start and end."""
-        return [number for word in split_words(text) for number in self.encode_word(word)]
 
     def encode_word(self, word: str) -> list[int]:
         """Ids of the pieces of one word of `split_words`."""

@@ -133,8 +133,7 @@ def recall_at(
     query_P: Tensor,
     right_P: Tensor,
     *,
-    candidate_weight_C: Tensor | None = None,
-    cutoffs: Sequence[int] = CUTOFFS,
+    cutoffs: Sequence[int],
 ) -> Tensor:
     """How probably each query has a right candidate among its best k, ties being put in random order.
 
@@ -143,12 +142,11 @@ def recall_at(
         candidate_CD: features of the candidates.
         query_P: query of each right pair.
         right_P: candidate of each right pair; no pair twice.
-        candidate_weight_C: how many equal candidates each stands for (default: one).
         cutoffs: the k.
     Returns:
         Probabilities `[Q, K]`, float64, on the CPU: 0 or 1 where nothing is tied.
     """
-    weight_C = _weights(candidate_weight_C, len(candidate_CD))
+    weight_C = torch.ones(len(candidate_CD))
     queries = _Standing(len(query_QD), weight_C, max(cutoffs), candidate_CD.device)
     _compare(query_QD, candidate_CD, query_P, right_P, queries, None)
     return queries.hits(cutoffs)
@@ -159,26 +157,24 @@ def recalls(
     text_UD: Rows,
     image_P: Tensor,
     text_P: Tensor,
-    text_weight_U: Tensor | None = None,
-    cutoffs: Sequence[int] = CUTOFFS,
+    text_weight_U: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """`recall_at` of images among texts and of texts among images, with every score computed once.
+    """`recall_at` 1, 5 and 10 of images among texts and of texts among images, with every score computed once.
 
     Args:
         image_ND: features of the images.
         text_UD: features of the texts.
         image_P: image of each right pair.
         text_P: text of each right pair; no pair twice.
-        text_weight_U: how many equal texts each stands for as a candidate (default: one).
-        cutoffs: the k.
+        text_weight_U: how many equal texts each stands for as a candidate.
     Returns:
         `[N, K]` and `[U, K]`.
     """
-    device, most = text_UD.device, max(cutoffs)
-    images = _Standing(len(image_ND), _weights(text_weight_U, len(text_UD)), most, device)
-    texts = _Standing(len(text_UD), _weights(None, len(image_ND)), most, device)
+    device, most = text_UD.device, max(CUTOFFS)
+    images = _Standing(len(image_ND), text_weight_U, most, device)
+    texts = _Standing(len(text_UD), torch.ones(len(image_ND)), most, device)
     _compare(image_ND, text_UD, image_P, text_P, images, texts)
-    return images.hits(cutoffs), texts.hits(cutoffs)
+    return images.hits(CUTOFFS), texts.hits(CUTOFFS)
 
 
 class _Standing:
@@ -200,7 +196,8 @@ class _Standing:
             most: the largest cut-off.
             device: of the scores.
         """
-        self._weight_C, self._most = weight_C.to(device), most
+        # float32 counts exactly up to 2**24, and halves the memory of the comparisons.
+        self._weight_C, self._most = weight_C.float().to(device), most
         self.best_Q = torch.full((num,), -torch.inf, device=device)
         self.right_Q, self.above_Q, self.tied_Q = torch.zeros(3, num, device=device).unbind()
 
@@ -313,13 +310,14 @@ def chance_at(
     query_P: Tensor,
     right_P: Tensor,
     candidate_weight_C: Tensor | None = None,
-    cutoffs: Sequence[int] = CUTOFFS,
 ) -> Tensor:
-    """What `recall_at` is on average over all orders of the candidates, `[Q, K]`."""
-    weight_C = _weights(candidate_weight_C, num_candidates).double()
+    """What `recall_at` 1, 5 and 10 is on average over all orders of the candidates, `[Q, K]`; of weight 1 by default."""
+    weight_C = candidate_weight_C
+    if weight_C is None:
+        weight_C = torch.ones(num_candidates, dtype=torch.float64)
     right_Q = torch.zeros(num_queries, dtype=torch.float64)
     right_Q.scatter_add_(0, query_P, weight_C[right_P])
-    return _hit_probability(torch.zeros_like(right_Q), right_Q, weight_C.sum() - right_Q, cutoffs)
+    return _hit_probability(torch.zeros_like(right_Q), right_Q, weight_C.sum() - right_Q, CUTOFFS)
 
 
 def best_candidates(query_QD: Tensor, candidate_CD: Rows, k: int) -> tuple[Tensor, Tensor]:
@@ -369,11 +367,6 @@ def _hit_probability(
         miss = torch.where(drawn >= 0, miss * share, miss)
         hits[place + 1] = torch.where(right > 0, 1 - miss, 0.0)
     return torch.stack([hits[k] for k in cutoffs], dim=1)
-
-
-def _weights(weight_C: Tensor | None, num_candidates: int) -> Tensor:
-    # float32 counts exactly up to 2**24, and halves the memory of the comparisons.
-    return torch.ones(num_candidates) if weight_C is None else weight_C.float()
 
 
 def _mean(value_QK: Tensor, weight_Q: Tensor) -> Tensor:
