@@ -110,9 +110,7 @@ class Ours:
             settings,
             SimpleNamespace(shards=range(num), tokens=None),  # type: ignore[arg-type]  # for the loader
             UniformBatches(num, case.batch, 0),
-            case.config["vision_cfg"]["image_size"],
-            case.config["text_cfg"]["context_length"],
-            spec["preprocess"],
+            spec,
             0,
             world,
             extra_loss=routing,
@@ -150,7 +148,7 @@ REPLACED: dict[str, Callable[..., Any]] = {
     "models.training_blocks.reads_one": lambda tower, last: False,  # last blocks compute all tokens
     "train.build_optimizer": _unfused,  # torch's AdamW as open_clip builds it
     "train.speed_up": lambda model: None,  # open_clip's own towers
-    "train.trimmed": lambda model, text_BL: text_BL,  # texts stay padded to the context
+    "encoding.trimmed": lambda model, text_BL: text_BL,  # texts stay padded to the context
 }
 
 

@@ -50,7 +50,9 @@ ON = {
     "bf16 where the hardware has it, beside fp32": Ours(
         environment={"CLIPGRAFT_PRECISION": "fp32"}
     ),
-    "texts trimmed to the longest, beside padded to the context": Ours(without=("train.trimmed",)),
+    "texts trimmed to the longest, beside padded to the context": Ours(
+        without=("encoding.trimmed",)
+    ),
     "fused AdamW, beside torch's default": Ours(without=("train.build_optimizer",)),
     "fast towers as a whole, beside open_clip's": Ours(without=("train.speed_up",)),
     "of these the stem as a product, beside a convolution": Ours(

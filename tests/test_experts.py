@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from test_train import folder, make_data, phase, saving_until
 
-from clipgraft import dist, embed, train, training_state
+from clipgraft import dist, embed, encoding, training_state
 from clipgraft.checkpoint import load_model, read_weights
 from clipgraft.config import ConfigError
 from clipgraft.data.loader import Batch
@@ -212,7 +212,7 @@ def lengths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(text_BL.shape[1])
         return Features(*model(images, text_BL))
 
-    monkeypatch.setattr(train, "encode", look)
+    monkeypatch.setattr(encoding, "encode", look)
     return seen
 
 
@@ -226,7 +226,7 @@ def test_trimmed_batches_train_the_same_expert(
     trimmed, whole = folder(tmp_path / "trimmed"), folder(tmp_path / "whole")
     finetune_expert(settings, base, *data, labels, trimmed)
     assert len(set(lengths)) > 2 and max(lengths) < LENGTH
-    monkeypatch.setattr(train, "trimmed", untrimmed)
+    monkeypatch.setattr(encoding, "trimmed", untrimmed)
     lengths.clear()
     finetune_expert(settings, base, *data, labels, whole)
     assert set(lengths) == {LENGTH}
@@ -261,7 +261,7 @@ def test_trimmed_batches_train_the_same_routers(data, base, tmp_path, monkeypatc
     assemble(AssembleJob(num_experts=2, top_k=1, seed=0), [base, base], moe)
     settings = RouterJob(samples_seen=64, batch_size=16, optim=STABLE, seed=0)
     finetune_router(settings, moe, *data, trimmed)
-    monkeypatch.setattr(train, "trimmed", untrimmed)
+    monkeypatch.setattr(encoding, "trimmed", untrimmed)
     finetune_router(settings, moe, *data, whole)
     expected, got = read_weights(whole), read_weights(trimmed)
     for name in expected:
@@ -277,7 +277,7 @@ def test_trimmed_texts_have_the_same_embeddings(data, base, tmp_path, monkeypatc
 
     def look(model, text_BL):
         seen.append(text_BL.shape[1])
-        return train.trimmed(model, text_BL)
+        return encoding.trimmed(model, text_BL)
 
     monkeypatch.setattr(encode, "trimmed", look)
     device, texts = torch.device("cpu"), ["a red circle", "a small striped teal triangle"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from open_clip.transformer import ResidualAttentionBlock
 
-from clipgraft import plan, train
+from clipgraft import encoding, plan
 from clipgraft.architectures import architecture
 from clipgraft.checkpoint import load_model
 from clipgraft.cost import image_tokens
@@ -84,7 +84,7 @@ def test_every_preset_trains_on_as_many_tokens_as_it_says(
     path, indexes, lengths, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("CLIPGRAFT_PRECISION", "fp32")
-    monkeypatch.setattr(train, "trimmed", lambda _, text_BL: text_BL)  # of the longest caption
+    monkeypatch.setattr(encoding, "trimmed", lambda _, text_BL: text_BL)  # of the longest caption
     ((model, phases),) = plan.read([path]).values()
     config = shrunk(architecture(model))
     index = indexes["wordpiece" if path.stem.startswith("clipa_v2") else "full"]

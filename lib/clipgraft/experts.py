@@ -85,16 +85,13 @@ def finetune_expert(
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
         groups = None if labels is None else read_labels(labels, data.shards.samples_id)
-        vision, text = spec["config"]["vision_cfg"], spec["config"]["text_cfg"]
         fit = Fit(
             model,
             expert_objective(world, settings),
             settings,
             data,
             sampler_of(settings, data, groups),
-            vision["image_size"],
-            text["context_length"],
-            spec["preprocess"],
+            spec,
             settings.seed,
             world,
             threads,
@@ -105,7 +102,7 @@ def finetune_expert(
         facts = fit.run(out)
         if labels is not None:
             check_learnable(settings, fit.rows, fit.num_steps, labels)
-        fit.save(out, spec, loaded.tokenizer, only=list(trained), base=init)
+        fit.save(out, loaded.tokenizer, only=list(trained), base=init)
         return facts
 
 

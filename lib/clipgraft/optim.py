@@ -91,7 +91,22 @@ def build_optimizer(
     return torch.optim.AdamW(groups, lr, betas, settings.eps, fused=devices <= {"cuda", "cpu"})
 
 
-class Lamb(torch.optim.Optimizer):
+class _ForEach(torch.optim.Optimizer):
+    """Changes all parameters of a group that have a gradient together."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Change the parameters that have a gradient."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._change(group, params, [p.grad for p in params])
+
+    def _change(self, group: dict[str, Any], params: list[Tensor], gradients: list[Tensor]) -> None:
+        raise NotImplementedError
+
+
+class Lamb(_ForEach):
     """Adam whose steps are as long as the parameters they change (LAMB, arXiv:1904.00962, Alg. 2).
 
     As in FastCLIP's code, weight decay is a part of the step, and groups without it take plain Adam's: norms and biases
@@ -104,29 +119,23 @@ class Lamb(torch.optim.Optimizer):
         """Groups bring their weight decay along."""
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Change the parameters that have a gradient."""
-        for group in self.param_groups:
-            params, gradients = _with_gradient(group)
-            if not params:
-                continue
-            beta1, beta2 = group["betas"]
-            steps = [self._next(p) for p in params]
-            means = [self.state[p]["mean"] for p in params]
-            squares = [self.state[p]["square"] for p in params]
-            torch._foreach_lerp_(means, gradients, 1 - beta1)
-            torch._foreach_mul_(squares, beta2)
-            torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
-            updates = torch._foreach_div(means, [1 - beta1**step for step in steps])
-            sizes = torch._foreach_sqrt(squares)
-            torch._foreach_div_(sizes, [(1 - beta2**step) ** 0.5 for step in steps])
-            torch._foreach_add_(sizes, group["eps"])
-            torch._foreach_div_(updates, sizes)
-            if group["weight_decay"]:
-                torch._foreach_add_(updates, params, alpha=group["weight_decay"])
-                torch._foreach_mul_(updates, _trust_ratios(params, updates))
-            torch._foreach_add_(params, updates, alpha=-group["lr"])
+    def _change(self, group: dict[str, Any], params: list[Tensor], gradients: list[Tensor]) -> None:
+        beta1, beta2 = group["betas"]
+        steps = [self._next(p) for p in params]
+        means = [self.state[p]["mean"] for p in params]
+        squares = [self.state[p]["square"] for p in params]
+        torch._foreach_lerp_(means, gradients, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
+        updates = torch._foreach_div(means, [1 - beta1**step for step in steps])
+        sizes = torch._foreach_sqrt(squares)
+        torch._foreach_div_(sizes, [(1 - beta2**step) ** 0.5 for step in steps])
+        torch._foreach_add_(sizes, group["eps"])
+        torch._foreach_div_(updates, sizes)
+        if group["weight_decay"]:
+            torch._foreach_add_(updates, params, alpha=group["weight_decay"])
+            torch._foreach_mul_(updates, _trust_ratios(params, updates))
+        torch._foreach_add_(params, updates, alpha=-group["lr"])
 
     def _next(self, p: Tensor) -> int:
         """Number of the step that a parameter takes now, from 1."""
@@ -144,35 +153,24 @@ def _trust_ratios(params: list[Tensor], updates: tuple[Tensor, ...]) -> list[Ten
     return list(torch.where(has_both_P, norm_P / update_P, 1.0).unbind())
 
 
-class Lion(torch.optim.Optimizer):
+class Lion(_ForEach):
     """Steps of one size, in the direction of the sign of the momentum (Lion, arXiv:2302.06675, Alg. 2)."""
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> None:
         """Groups bring their weight decay along."""
         super().__init__(groups, {"lr": lr, "betas": betas})
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Change the parameters that have a gradient."""
-        for group in self.param_groups:
-            params, gradients = _with_gradient(group)
-            if not params:
-                continue
-            for p in params:
-                if not self.state[p]:
-                    self.state[p]["mean"] = torch.zeros_like(p)
-            means = [self.state[p]["mean"] for p in params]
-            beta1, beta2 = group["betas"]
-            updates = torch._foreach_lerp(means, gradients, 1 - beta1)
-            torch._foreach_sign_(updates)
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(params, updates, alpha=-group["lr"])
-            torch._foreach_lerp_(means, gradients, 1 - beta2)
-
-
-def _with_gradient(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-    params = [p for p in group["params"] if p.grad is not None]
-    return params, [p.grad for p in params]
+    def _change(self, group: dict[str, Any], params: list[Tensor], gradients: list[Tensor]) -> None:
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["mean"] = torch.zeros_like(p)
+        means = [self.state[p]["mean"] for p in params]
+        beta1, beta2 = group["betas"]
+        updates = torch._foreach_lerp(means, gradients, 1 - beta1)
+        torch._foreach_sign_(updates)
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(params, updates, alpha=-group["lr"])
+        torch._foreach_lerp_(means, gradients, 1 - beta2)
 
 
 def set_rates(

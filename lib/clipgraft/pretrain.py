@@ -96,9 +96,7 @@ def pretrain(
             settings,
             data,
             sampler,
-            settings.image_size,
-            settings.text_length,
-            spec["preprocess"],
+            spec,
             settings.seed,
             world,
             threads,
@@ -111,7 +109,7 @@ def pretrain(
             watch=open_watch(settings, watched, spec, data.tokens.tokenizer, world, threads),
         )
         facts = fit.run(out)
-        fit.save(out, spec, data.tokens.tokenizer)
+        fit.save(out, data.tokens.tokenizer)
         return facts | {"positions": positions}
 
 

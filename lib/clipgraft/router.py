@@ -83,7 +83,6 @@ def finetune_router(
         trained = trained_parameters(model, settings.train)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
-        vision, text = spec["config"]["vision_cfg"], spec["config"]["text_cfg"]
 
         def objective(features: Features, *_: object) -> Loss:
             pair = pair_loss(world, features)
@@ -95,9 +94,7 @@ def finetune_router(
             settings,
             data,
             ordinary_batches(data, settings, settings.seed),
-            vision["image_size"],
-            text["context_length"],
-            spec["preprocess"],
+            spec,
             settings.seed,
             world,
             threads,
@@ -107,7 +104,7 @@ def finetune_router(
             watch=open_watch(settings, watched, spec, loaded.tokenizer, world, threads),
         )
         facts = fit.run(out)
-        fit.save(out, spec, loaded.tokenizer)
+        fit.save(out, loaded.tokenizer)
         bounds = healthy_loads(spec["moe"]["num_experts"], spec["moe"]["top_k"])
         return facts | {"healthy_loads": list(bounds)}
 

@@ -18,34 +18,25 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from clipgraft import devices, dist, parallel
 from clipgraft.checkpoint import save_model
 from clipgraft.compiled import compile_blocks
 from clipgraft.config import ConfigError
-from clipgraft.data.augment import augment, augments
+from clipgraft.data.augment import augments
 from clipgraft.data.cached import ReferenceCache
 from clipgraft.data.loader import Batch, Loader
 from clipgraft.data.memory import SampleMemory
 from clipgraft.data.sampler import HomogeneousBatches, RoundRobinBatches, UniformBatches
+from clipgraft.encoding import Encoding
 from clipgraft.gradcache import backward_in_parts
 from clipgraft.job import REQUEUE
 from clipgraft.loss_settings import LossSettings
 from clipgraft.meter import Meter, announce
-from clipgraft.models.build import normalize, trimmed
 from clipgraft.models.patches import PartialVisionTransformer, num_patches
 from clipgraft.models.training_blocks import speed_up
-from clipgraft.objectives import (
-    ExtraLoss,
-    Features,
-    Loss,
-    Objective,
-    Reference,
-    ReferenceFeatures,
-    encode,
-)
+from clipgraft.objectives import ExtraLoss, Features, Loss, Objective, Reference
 from clipgraft.optim import build_optimizer, set_rates
 from clipgraft.recipes import TrainSettings
 from clipgraft.schedule import num_steps, peak_lr
@@ -64,9 +55,8 @@ log = logging.getLogger(__name__)
 
 PROJECTIONS = "projections"  # what their names in the saved state begin with
 
-GO_ON, SPEAK, SAVE, LEAVE = range(
-    4
-)  # what a process wishes after a step; the most that one does is done
+# What a process wishes after a step; the most that one does is done.
+GO_ON, SPEAK, SAVE, LEAVE = range(4)
 
 Sampler = UniformBatches | HomogeneousBatches | RoundRobinBatches
 
@@ -81,9 +71,7 @@ class Fit:
         settings: length, batch size, optimizer.
         data: the training set.
         sampler: which rows are in which batch.
-        image_size: side of the crops in pixels.
-        text_length: tokens per caption, at most: texts are trimmed to the longest of a part where that is exact.
-        preprocess: `mean` and `std` of the model.
+        spec: what `model.json` says of the model: its sizes, and how it wants images.
         seed: of crops and caption choice.
         world: this process.
         threads: for decoding.
@@ -104,9 +92,7 @@ class Fit:
     settings: TrainSettings
     data: Data
     sampler: Sampler
-    image_size: int
-    text_length: int
-    preprocess: Mapping[str, Any]
+    spec: Mapping[str, Any]
     seed: int
     world: dist.World
     threads: int = 1
@@ -128,14 +114,21 @@ class Fit:
         """Optimizer steps in all."""
         return num_steps(self.settings)
 
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        """Side of the crops in pixels, and tokens per caption."""
+        config = self.spec["config"]
+        return config["vision_cfg"]["image_size"], config["text_cfg"]["context_length"]
+
     @cached_property
-    def dtype(self) -> torch.dtype:
-        """What autocast computes in."""
-        return devices.precision(self.world.device, self.settings.precision)
+    def _encoding(self) -> Encoding:
+        device, preprocess = self.world.device, self.spec["preprocess"]
+        dtype = devices.precision(device, self.settings.precision)
+        return Encoding(self.model, preprocess, self.references, self.settings, device, dtype)
 
     @property
     def _precision(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+        return str(self._encoding.dtype).removeprefix("torch.")
 
     def run(self, out: Path) -> dict[str, Any]:
         """Train, write `metrics.jsonl`, and return facts for the manifest.
@@ -177,7 +170,7 @@ class Fit:
                 self.model,
                 sum(p.numel() for p in trained.values()),
                 len(self.data.shards),
-                (self.image_size, self.text_length),
+                self._sizes,
                 self.world,
                 f"{self._precision} on {devices.device_name(self.world.device)}",
             )
@@ -192,7 +185,7 @@ class Fit:
             "samples_seen": self.num_steps * self.settings.batch_size,
             "num_steps": self.num_steps,
             "image_tokens": 1 + num_patches(self.model)[0],
-            "text_tokens": self.text_length,
+            "text_tokens": self._sizes[1],
             "train_seconds": self.rows[-1]["seconds"] if self.rows else 0.0,
             "precision": self._precision,
             "num_processes": self.world.size,
@@ -206,7 +199,6 @@ class Fit:
     def save(
         self,
         out: Path,
-        spec: dict[str, Any],
         tokenizer: Path,
         only: Collection[str] | None = None,
         base: Path | None = None,
@@ -217,14 +209,13 @@ class Fit:
 
         Args:
             out: folder to write.
-            spec: of the model before; the samples seen are added.
             tokenizer: its file.
             only: as for `save_model`.
             base: likewise.
         """
         if not self.world.is_first:
             return
-        seen = spec["samples_seen"]
+        spec, seen = dict(self.spec), self.spec["samples_seen"]
         last = spec | {"samples_seen": seen + self.num_steps * self.settings.batch_size}
         save_model(out, self.model, last, tokenizer, only, base)
         best = self.watch.best if self.watch is not None else None
@@ -236,12 +227,13 @@ class Fit:
 
     def _loop(self, parts: Parts, first_step: int, stop: Stop) -> None:
         model = parallel.in_all_processes(self.model, self.world)
+        image_size, text_length = self._sizes
         loader = Loader(
             self.data.shards,
             self.data.tokens,
             self.sampler,
-            image_size=self.image_size,
-            text_length=self.text_length,
+            image_size=image_size,
+            text_length=text_length,
             crop_scale=self.settings.crop_scale,
             seed=self.seed,
             rank=self.world.rank,
@@ -337,7 +329,7 @@ class Fit:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         num_parts = self.settings.accumulate
         parts = split(batch, num_parts)
-        references = self._features_of_references(parts)
+        references = self._encoding.of_references(parts)
         read = self.extra_loss.read if self.extra_loss is not None else None
 
         def loss_of(*features: Tensor) -> Loss:
@@ -349,48 +341,17 @@ class Fit:
             return loss + extra, extras | more
 
         if num_parts == 1:
-            features = self._encode(model, batch)
+            features = self._encoding.features(model, batch)
             loss, extras = loss_of(*features, *([] if read is None else [read(self.model)]))
             loss.backward()
             return loss.detach(), extras
         return backward_in_parts(
-            model, num_parts, lambda model, part: self._encode(model, parts[part]), loss_of, read
+            model,
+            num_parts,
+            lambda model, part: self._encoding.features(model, parts[part]),
+            loss_of,
+            read,
         )
-
-    def _features_of_references(self, parts: Sequence[Batch]) -> list[ReferenceFeatures]:
-        """Of the whole local batch, encoded in the parts that the model takes it in."""
-        if not self.references:
-            return []
-        encoded, are_seen = [], any(each.sees_images for each in self.references)
-        with torch.no_grad(), self._autocast():
-            for part in parts:
-                pixels = self._pixels(part) if are_seen else None
-                encoded.append([each.features(pixels, part) for each in self.references])
-        return [ReferenceFeatures.of_parts(each) for each in zip(*encoded, strict=True)]
-
-    def _encode(self, model: nn.Module, batch: Batch) -> Features:
-        device = self.world.device
-        pixels = self._pixels(batch)
-        if batch.image_bits_B is not None:
-            self.model.visual.image_bits_B = batch.image_bits_B.to(device, non_blocking=True)
-        images = normalize(pixels, self.preprocess["mean"], self.preprocess["std"])
-        text_BL = batch.text_BL
-        if batch.short_BL is not None:
-            text_BL = torch.stack([text_BL, batch.short_BL], 1).flatten(0, 1)
-        text_BL = trimmed(self.model, text_BL).contiguous()
-        with self._autocast():
-            return encode(model, images, devices.send(text_BL, device))
-
-    def _pixels(self, batch: Batch) -> Tensor:
-        pixels, uniform_BK = batch.images_BCHW, batch.uniform_BK
-        if uniform_BK is not None:
-            uniform_BK = uniform_BK.to(self.world.device, non_blocking=True)
-        pixels = pixels.to(self.world.device, non_blocking=True)
-        return augment(pixels, uniform_BK, self.settings)
-
-    def _autocast(self) -> torch.autocast:
-        enabled = self.dtype != torch.float32
-        return torch.autocast(self.world.device.type, dtype=self.dtype, enabled=enabled)
 
     def _save(self, parts: Parts, step: int) -> None:
         parts.check_finite(step, self.num_steps, self.world.device)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipgraft.lean import open_clip
-from clipgraft.models.plain_blocks import PLAIN, in_heads, is_plain, mask_like
+from clipgraft.models.plain_blocks import SelfAttentionBlock, in_heads, is_plain, mask_like
 
 _GELUS = {"none": "none", "tanh": "tanh"}  # what oneDNN calls torch's approximations
 
@@ -43,7 +43,7 @@ def fuse(model: nn.Module) -> None:
                 tower.register_forward_pre_hook(_tell_last)
 
 
-class FusedBlock(PLAIN):  # type: ignore[misc,valid-type]
+class FusedBlock(SelfAttentionBlock):
     """A block whose weights oneDNN has laid out."""
 
     def lay_out(self) -> None:
@@ -56,17 +56,10 @@ class FusedBlock(PLAIN):  # type: ignore[misc,valid-type]
             self.fc = _Product(self.mlp.c_fc.weight, self.mlp.c_fc.bias, self.mlp.gelu)
             self.proj = _Product(self.mlp.c_proj.weight, self.mlp.c_proj.bias)
 
-    def forward(
-        self,
-        q_x: Tensor,
-        k_x: None = None,
-        v_x: None = None,
-        attn_mask: Tensor | None = None,
-    ) -> Tensor:
-        """As open_clip's block, of self-attention."""
-        assert k_x is None and v_x is None, "self-attention alone is fused"
-        query_BLD, key_BLD, value_BLD = self.qkv(self.ln_1(q_x)).chunk(3, dim=-1)
-        return self._rest(q_x, query_BLD, key_BLD, value_BLD, attn_mask)
+    def compute(self, x_BLD: Tensor, mask: Tensor | None) -> Tensor:
+        """As open_clip's block."""
+        query_BLD, key_BLD, value_BLD = self.qkv(self.ln_1(x_BLD)).chunk(3, dim=-1)
+        return self._rest(x_BLD, query_BLD, key_BLD, value_BLD, mask)
 
     def _rest(
         self,
@@ -103,23 +96,16 @@ class LastBlock(FusedBlock):
         self.query = _Product(weight[:width], bias[:width])
         self.key_value = _Product(weight[width:], bias[width:])
 
-    def forward(
-        self,
-        q_x: Tensor,
-        k_x: None = None,
-        v_x: None = None,
-        attn_mask: Tensor | None = None,
-    ) -> Tensor:
+    def compute(self, x_BLD: Tensor, mask: Tensor | None) -> Tensor:
         """The tokens [B, L, D], of which one is the block's output."""
-        assert k_x is None and v_x is None, "self-attention alone is fused"
-        normed_BLD, item_B = self.ln_1(q_x), torch.arange(len(q_x))
-        if attn_mask is not None:
-            attn_mask = attn_mask[self.place_B][:, None, None]
+        normed_BLD, item_B = self.ln_1(x_BLD), torch.arange(len(x_BLD))
+        if mask is not None:
+            mask = mask[self.place_B][:, None, None]
         query_BSD = self.query(normed_BLD[item_B, self.place_B][:, None])
         key_BLD, value_BLD = self.key_value(normed_BLD).chunk(2, dim=-1)
-        x_BSD = q_x[item_B, self.place_B][:, None]
-        y_BSD = self._rest(x_BSD, query_BSD, key_BLD, value_BLD, attn_mask)
-        return q_x.index_put((item_B, self.place_B), y_BSD[:, 0])
+        x_BSD = x_BLD[item_B, self.place_B][:, None]
+        y_BSD = self._rest(x_BSD, query_BSD, key_BLD, value_BLD, mask)
+        return x_BLD.index_put((item_B, self.place_B), y_BSD[:, 0])
 
 
 class _Product:

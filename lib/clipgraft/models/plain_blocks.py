@@ -1,4 +1,4 @@
-"""What open_clip's ordinary block is, for the two kinds of blocks that stand in for it."""
+"""What open_clip's ordinary block is, and what the blocks that stand in for it have in common."""
 
 # Shapes: B batch, H heads, L tokens, D width, d width of a head
 
@@ -11,6 +11,25 @@ from torch import Tensor, nn
 from clipgraft.lean import open_clip
 
 PLAIN = open_clip.transformer.ResidualAttentionBlock
+
+
+class SelfAttentionBlock(PLAIN):  # type: ignore[misc,valid-type]
+    """Stands in for open_clip's block where it attends to its own input alone."""
+
+    def forward(
+        self,
+        q_x: Tensor,
+        k_x: None = None,
+        v_x: None = None,
+        attn_mask: Tensor | None = None,
+    ) -> Tensor:
+        """As of open_clip's block."""
+        assert k_x is None and v_x is None, "self-attention alone"
+        return self.compute(q_x, attn_mask)
+
+    def compute(self, x_BLD: Tensor, mask: Tensor | None) -> Tensor:
+        """What the block makes of tokens."""
+        raise NotImplementedError
 
 
 def is_plain(block: Any) -> bool:

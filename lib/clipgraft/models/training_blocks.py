@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from clipgraft.lean import open_clip
 from clipgraft.models.patches import WholeVisionTransformer
-from clipgraft.models.plain_blocks import PLAIN, in_heads, is_plain, mask_like
+from clipgraft.models.plain_blocks import SelfAttentionBlock, in_heads, is_plain, mask_like
 
 _IMAGE, _TEXT = open_clip.transformer.VisionTransformer, open_clip.transformer.TextTransformer
 
@@ -46,7 +46,7 @@ def speed_up(model: nn.Module) -> None:
                 tower.__class__ = OneTokenTextTransformer
 
 
-class TrainingBlock(PLAIN):  # type: ignore[misc,valid-type]
+class TrainingBlock(SelfAttentionBlock):
     """A block of self-attention.
 
     Attributes:
@@ -55,17 +55,9 @@ class TrainingBlock(PLAIN):  # type: ignore[misc,valid-type]
 
     is_causal: bool
 
-    def forward(
-        self,
-        q_x: Tensor,
-        k_x: None = None,
-        v_x: None = None,
-        attn_mask: Tensor | None = None,
-    ) -> Tensor:
-        """As of open_clip's block."""
-        assert k_x is None and v_x is None, "self-attention alone"
-        mixed_BLD = self._mix(self.ln_1(q_x), attn_mask)
-        return self._rest(q_x, mixed_BLD)
+    def compute(self, x_BLD: Tensor, mask: Tensor | None) -> Tensor:
+        """As open_clip's block."""
+        return self._rest(x_BLD, self._mix(self.ln_1(x_BLD), mask))
 
     def _mix(self, normed_BLD: Tensor, mask: Tensor | None) -> Tensor:
         attn = self.attn
@@ -90,24 +82,17 @@ class LastTrainingBlock(TrainingBlock):
 
     place_B: Tensor | None = None
 
-    def forward(
-        self,
-        q_x: Tensor,
-        k_x: None = None,
-        v_x: None = None,
-        attn_mask: Tensor | None = None,
-    ) -> Tensor:
+    def compute(self, x_BLD: Tensor, mask: Tensor | None) -> Tensor:
         """That token, [B, 1, D]."""
-        assert k_x is None and v_x is None, "self-attention alone"
-        attn, width = self.attn, q_x.shape[2]
+        attn, width = self.attn, x_BLD.shape[2]
         weight, bias = attn.in_proj_weight, attn.in_proj_bias
-        normed_BLD = self.ln_1(q_x)
+        normed_BLD = self.ln_1(x_BLD)
         query_B1D = F.linear(self._read(normed_BLD), weight[:width], bias[:width])
         key_BLD, value_BLD = F.linear(normed_BLD, weight[width:], bias[width:]).chunk(2, dim=-1)
         heads = [in_heads(each, attn.num_heads) for each in (query_B1D, key_BLD, value_BLD)]
-        mask = None if attn_mask is None else self._row(attn_mask, heads[0])
+        mask = None if mask is None else self._row(mask, heads[0])
         mixed_BH1d = F.scaled_dot_product_attention(*heads, attn_mask=mask)
-        return self._rest(self._read(q_x), mixed_BH1d.transpose(1, 2).flatten(2))
+        return self._rest(self._read(x_BLD), mixed_BH1d.transpose(1, 2).flatten(2))
 
     def _read(self, x_BLD: Tensor) -> Tensor:
         if self.place_B is None:
