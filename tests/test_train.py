@@ -502,7 +502,7 @@ from clipgraft import dist
 from clipgraft.data.loader import Batch
 from clipgraft.data.memory import SampleMemory
 from clipgraft.gradcache import backward_in_parts
-from clipgraft.objectives import Features, memory_of, objective_of, pair_loss
+from clipgraft.objectives import Features, expert_loss, memory_of, objective_of
 from clipgraft.loss_settings import LossSettings
 from clipgraft.recipes import OptimSettings
 
@@ -548,7 +548,7 @@ with dist.world() as world:
     model, ddp = start("learned")
     for groups in (None, torch.tensor([0, 0, 1, 1, 1, 0, 2, 1])):
         features = Features(*ddp(x[0, own], y[0, own]))
-        loss = pair_loss(world, features, label_smoothing=0.1, group_G=groups)
+        loss = expert_loss(world, features, 0.1, groups)[0]
         loss.backward()
         report(loss)
     for raw in LOSSES:

@@ -319,23 +319,15 @@ def inner_rate(gamma: GammaSettings, epoch: float, num_epochs: float) -> float:
     return cosine_gamma(when, gamma.decay or num_epochs, gamma.min)
 
 
-def pair_loss(
-    world: dist.World,
-    features: Features,
-    *,
-    label_smoothing: float = 0.0,
-    group_G: Tensor | None = None,
-) -> Tensor:
+def pair_loss(world: dist.World, features: Features) -> Tensor:
     """Contrastive loss of this process's rows against the rows of all; `contrastive_loss` says the rest."""
-    pairs = gather_pairs(world, features, group_G)
-    odds_B2 = log_odds(pairs, features.logit_scale)
-    return _contrastive(features, pairs, odds_B2, label_smoothing)
+    return contrastive_term(features, gather_pairs(world, features))[0]
 
 
 def expert_loss(
     world: dist.World, features: Features, label_smoothing: float, group_G: Tensor | None
 ) -> Loss:
-    """`pair_loss`, and what tells whether there is anything to learn: its InfoNCE, and that of guessing."""
+    """Contrastive loss within groups, and what tells whether there is anything to learn: InfoNCE, and that of guessing."""
     pairs = gather_pairs(world, features, group_G)
     odds_B2 = log_odds(pairs, features.logit_scale)
     loss = _contrastive(features, pairs, odds_B2, label_smoothing)

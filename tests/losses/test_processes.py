@@ -39,9 +39,9 @@ from clipgraft.loss_settings import DistillationSettings, LossSettings
 from clipgraft.objectives import (
     Features,
     ReferenceFeatures,
+    expert_loss,
     memory_of,
     objective_of,
-    pair_loss,
 )
 from clipgraft.recipes import OptimSettings
 
@@ -90,8 +90,7 @@ def measured(world: dist.World, case: str, dtype: torch.dtype) -> list[Tensor]:
 def loss_of(world: dist.World, case: str, local: Features, own: slice) -> tuple[Tensor, Tensor]:
     if case == "masked":
         groups_G = torch.tensor(GROUPS)
-        loss = pair_loss(world, local, label_smoothing=SMOOTHING, group_G=groups_G)
-        return loss, torch.empty(0)
+        return expert_loss(world, local, SMOOTHING, groups_G)[0], torch.empty(0)
     settings = LossSettings(**CASES[case])
     rows_G = torch.tensor(ROWS_TWICE if case == "twice" else ROWS)
     memory = memory_of(settings, NUM, TAU)

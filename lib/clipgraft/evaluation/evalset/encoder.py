@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from clipgraft.aside import written_aside
-from clipgraft.config import ConfigError
 from clipgraft.data.tokens import Tokenizer
-from clipgraft.evaluation.encode import BATCH, encode_images, encoder_of_texts
+from clipgraft.evaluation.encode import BATCH, check_finite, encode_images, encoder_of_texts
 from clipgraft.evaluation.ensemble import load_side_by_side
 from clipgraft.evaluation.evalset.pictures import Pictures
 from clipgraft.evaluation.stored import identity_of
@@ -57,7 +56,7 @@ class Encoder:
             ConfigError: if a folder holds no whole model.
         """
         self.identity = identity_of(folders, Path(__file__))
-        self._where, self._cache = str(folders[0]), cache
+        self._where, self._cache = folders[0], cache
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._threads, self._batch_size = threads, batch_size or BATCH[self._device.type]
         loaded = load_side_by_side(folders)
@@ -99,9 +98,5 @@ class Encoder:
         return weight_CD
 
     def _finite(self, feature_ND: Tensor) -> Tensor:
-        if not feature_ND.isfinite().all():
-            raise ConfigError(
-                f"{self._where}: features are not finite, the model has diverged. Hint: look at the loss in its "
-                "metrics.jsonl; try a lower optim.lr"
-            )
+        check_finite(feature_ND, self._where)
         return feature_ND
