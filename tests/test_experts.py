@@ -101,7 +101,9 @@ def test_the_chosen_mlps_move_and_nothing_else(data, base, labels, tmp_path, cho
 
 
 def test_a_block_that_the_tower_lacks_is_named(data, base, labels, tmp_path):
-    with pytest.raises(ConfigError, match=r"image_layers = \[5\]: the tower has 2 blocks.*0 to 1"):
+    with pytest.raises(
+        ConfigError, match=r"image_layers = \[5\]: the image tower has 2 blocks.*0 to 1"
+    ):
         finetune_expert(job(image_layers=[5]), base, *data, labels, folder(tmp_path / "out"))
 
 

@@ -279,7 +279,7 @@ def test_sources_are_those_of_the_index(tmp_path):
     assert Visits.of_index(tmp_path, 6, {}, seed=0).num == 6
     with pytest.raises(ConfigError, match=r"no source cocoa; it has coco, flickr, web.*Hint"):
         Visits.of_index(tmp_path, 6, {"cocoa": 2}, seed=0)
-    pq.write_table(pa.table({"uid": list("abcdef")}), tmp_path / "samples.parquet")
+    pq.write_table(pa.table({"source": [""] * 6}), tmp_path / "samples.parquet")
     with pytest.raises(ConfigError, match="no source coco; it has one source without a name"):
         Visits.of_index(tmp_path, 6, {"coco": 2}, seed=0)
 

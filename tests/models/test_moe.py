@@ -258,8 +258,8 @@ def test_experts_take_over_the_trained_mlps(tiny_config):
     ("change", "message"),
     [
         ({"top_k": 5}, "top_k = 5 of 4 experts"),
-        ({"image_layers": [0, 2]}, "image tower has 2 blocks, no block 2"),
-        ({"text_layers": [-1]}, "text tower has 2 blocks, no block -1"),
+        ({"image_layers": [0, 2]}, r"image_layers = \[0, 2\]: the image tower has 2 blocks"),
+        ({"text_layers": [-1]}, r"text_layers = \[-1\]: the text tower has 2 blocks"),
     ],
 )
 def test_impossible_grafts_are_named(tiny_config, change, message):

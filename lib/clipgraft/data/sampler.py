@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from clipgraft.config import ConfigError
+from clipgraft.data.samples import read_columns
 
 _BLOCKS = 8  # blocks that are shuffled together
 
@@ -100,11 +100,9 @@ class Visits:
         """
         if not weights:
             return cls(num_samples, seed)
-        file = pq.ParquetFile(Path(index_folder) / "samples.parquet")
-        names, source_N = [""], np.zeros(num_samples, np.int64)
-        if "source" in file.schema_arrow.names:
-            column = file.read(["source"])["source"].combine_chunks().dictionary_encode()
-            names, source_N = column.dictionary.to_pylist(), column.indices.to_numpy()
+        table = read_columns(Path(index_folder) / "samples.parquet", ["source"])
+        column = table["source"].combine_chunks().dictionary_encode()
+        names, source_N = column.dictionary.to_pylist(), column.indices.to_numpy()
         unknown = ", ".join(sorted(weights.keys() - set(names)))
         if unknown:
             known = ", ".join(sorted(filter(None, names))) or "one source without a name"

@@ -207,25 +207,32 @@ def mlp_parameters(
     Raises:
         ConfigError: if a tower has no such block.
     """
-    wanted = {"visual": image_layers, "text": text_layers}
-    for tower, layers in wanted.items():
-        _check_blocks(layers, len(getattr(model, tower).transformer.resblocks), tower)
-    parts = {name: _MLP.match(name) for name, _ in model.named_parameters()}
+    wanted = {
+        tower: layer_numbers(layers, len(getattr(model, tower).transformer.resblocks), tower)
+        for tower, layers in (("visual", image_layers), ("text", text_layers))
+    }
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if (part := parts[name])
-        and ((layers := wanted[part[1]]) == "all" or int(part[2]) in layers)
+        if (part := _MLP.match(name)) and int(part[2]) in wanted[part[1]]
     }
 
 
-def _check_blocks(layers: Layers, num_layers: int, tower: str) -> None:
-    wrong = [] if layers == "all" else [number for number in layers if number >= num_layers]
-    if wrong:
-        key = "image_layers" if tower == "visual" else "text_layers"
+def layer_numbers(layers: Layers, num_layers: int, tower: str) -> list[int]:
+    """Blocks of a tower that are meant, in order.
+
+    Raises:
+        ConfigError: if the tower has no such block.
+    """
+    if layers == "all":
+        return list(range(num_layers))
+    numbers = sorted(set(layers))
+    if any(not 0 <= number < num_layers for number in numbers):
+        side = "image" if tower == "visual" else tower
         raise ConfigError(
-            f"{key} = {list(layers)}: the tower has {num_layers} blocks. Hint: 0 to {num_layers - 1}, or all"
+            f"{side}_layers = {numbers}: the {side} tower has {num_layers} blocks. Hint: 0 to {num_layers - 1}, or all"
         )
+    return numbers
 
 
 def trimmed(model: nn.Module, text_BL: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from clipgraft.config import ConfigError
 from clipgraft.models.backends import Experts, choose_backend, mix, wished_backend
-from clipgraft.models.build import is_padding_unseen
+from clipgraft.models.build import Layers, is_padding_unseen, layer_numbers
 
 TOWERS = ("visual", "text")
 _MLP_TENSORS = ("c_fc.weight", "c_fc.bias", "c_proj.weight", "c_proj.bias")
@@ -116,8 +116,8 @@ def upcycle(
     expert_state_dicts: Sequence[Mapping[str, Tensor]],
     *,
     top_k: int,
-    image_layers: str | Sequence[int],
-    text_layers: str | Sequence[int],
+    image_layers: Layers,
+    text_layers: Layers,
     generator: torch.Generator,
 ) -> dict[str, Any]:
     """Make a dense model a mixture of experts, in place.
@@ -158,8 +158,8 @@ def insert_experts(
     num_experts: int,
     top_k: int,
     *,
-    image_layers: str | Sequence[int],
-    text_layers: str | Sequence[int],
+    image_layers: Layers,
+    text_layers: Layers,
 ) -> dict[str, Any]:
     """Replace dense MLPs by uninitialised `MoeMlp`, in place; for `upcycle`, and for loading.
 
@@ -197,24 +197,6 @@ def keep_kernels(num: int) -> None:
     Read at a process's first product; who asks first is heard, and ONEDNN_PRIMITIVE_CACHE_CAPACITY before all.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(num))
-
-
-def layer_numbers(layers: str | Sequence[int], num_layers: int, tower: str) -> list[int]:
-    """Blocks that get experts, in order.
-
-    Raises:
-        ConfigError: if the tower has no such block.
-    """
-    if layers == "all":
-        return list(range(num_layers))
-    numbers = sorted({int(layer) for layer in layers})
-    wrong = [number for number in numbers if not 0 <= number < num_layers]
-    if wrong:
-        raise ConfigError(
-            f"moe: the {'image' if tower == 'visual' else tower} tower has {num_layers} blocks, no block "
-            f"{', '.join(map(str, wrong))}. Hint: 0 to {num_layers - 1}, or `all`"
-        )
-    return numbers
 
 
 def routings(model: nn.Module) -> dict[str, Routing]:
