@@ -10,6 +10,7 @@ import sys
 import tarfile
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,6 +37,7 @@ from clipgraft.settings import (
     ShardJob,
 )
 from clipgraft.sources import TarSource
+from clipgraft.train import Fit
 from clipgraft.training_state import TrainingState
 
 NUM = 40
@@ -219,6 +221,14 @@ def test_frozen_positions_stay_and_learned_ones_move(data, tmp_path):
     pretrain(phase(**changes, image_size=24, **rules), *data, outs[1], outs[2])
     assert torch.equal(read_weights(outs[2])[name], sincos_table(32, 3, "moco"))
     assert not load_model(outs[2]).model.visual.positional_embedding.requires_grad
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(tmp_path):
+    world = dist.World(0, 3, torch.device("cpu"))
+    fit = SimpleNamespace(world=world, settings=phase())
+    message = "batch_size = 16 does not divide by 3 processes. Hint: 15, or fewer processes"
+    with pytest.raises(ConfigError, match=message):
+        Fit.run(fit, tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_steps(data, tmp_path, monkeypatch):

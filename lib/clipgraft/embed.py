@@ -68,7 +68,8 @@ def embed(
 ) -> dict[str, Any]:
     """Write `image.npy` and `text.npy` [N, D] float16, L2-normalised, and `embed.json`.
 
-    Images come from the shards, resized as in training; their middle or the whole, as the model wants, never augmented; in float32, so that clusters do not depend on the hardware's bf16.
+    Images come from the shards, resized as in training; their middle or the whole, as the model wants, never augmented;
+    in float32, so that clusters do not depend on the hardware's bf16.
     With several processes each fills its own rows of the same files, and so does each job of several (`dist.part`): what
     gathers them is the one that runs after them, which finds no rows left to fill.
 

@@ -2,6 +2,7 @@
 
 import gc
 import io
+import json
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from clipgraft.data.sampler import HomogeneousBatches, UniformBatches, Visits
 from clipgraft.data.shards import Shards, write_shards
 from clipgraft.data.tokens import Tokenizer, Tokens
 from clipgraft.settings import ShardJob
+from clipgraft.training_data import Data
 
 N = 12
 SETTINGS = {
@@ -313,17 +315,14 @@ def test_leaving_early_ends_the_threads(folders):
     assert not list(loader)
 
 
-def test_parts_of_different_samples_are_refused(folders):
+def test_parts_of_different_samples_are_refused(folders, tmp_path):
     index, shard = folders
-    tokens = Tokens.open(index)
-    ours, tokens.samples_id = tokens.samples_id, "b"
-    with pytest.raises(ConfigError, match=f"samples {ours}, the tokens of b"):
-        Loader(Shards.open(shard), tokens, UniformBatches(N, 4, 0), **SETTINGS)
-
-
-def test_a_batch_that_ranks_cannot_share_is_refused(batches):
-    with pytest.raises(ConfigError, match="batch_size = 4 cannot be shared by 3"):
-        batches(world=3)
+    assert len(Data.open(index, shard).shards) == N
+    shutil.copytree(index, tmp_path / "index")
+    about = tmp_path / "index/tokens/tokens.json"
+    about.write_text(json.dumps({**json.loads(about.read_text()), "samples_id": "b"}))
+    with pytest.raises(ConfigError, match=r"holds samples .* holds b: .*Hint"):
+        Data.open(tmp_path / "index", shard)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing to pin for")

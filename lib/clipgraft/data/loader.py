@@ -122,7 +122,7 @@ class Loader:
             crop_scale: share of the area that a random crop keeps.
             seed: of crops, of the choice among captions and of augmentation.
             rank: this process gets rows [rank * b, (rank + 1) * b) of a global batch of world * b.
-            world: number of processes.
+            world: number of processes, which divides a batch.
             num_threads: threads that decode.
             start_step: first step, counted from the beginning of training.
             num_steps: length of the whole training, not of what is left of it.
@@ -137,36 +137,19 @@ class Loader:
             short_captions: the kind that a second caption is drawn from, or `first_sentence` of the drawn one.
 
         Raises:
-            ConfigError: if shards and tokens are of different samples, ranks cannot share a batch evenly, a sample has
-                no caption of a kind that is drawn, or caches hold different crops.
+            ConfigError: if a sample has no caption of a kind that is drawn, or caches hold different crops.
         """
         tokens.check_weights(captions or {})
         if short_captions not in (None, FIRST_SENTENCE):
             _check_short(tokens, short_captions)
-        if shards.samples_id != tokens.samples_id:
-            raise ConfigError(
-                f"the shards are of samples {shards.samples_id}, the tokens of {tokens.samples_id}. "
-                "Hint: both must come from the same index"
-            )
-        if sampler.batch_size % world:
-            raise ConfigError(
-                f"batch_size = {sampler.batch_size} cannot be shared by {world} processes. "
-                f"Hint: use a multiple of {world}"
-            )
+        assert shards.samples_id == tokens.samples_id and sampler.batch_size % world == 0
         self.shards, self.tokens, self.sampler = shards, tokens, sampler
-        self.image_size, self.text_length, self.crop_scale, self.seed = (
-            image_size,
-            text_length,
-            crop_scale,
-            seed,
-        )
+        self.image_size, self.text_length = image_size, text_length
+        self.crop_scale, self.seed = crop_scale, seed
         per_rank = sampler.batch_size // world
         self.own = slice(rank * per_rank, (rank + 1) * per_rank)
-        self.num_threads, self.start_step, self.num_steps = (
-            max(1, num_threads),
-            start_step,
-            num_steps,
-        )
+        self.num_threads = max(1, num_threads)
+        self.start_step, self.num_steps = start_step, num_steps
         self.captions, self.text_reduction = captions or {}, text_reduction
         self.augment, self.drops_patches, self.pin_memory = augment, drops_patches, pin_memory
         self.short_captions = short_captions
@@ -203,8 +186,9 @@ class Loader:
             bool(self.short_captions) * (_SHORT + 1),
         )
         bits_BK = draw_bits(self.seed, rows_B, visit_B, count)
-        crop_B = None if self.crops is None else self.crops.choose(self.seed, rows_B, visit_B)
-        if self.crops is not None and crop_B is not None:
+        crop_B = None
+        if self.crops is not None:
+            crop_B = self.crops.choose(self.seed, rows_B, visit_B)
             view = slice(_VIEW.start, min(_VIEW.stop, count))
             bits_BK[:, view] = draw_bits(self.crops.seed, rows_B, crop_B, count)[:, view]
         num_cached = 2 * sum(cache.dim for cache in self.caches)
