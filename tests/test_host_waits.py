@@ -149,7 +149,7 @@ def test_a_step_of_an_expert_waits_for_nothing_where_labels_share_a_batch(
     inputs = root / "base", root / "index", root / "shard", root / "labels"
     with steps_seen(monkeypatch) as found:
         finetune_expert(settings, *inputs, folder(tmp_path / "out"))
-    assert found == [NAMED | {"objective"}] * 2
+    assert found == [NAMED] * 2
 
 
 def test_a_step_of_a_router_waits_for_what_texts_and_experts_leave_out_alone(

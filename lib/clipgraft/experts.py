@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from clipgraft import dist
+from clipgraft import devices, dist
 from clipgraft.checkpoint import load_model
 from clipgraft.config import ConfigError
 from clipgraft.data.labels import read_labels
@@ -158,7 +158,7 @@ def expert_objective(world: dist.World, settings: MlpSettings) -> Objective:
     def objective(features: Features, _: object, batch: Batch, __: float) -> Loss:
         group_G = None
         if batch.group_B is not None:
-            group_G = dist.gather(batch.group_B.to(features.image_BD.device))
+            group_G = dist.gather(devices.send(batch.group_B, features.image_BD.device))
         if short is None:
             return expert_loss(world, features, smoothing, group_G)
         own_BD, short_BD = features.text_BD.unflatten(0, (-1, 2)).unbind(1)
