@@ -6,10 +6,20 @@ import os
 import select
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from clipgraft.launch import is_slurm_allocation, local_command, per_node, srun_command
+import pytest
+
+from clipgraft.launch import (
+    is_slurm_allocation,
+    lease_folder,
+    lease_wish,
+    local_command,
+    per_node,
+    srun_command,
+)
 from clipgraft.orphan import name_place
 
 HOLD = """
@@ -103,6 +113,31 @@ def test_a_scheduler_that_chose_devices_is_obeyed(tmp_path):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "5"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.strip() == "5"
+
+
+@pytest.mark.parametrize(
+    ("listed", "devices"),
+    [("0, 1", ["0", "1"]), ("1,1,0", ["1", "0"]), ("2,-1,3", ["2"]), ("-1", []), ("", [])],
+)
+def test_listed_devices_are_read_as_cuda_reads_them(listed, devices, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert lease_wish(8) == devices
+    locks = sorted(path.name for path in tmp_path.glob("*/*"))
+    assert locks == sorted(f"gpu{device}.lock" for device in devices)
+
+
+def test_allocations_of_slurm_that_each_count_from_0_do_not_wait_for_one_another(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    alone = lease_folder()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert lease_folder() == alone  # no devices were given to it: all jobs see the same ones
+    monkeypatch.setenv("SLURM_JOB_GPUS", "4,5")
+    one = lease_folder()
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert len({alone, one, lease_folder()}) == 3
 
 
 def test_several_devices_mean_one_process_each():

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import IO
 
@@ -135,9 +136,7 @@ def is_slurm_allocation() -> bool:
 
 def per_node(nodes: int, wish: int, batch_size: int) -> int:
     """Processes of each node: as many as devices are wished for, or as many as the batch divides by."""
-    processes = max(1, wish)
-    while batch_size and processes > 1 and batch_size % (nodes * processes):
-        processes -= 1
+    processes = _dividing(batch_size, max(1, wish), nodes)
     if processes < wish:
         print(
             f"launch: {wish} GPUs a node wished for, on {nodes} nodes a batch of {batch_size} divides by {processes}: "
@@ -145,6 +144,11 @@ def per_node(nodes: int, wish: int, batch_size: int) -> int:
             file=sys.stderr,
         )
     return processes
+
+
+def _dividing(batch_size: int, most: int, nodes: int = 1) -> int:
+    """The largest number of processes of each node that the batch divides by; 0: anything goes."""
+    return next(num for num in range(most, -1, -1) if num < 2 or not batch_size % (nodes * num))
 
 
 def srun_command(nodes: int, per_node: int, threads: int, command: Sequence[str]) -> list[str]:
@@ -185,10 +189,8 @@ def lease_wish(wish: int, batch_size: int = 0) -> list[str]:
         Device ids; empty where there are none, or none were wished for.
     """
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    present = find_devices() if listed is None else [each for each in listed.split(",") if each]
-    count = min(wish, len(present))
-    while batch_size and count and batch_size % count:
-        count -= 1
+    present = find_devices() if listed is None else _named(listed)
+    count = _dividing(batch_size, min(wish, len(present)))
     if 0 < count < wish:
         print(
             f"launch: {wish} GPUs wished for, {len(present)} here: using {count}", file=sys.stderr
@@ -201,9 +203,20 @@ def lease_wish(wish: int, batch_size: int = 0) -> list[str]:
     return devices
 
 
+def _named(listed: str) -> list[str]:
+    """The devices of CUDA_VISIBLE_DEVICES; as CUDA reads it, `-1` and what follows it is not seen."""
+    names = (each.strip() for each in listed.split(","))
+    return list(dict.fromkeys(takewhile(lambda name: name and name[0] != "-", names)))
+
+
 def lease_folder() -> Path:
-    """Where all jobs of this user keep their lock files."""
-    return Path(tempfile.gettempdir()) / f"clipgraft-devices-{os.getuid()}"
+    """Where all jobs of this user keep their lock files.
+
+    Each allocation of devices by SLURM has its own: where a cgroup hides the others, its devices count from 0.
+    """
+    is_allocated = "SLURM_JOB_GPUS" in os.environ
+    allocation = f"-{os.environ['SLURM_JOB_ID']}" if is_allocated else ""
+    return Path(tempfile.gettempdir()) / f"clipgraft-devices-{os.getuid()}{allocation}"
 
 
 def find_devices() -> list[str]:
