@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from clipgraft.config import ConfigError, load_config, merge, read_config, schema
+from clipgraft.config import ConfigError, load_config, merge, read_config, read_layers, schema
 from clipgraft.loss_settings import LossSettings
 from clipgraft.moe_settings import ClusterSettings
 
@@ -686,8 +686,21 @@ def test_a_file_that_is_not_there_or_not_yaml_is_named(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"nothing\.yaml does not exist"):
         read_config(tmp_path / "nothing.yaml")
     (tmp_path / "bad.yaml").write_text("a: [1, 2")
-    with pytest.raises(ConfigError, match=r"bad\.yaml is not YAML"):
-        read_config(tmp_path / "bad.yaml")
+    (tmp_path / "latin.yaml").write_bytes("seed: 1 # é".encode("latin-1"))
+    for name in ("bad", "latin"):
+        with pytest.raises(ConfigError, match=rf"{name}\.yaml is not YAML"):
+            read_config(tmp_path / f"{name}.yaml")
+    with pytest.raises(ConfigError, match=r"cannot be read: Is a directory"):
+        read_config(tmp_path)
+
+
+def test_a_key_that_is_there_twice_is_refused_and_not_dropped(tmp_path: Path):
+    path = tmp_path / "own.yaml"
+    path.write_text("resources:\n  embed: {gpu: 1}\nseed: 1\nresources:\n  pretrain: {gpu: 2}\n")
+    with pytest.raises(ConfigError, match=r"own\.yaml, line 4: `resources` is there a second time"):
+        read_layers(path)
+    path.write_text("a: &a {x: 1}\nb: &b {<<: *a, x: 2}\nc: {<<: *b, <<: *a, x: 3}\n")
+    assert read_layers(path)["c"] == {"x": 3}  # laying over is no repetition
 
 
 def test_the_schema_for_editors_is_up_to_date():

@@ -129,6 +129,23 @@ def read_config(*paths: str | Path) -> dict[str, RunSettings]:
     return load_config(read_layers(*paths))
 
 
+class _Layer(yaml.SafeLoader):
+    """Refuses a key that is there twice: YAML drops the first without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        known: set[str] = set()
+        for key in keys:
+            if key.value in known - {"<<"}:
+                raise ConfigError(
+                    f"config file {key.start_mark.name}, line {key.start_mark.line + 1}: `{key.value}` is there a second "
+                    "time, and the first would be dropped. Hint: make one of both"
+                )
+            known.add(key.value)
+        return node
+
+
 def read_layers(*paths: str | Path) -> dict[str, Any]:
     """YAML files, later ones laid over earlier ones.
 
@@ -138,9 +155,12 @@ def read_layers(*paths: str | Path) -> dict[str, Any]:
     raw: dict[str, Any] = {}
     for path in paths:
         try:
-            layer = yaml.safe_load(Path(path).read_text())
+            with Path(path).open("rb") as file:
+                layer = _Layer(file).get_single_data()
         except FileNotFoundError:
             raise ConfigError(f"config file {path} does not exist") from None
+        except OSError as error:
+            raise ConfigError(f"config file {path} cannot be read: {error.strerror}") from None
         except yaml.YAMLError as error:
             raise ConfigError(f"config file {path} is not YAML: {error}") from None
         if layer is not None and not isinstance(layer, Mapping):
