@@ -206,13 +206,30 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         (
             "index.vocabulary",
             "wordpiece",
-            ["model.config.text_cfg.pool_type = argmax", "end token", "pool_type: last"],
+            ["model.config: text_cfg.pool_type = argmax", "end token", "pool_type: last"],
         ),
         (
             "model.config.text_cfg.hf_tokenizer_name",
             "bert-base-uncased",
+            ["model.config: a Hugging Face tokenizer is not supported", "BERT's without [SEP]"],
+        ),
+        (
+            "model.config.text_cfg",
+            {
+                "hf_tokenizer_name": "bert-base-uncased",
+                "tokenizer_kwargs": {"strip_sep_token": True},
+            },
             ["hf_tokenizer_name = bert-base-uncased", "index.vocabulary = corpus", "wordpiece"],
         ),
+        (
+            "model.config.vision_cfg.layers",
+            [1, 1, 1, 1],
+            ["model.config: a ResNet image tower is not supported"],
+        ),
+        ("model.config.vision_cfg.patch_size", 0, ["model: config.vision_cfg.patch_size = 0"]),
+        ("model.config.vision_cfg.patch_size", "8", ["patch_size = '8' must be a whole number"]),
+        ("model.config.text_cfg.layers", 2.5, ["model: config.text_cfg.layers = 2.5"]),
+        ("model.config.embed_dim", True, ["model: config.embed_dim = True"]),
         ("index.wordpiece", "vocab.txt", ["wordpiece = 'vocab.txt'", "vocabulary is corpus"]),
         ("model.preprocess", {"resize_mod": "x"}, ["`resize_mod`", "`resize_mode`"]),
         (

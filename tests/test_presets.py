@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ import yaml
 
 from clipgraft import architectures, cost, plan
 from clipgraft.architectures import architecture
-from clipgraft.config import load_config, merge
+from clipgraft.config import ConfigError, load_config, merge
+from clipgraft.model_settings import ModelSettings
 from clipgraft.planning import plan_run
 from clipgraft.recipes import PhaseSettings
 from clipgraft.run_settings import RunSettings
@@ -377,13 +379,33 @@ def test_a_mistake_in_a_preset_is_one_message(tmp_path, text, message):
     assert message in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"embed_dim": 3, "vision_cfg": {}}', r"mine\.json: config lacks text_cfg"),
+        (
+            '{"embed_dim": "3", "vision_cfg": {}, "text_cfg": {}}',
+            r"mine\.json: config\.embed_dim = '3'",
+        ),
+        ("{", r"mine\.json is not JSON"),
+    ],
+)
+def test_a_mistake_in_an_architecture_of_ours_names_its_file(text, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(architectures, "OURS", tmp_path)
+    (tmp_path / "mine.json").write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        architectures.architecture(ModelSettings(name="mine"))
+
+
 def test_an_edited_architecture_of_ours_re_runs_what_trains_it(tmp_path, monkeypatch):
     small = yaml.safe_load((ROOT / "tests/config/small.yaml").read_text())
     (run,) = load_config(merge(small, {"model": {"name": "mine", "config": None}})).values()
     monkeypatch.setattr(architectures, "OURS", tmp_path)
     seen = []
-    for text in ('{"vision_cfg": {}}', '{"vision_cfg": {}, "embed_dim": 3}'):
-        (tmp_path / "mine.json").write_text(text)
+    for dim in (3, 4):
+        (tmp_path / "mine.json").write_text(
+            json.dumps(small["model"]["config"] | {"embed_dim": dim})
+        )
         first = next(job for job in plan_run("x", run) if job.name == "pretrain/short")
         seen.append((first.version, first.sources))
     assert seen[0][0] == seen[1][0]

@@ -601,9 +601,33 @@ def test_weights_with_the_name_of_a_file_must_be_there_and_tags_need_not():
         versions({"model": {"pretrained": tag}, "index": {"vocabulary": "full"}})
 
 
+@pytest.mark.parametrize(
+    ("name", "overlay", "words"),
+    [
+        (
+            "ViT-B-32",
+            {},
+            r"pretrain\.short\.image_size = 16 .* patch size 32 of ViT-B-32\. Hint: 32",
+        ),
+        (
+            "ViT-B-16",
+            {"index": {"vocabulary": "wordpiece"}},
+            "model.name = ViT-B-16: text_cfg.pool",
+        ),
+        ("ViT-B-16", {"pretrain": {"full": {"pos_resize": "recompute"}}}, "table is learned"),
+        ("RN50", {}, "model.name = RN50: a ResNet image tower"),
+        ("ViT-B-16-SigLIP", {}, "a timm image tower and a Hugging Face tokenizer"),
+        ("coca_ViT-B-32", {}, r"a captioner \(CoCa\)"),
+    ],
+)
+def test_a_run_is_held_against_a_named_architecture_before_anything_runs(name, overlay, words):
+    with pytest.raises(ConfigError, match=words):
+        versions({"model": {"name": name, "config": None}, **overlay})
+
+
 def test_blocks_of_experts_are_held_against_those_of_a_named_architecture():
     def planned(**overlay: dict) -> None:
-        versions({"model": {"name": "ViT-B-32", "config": None}, **overlay})
+        versions({"model": {"name": "ViT-B-16", "config": None}, **overlay})
 
     planned(moe={"image_layers": [0, 11]})
     with pytest.raises(

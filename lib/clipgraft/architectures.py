@@ -10,8 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from clipgraft.config import ConfigError, local_path
-from clipgraft.crosschecks import check_layers
+from clipgraft.config import ConfigError, local_path, validate
+from clipgraft.crosschecks import check_model
 from clipgraft.loss_settings import ReferenceSettings
 from clipgraft.misfits import interactive_misfit
 from clipgraft.model_settings import ModelSettings, is_file_name
@@ -25,12 +25,14 @@ def architecture(settings: ModelSettings, where: str = "model.name") -> dict[str
     """The model config of `settings`, in open_clip's form, not yet sized for a phase; `where` it was asked for.
 
     Raises:
-        ConfigError: if neither we nor open_clip have an architecture of that name.
+        ConfigError: if neither we nor open_clip have an architecture of that name, or if ours is not one.
     """
     if settings.config is not None:
         return copy.deepcopy(settings.config)
+    if ours := our_file(settings):
+        return _ours(ours)
     name = str(settings.name)
-    path = our_file(settings) or _open_clips() / f"{name}.json"
+    path = _open_clips() / f"{name}.json"
     config = _read(path) if path.is_file() else {}
     if "vision_cfg" not in config:
         known = sorted(path.stem for folder in (OURS, _open_clips()) for path in folder.glob("*"))
@@ -67,17 +69,17 @@ def check_references(phase: PhaseSettings, model: ModelSettings) -> None:
             raise ConfigError(misfit)
 
 
-def check_blocks(run: RunSettings) -> None:
-    """Hold the blocks with experts against those of a named architecture; on a hub it is known when it is opened.
+def check_architecture(run: RunSettings) -> None:
+    """Hold a run against its named architecture; one of a hub is known when it is opened.
 
     Raises:
-        ConfigError: if there is no such architecture, or it has fewer blocks.
+        ConfigError: if there is no such architecture, or it does not fit what the run wants.
     """
     if run.model.name is None or ":" in run.model.name:
         return
     config = architecture(run.model)
     try:
-        check_layers(run, config)
+        check_model(run, config)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
@@ -124,6 +126,15 @@ def our_file(settings: ModelSettings) -> Path | None:
     """The file of ours that describes the model, if there is one."""
     path = OURS / f"{settings.name}.json"
     return path if path.is_file() else None
+
+
+def _ours(path: Path) -> dict[str, Any]:
+    try:
+        config = _read(path)
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+    validate(ModelSettings, {"config": config}, f"{path}: ")
+    return config
 
 
 def _embed_dim(model: ModelSettings, where: str = "model.name") -> int | None:

@@ -16,6 +16,7 @@ from clipgraft.misfits import (
     position_misfit,
     start_misfit,
     stretch_misfit,
+    tower_misfit,
     vocabulary_misfit,
 )
 from clipgraft.model_settings import is_file_name
@@ -40,12 +41,11 @@ def check(run: RunSettings) -> None:
     _names(run)
     _tasks(run)
     _scaling(run)
-    _patches(run)
     _vocabulary(run)
     _crops(run)
-    _positions(run)
+    if run.model.config is not None:  # of named architectures, planning knows
+        check_model(run, run.model.config)
     _starts(run)
-    check_layers(run, run.model.config or {})  # of named architectures, planning knows
     _rounds(run)
     _batches(run)
     _source_weights(run)
@@ -135,15 +135,6 @@ def _robustness(run: RunSettings, where: str, robustness: RobustnessSettings) ->
             f"{where}.text = {robustness.text}: texts of the base have {length} tokens "
             f"(pretrain.{run.pretrain[-1].name}.text_length). Hint: fewer"
         )
-    patch = ((run.model.config or {}).get("vision_cfg") or {}).get("patch_size")
-    for phase in run.pretrain:
-        if not isinstance(patch, int):
-            return
-        for reduction in robustness.image:
-            try:
-                num_kept(reduction, phase.image_size // patch, phase.image_size // patch)
-            except ValueError as error:
-                raise ValueError(f"{where}, of pretrain.{phase.name}: {error}") from None
 
 
 def _scaling(run: RunSettings) -> None:
@@ -160,15 +151,27 @@ def _scaling(run: RunSettings) -> None:
         )
 
 
-def check_layers(run: RunSettings, config: Mapping[str, Any]) -> None:
-    """Hold the blocks that experts are trained and grafted in against those of the model.
+def check_model(run: RunSettings, config: Mapping[str, Any]) -> None:
+    """Hold the sections against the architecture.
 
     Args:
         run: settings.
-        config: of the model, in open_clip's form; of what it does not say nothing is known.
+        config: of the model, in open_clip's form.
     Raises:
-        ValueError: names the section, its layers and those that there are.
+        ValueError: names the section, what it wants and what there is.
     """
+    vocabulary = run.index.vocabulary
+    misfit = tower_misfit(config) or vocabulary_misfit(config["text_cfg"], vocabulary)
+    if misfit:
+        where = f"model.name = {run.model.name}" if run.model.name else "model.config"
+        raise ValueError(f"{where}: {misfit}")
+    _patches(run, config["vision_cfg"].get("patch_size", 16))  # as open_clip
+    _positions(run, config["vision_cfg"].get("pos_embed_type") == "sin_cos_2d")
+    _layers(run, config)
+
+
+def _layers(run: RunSettings, config: Mapping[str, Any]) -> None:
+    """The blocks that experts are trained and grafted in."""
     if run.moe is None or run.finetune_expert is None:
         return
     for tower, key in (("vision", "image_layers"), ("text", "text_layers")):
@@ -214,23 +217,27 @@ def _rounds(run: RunSettings) -> None:
             )
 
 
-def _patches(run: RunSettings) -> None:
-    vision: dict[str, Any] = (run.model.config or {}).get("vision_cfg") or {}
-    patch = vision.get("patch_size")
+def _patches(run: RunSettings, patch: int) -> None:
     for phase in run.pretrain:
-        if not isinstance(patch, int):
-            return
         if phase.image_size % patch:
             lower = phase.image_size // patch * patch
+            of = run.model.name or "model.config.vision_cfg"
             raise ValueError(
                 f"pretrain.{phase.name}.image_size = {phase.image_size} is not divisible by the patch size "
-                f"{patch} of model.config.vision_cfg. Hint: {lower or patch} or {lower + patch}"
+                f"{patch} of {of}. Hint: {lower or patch} or {lower + patch}"
             )
         side = phase.image_size // patch
         try:
             num_kept(phase.image_reduction, side, side)
         except ValueError as error:
             raise ValueError(f"pretrain.{phase.name}.{error}") from None
+        for name, task in run.evaluate.tasks.items():
+            for reduction in task.robustness.image if task.robustness else ():
+                try:
+                    num_kept(reduction, side, side)
+                except ValueError as error:
+                    where = f"evaluate.tasks.{name}.robustness, of pretrain.{phase.name}"
+                    raise ValueError(f"{where}: {error}") from None
 
 
 def _vocabulary(run: RunSettings) -> None:
@@ -240,10 +247,6 @@ def _vocabulary(run: RunSettings) -> None:
             f"model.pretrained = {pretrained!r} reads CLIP's whole vocabulary, index.vocabulary = corpus keeps the words of "
             "your captions alone. Hint: index: {vocabulary: full}"
         )
-    if run.model.config is not None:  # of named architectures, training knows
-        misfit = vocabulary_misfit(run.model.config["text_cfg"], run.index.vocabulary)
-        if misfit:
-            raise ValueError(f"model.config.{misfit}")
 
 
 def _crops(run: RunSettings) -> None:
@@ -256,10 +259,7 @@ def _crops(run: RunSettings) -> None:
             )
 
 
-def _positions(run: RunSettings) -> None:
-    if run.model.config is None:  # of named architectures, training knows
-        return
-    was_frozen = run.model.config["vision_cfg"].get("pos_embed_type") == "sin_cos_2d"
+def _positions(run: RunSettings, was_frozen: bool) -> None:
     for number, phase in enumerate(run.pretrain):
         misfit = position_misfit(phase, was_frozen, is_carried=number > 0)
         if misfit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from clipgraft.recipes import PhaseSettings
@@ -108,7 +109,36 @@ def interactive_misfit(phase: PhaseSettings, reference: str, dim: int, reference
     )
 
 
-def vocabulary_misfit(text_cfg: dict[str, Any], vocabulary: str) -> str:
+def tower_misfit(config: Mapping[str, Any]) -> str:
+    """Why towers and tokenizer of a model are none of open_clip's own; empty if they are.
+
+    Args:
+        config: in open_clip's form.
+    """
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    foreign = [
+        *(["a timm image tower"] if vision.get("timm_model_name") else []),
+        *(["a ResNet image tower"] if isinstance(vision.get("layers"), list | tuple) else []),
+        *(["a Hugging Face text tower"] if text.get("hf_model_name") else []),
+        *(["a Hugging Face tokenizer"] if not reads_our_tokens(text) else []),
+        *(["a captioner (CoCa)"] if config.get("multimodal_cfg") else []),
+    ]
+    if not foreign:
+        return ""
+    return (
+        f"{' and '.join(foreign)} is not supported: experts are grafted into open_clip's own transformers, and captions "
+        "become tokens of CLIP's vocabulary, or of BERT's without [SEP]. Hint: e.g. ViT-B-16"
+    )
+
+
+def reads_our_tokens(text: Mapping[str, Any]) -> bool:
+    """Whether we have the tokenizer: byte pairs, or WordPiece as CLIPA-v2 uses it."""
+    name, options = text.get("hf_tokenizer_name"), text.get("tokenizer_kwargs") or {}
+    is_bert = str(name).split("/")[-1] == "bert-base-uncased"
+    return not name or (is_bert and bool(options.get("strip_sep_token")))
+
+
+def vocabulary_misfit(text_cfg: Mapping[str, Any], vocabulary: str) -> str:
     """Why a text tower cannot read the captions of an index; empty if it can.
 
     Args:

@@ -31,6 +31,10 @@ TEXT_KEYS = """
     scale_heads scaled_cosine_attn tokenizer_kwargs tokenizer_mode vocab_size width
 """.split()
 
+COUNTS = """
+    embed_dim vision_cfg.layers vision_cfg.width vision_cfg.head_width vision_cfg.patch_size
+    text_cfg.layers text_cfg.width text_cfg.heads
+""".split()
 
 _WEIGHTS = (".bin", ".ckpt", ".npz", ".pt", ".pth", ".safetensors")  # how checkpoints end
 
@@ -91,4 +95,18 @@ class ModelSettings(Settings):
                 if key not in keys and not (section == "text_cfg" and key in TEXT_MASKS):
                     raise ValueError(f"unknown key `{key}` in model.{where}{hint(str(key), keys)}")
         text_mask_of(config)
+        return self
+
+    @model_validator(mode="after")
+    def _numbers(self) -> ModelSettings:
+        if self.config is None:
+            return self
+        for path in COUNTS:
+            section, _, key = path.rpartition(".")
+            number = (self.config[section] if section else self.config).get(key, 1)
+            is_count = isinstance(number, int) and not isinstance(number, bool) and number > 0
+            if not is_count and not isinstance(
+                number, list
+            ):  # of a ResNet, which is told elsewhere
+                raise ValueError(f"config.{path} = {number!r} must be a whole number above 0")
         return self

@@ -11,7 +11,7 @@ from typing import Any
 
 from clipgraft import settings as cfg
 from clipgraft.architectures import (
-    check_blocks,
+    check_architecture,
     check_references,
     check_weights,
     image_size_of,
@@ -109,7 +109,7 @@ def plan_run(name: str, run: RunSettings) -> list[PlannedJob]:
         indexes[data] = add(f"index/{data}", settings, **downloads, **others)
     index = indexes["train"]
 
-    check_blocks(run)
+    check_architecture(run)
     check_weights(run.model.pretrained, "model.pretrained")
     phases: list[PlannedJob] = []
     for phase in run.pretrain:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from clipgraft.architectures import architecture
 from clipgraft.config import ConfigError
 from clipgraft.lean import open_clip, with_timm
+from clipgraft.misfits import tower_misfit
 from clipgraft.model_settings import ModelSettings
 from clipgraft.models.positions import LINEAR, TextResize, resize_positions
 from clipgraft.models.weights import (
@@ -291,13 +292,6 @@ def forget_text_masks(text: dict[str, Any]) -> None:
             part.pop(key, None)
 
 
-def reads_our_tokens(text: Mapping[str, Any]) -> bool:
-    """Whether we have the tokenizer: byte pairs, or WordPiece as CLIPA-v2 uses it."""
-    name, options = text.get("hf_tokenizer_name"), text.get("tokenizer_kwargs") or {}
-    is_bert = str(name).split("/")[-1] == "bert-base-uncased"
-    return not name or (is_bert and bool(options.get("strip_sep_token")))
-
-
 def _cut_mask(
     _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -314,19 +308,8 @@ def check_towers(config: dict[str, Any]) -> None:
     Raises:
         ConfigError: names them.
     """
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    foreign = [
-        *(["a timm image tower"] if vision.get("timm_model_name") else []),
-        *(["a ResNet image tower"] if isinstance(vision.get("layers"), list | tuple) else []),
-        *(["a Hugging Face text tower"] if text.get("hf_model_name") else []),
-        *(["a Hugging Face tokenizer"] if not reads_our_tokens(text) else []),
-    ]
-    if foreign:
-        raise ConfigError(
-            f"model: {' and '.join(foreign)} is not supported: experts are grafted into open_clip's "
-            "own transformers, and captions become tokens of CLIP's vocabulary, or of BERT's without [SEP]. "
-            "Hint: e.g. ViT-B-16"
-        )
+    if misfit := tower_misfit(config):
+        raise ConfigError(f"model: {misfit}")
 
 
 def _with_sizes(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from clipgraft.config import ConfigError
 from clipgraft.lean import open_clip
+from clipgraft.misfits import reads_our_tokens
 from clipgraft.model_settings import ModelSettings
 from clipgraft.models.build import (
     adopt_activation,
@@ -25,7 +26,6 @@ from clipgraft.models.build import (
     build,
     describe,
     forget_text_masks,
-    reads_our_tokens,
 )
 from clipgraft.models.positions import IMAGE, TEXT, resize_positions
 from clipgraft.models.weights import (
