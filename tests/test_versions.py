@@ -16,9 +16,10 @@ import yaml
 
 from clipgraft.config import ConfigError, load_config, merge, sweep_points
 from clipgraft.job import Job
+from clipgraft.local_files import local_files, sampled
 from clipgraft.planning import plan_run, plan_runs
 from clipgraft.settings import IndexJob
-from clipgraft.versions import _sampled, deciding, local_files, sources_of
+from clipgraft.versions import deciding, sources_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = yaml.safe_load((ROOT / "tests/config/small.yaml").read_text())
@@ -277,7 +278,8 @@ def test_code_reaches_exactly_the_stages_that_use_it(code: Path):
     assert edit("lib/clipgraft/cluster.py") == {"cluster"}
     assert edit("lib/clipgraft/models/moe.py") == {"assemble", "finetune_router", "evaluate"}
     assert edit("lib/clipgraft/experts.py") == {"finetune_expert"}
-    assert edit("lib/clipgraft/job.py") == set()
+    for name in ("job", "aside", "spelling", "model_settings"):
+        assert edit(f"lib/clipgraft/{name}.py") == set()
 
 
 def test_an_import_is_followed_however_it_is_written(code: Path):
@@ -560,7 +562,7 @@ def test_a_change_of_every_64th_part_of_large_weights_is_seen(tmp_path):
         if changed is not None:
             content[changed] = 1
         path.write_bytes(content)
-        return _sampled(path)
+        return sampled(path)
 
     places = [None, *(2**21 * part // 64 for part in range(64))]
     assert len(set(map(identity_with, places))) == 65

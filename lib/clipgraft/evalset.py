@@ -26,7 +26,7 @@ from clipgraft.compare import LOCK
 from clipgraft.config import ConfigError, local_path
 from clipgraft.evalset_tasks import EvalsetTask, chosen, data_folder
 from clipgraft.explore.finished import FinishedRun
-from clipgraft.versions import listing
+from clipgraft.local_files import listing
 
 log = logging.getLogger(__name__)
 

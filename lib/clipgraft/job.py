@@ -23,18 +23,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel
 
 from clipgraft import log as logging_setup
 from clipgraft import provenance
+from clipgraft.arguments import parse, with_change
 from clipgraft.aside import sync, write_json
 from clipgraft.config import ConfigError, validate
 from clipgraft.disk import disk_trouble
 from clipgraft.integrity import Inputs, to_the_present
 from clipgraft.lock import locked
 from clipgraft.orphan import NOTHING_TO_DO, SNAKEMAKE, is_left, leave_when_asked, leave_with_parents
-from clipgraft.versions import MEMORY, deciding, fingerprint, weights_of
+from clipgraft.versions import deciding, fingerprint, weights_of
 
 log = logging.getLogger(__name__)
 S = TypeVar("S", bound=BaseModel)
@@ -76,7 +76,7 @@ class Job:
     def run(main: Callable[[Job], None], doc: str | None) -> None:
         """Read the command line, run `main` and leave with an exit code; a user's mistake is one message."""
         script = Path(sys.argv[0]).resolve()
-        arguments = _parse(doc or script.stem)
+        arguments = parse(doc or script.stem)
         logging_setup.set_up(arguments.name or script.stem, arguments.log)
         leave_when_asked()
         leave_with_parents()
@@ -294,31 +294,6 @@ def peak_memory_mb() -> int:
     return kilobytes // 1024
 
 
-def _parse(doc: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "manifest", nargs="?", type=Path, help="replay this finished job (its manifest.json)"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="output folder")
-    parser.add_argument("--settings", type=json.loads, default={}, help="settings as JSON")
-    parser.add_argument(
-        "--input",
-        action="append",
-        default=[],
-        metavar="NAME=MANIFEST",
-        help="manifest of the job an input comes from",
-    )
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting"
-    )
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--name", help="what log lines begin with (default: the script's name)")
-    parser.add_argument("--log", type=Path, help="also log to this file")
-    return parser.parse_args()
-
-
 def _job(script: Path, arguments: argparse.Namespace) -> Job:
     settings, inputs, recorded = arguments.settings, {}, {}
     if arguments.manifest is not None:
@@ -338,53 +313,13 @@ def _job(script: Path, arguments: argparse.Namespace) -> Job:
         # Resolved, because runs/<run>/ holds links, and manifests record relative paths.
         folders[name] = (path.parent if path.name == provenance.MANIFEST else path).resolve()
     for pair in arguments.set:
-        settings = _with(settings, *pair.partition("=")[::2])
+        settings = with_change(settings, *pair.partition("=")[::2])
     is_first = os.environ.get("RANK", "0") == "0"
     checked = Inputs(folders.values(), script.stem) if is_first else None
     code = fingerprint(script)
     name = arguments.name or recorded.get("name") or script.stem
     threads = max(1, arguments.threads // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return Job(script.stem, name, settings, folders, arguments.out, threads, code, checked)
-
-
-def _with(settings: Mapping[str, Any], key: str, value: str) -> dict[str, Any]:
-    """Settings with one value changed; `key` is a dotted path, or its last part where that is unique."""
-    if key in (*MEMORY, "precision"):  # not always among the settings that a job is handed
-        return {**settings, key: _scalar(value)}
-    paths = [path for path in _paths(settings) if path == key or path.endswith(f".{key}")]
-    exact = [path for path in paths if path == key] or paths
-    if len(exact) != 1:
-        found = (
-            f"is ambiguous: {', '.join(exact)}"
-            if exact
-            else f"is none of {', '.join(_paths(settings))}"
-        )
-        raise ConfigError(f"--set {key}={value}: {key} {found}")
-    changed = json.loads(json.dumps(settings))
-    *parents, leaf = exact[0].split(".")
-    node = changed
-    for parent in parents:
-        node = node[parent]
-    node[leaf] = _scalar(value)
-    return dict(changed)
-
-
-def _scalar(text: str) -> Any:
-    try:
-        return (
-            float(text) if "e" in text.lower() else yaml.safe_load(text)
-        )  # YAML reads 1e-4 as text
-    except ValueError:
-        return yaml.safe_load(text)
-
-
-def _paths(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
-    paths = []
-    for key, value in settings.items():
-        paths.append(prefix + key)
-        if isinstance(value, Mapping):
-            paths += _paths(value, f"{prefix}{key}.")
-    return paths
 
 
 def _limit_threads(threads: int) -> None:

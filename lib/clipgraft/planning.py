@@ -19,12 +19,13 @@ from clipgraft.architectures import (
 from clipgraft.baseline_settings import BaselineSettings
 from clipgraft.config import ConfigError, S, local_path, validate
 from clipgraft.evalset_tasks import chosen
+from clipgraft.local_files import listing
 from clipgraft.moe_settings import MoeSettings, RouterSettings
 from clipgraft.recipes import AugmentationSettings, PhaseSettings, TrainSettings
 from clipgraft.run_settings import RunSettings
 from clipgraft.schedule import peak_lr
 from clipgraft.sources import MixedSource, Settings
-from clipgraft.versions import WATCHED, PlannedJob, listing, seed_for, sources_of
+from clipgraft.versions import WATCHED, PlannedJob, seed_for, sources_of
 
 SWEEP = "sweep"  # stands among the runs, and is the key of the config
 

@@ -1,4 +1,4 @@
-"""Versions: what a job is called on disk, which local files it reads, and what code it uses.
+"""Versions: what a job is called on disk, what tells that its local files have changed, and what code it uses.
 
 A job's version is a hash of its stage, its settings and the versions of its inputs, so a changed setting makes a
 new folder beside the old one, and runs that share a prefix share its files. Code is not part of the version: each
@@ -10,8 +10,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,8 +20,9 @@ from typing import Any, TypeVar
 from clipgraft import settings as cfg
 from clipgraft.architectures import our_file
 from clipgraft.aside import written_aside
-from clipgraft.config import ConfigError, local_path, validate
+from clipgraft.config import local_path, validate
 from clipgraft.evalset_tasks import data_folder
+from clipgraft.local_files import identity, listing, local_files, sampled
 from clipgraft.loss_settings import ReferenceSettings
 from clipgraft.sources import Settings
 
@@ -51,6 +50,9 @@ PLUMBING = {
             "moe_settings",
             "evaluation_settings",
             "baseline_settings",
+            "model_settings",
+            "spelling",
+            "aside",
             "recipes",
             "resource_settings",
             "config",
@@ -146,8 +148,7 @@ def _left_out(settings: Mapping[str, Any], path: list[str], value: Any) -> dict[
 
 
 def _short_hash(text: str) -> str:
-    bits = text.encode(errors="surrogateescape")  # names of files need not be UTF-8
-    return hashlib.sha256(bits).hexdigest()[:8]
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def seed_for(seed: int, *words: object) -> int:
@@ -168,19 +169,19 @@ def sources_of(settings: Settings, is_start: bool = True) -> Iterator[str]:
         is_start: whether its model starts anew; a later phase does not read the weights that the first one did.
     """
     if isinstance(settings, cfg.IndexJob) and settings.wordpiece is not None:
-        yield from map(_identity, local_files(settings.wordpiece))
+        yield from map(identity, local_files(settings.wordpiece))
     if isinstance(settings, cfg.PretrainJob) and (path := our_file(settings.model)):
-        yield _identity(path)
+        yield identity(path)
     if isinstance(settings, cfg.PretrainJob) and is_start and settings.model.pretrained:
         if (path := local_path(settings.model.pretrained)).is_file():
-            yield _sampled(path)
+            yield sampled(path)
     if isinstance(settings, cfg.ReferenceJob):
-        yield from map(_sampled, _weights(settings))
+        yield from map(sampled, _weights(settings))
     if isinstance(settings, cfg.EvalsetJob):
         yield listing(str(data_folder(local_path(settings.folder), settings.evalset)))
     if isinstance(settings, cfg.PretrainJob):
         for reference in settings.references:
-            yield from map(_sampled, _weights(reference))
+            yield from map(sampled, _weights(reference))
     if not isinstance(settings, cfg.DownloadJob):
         return
     for key in ("folder", "images"):
@@ -190,7 +191,7 @@ def sources_of(settings: Settings, is_start: bool = True) -> Iterator[str]:
         given = getattr(settings.source, key, None)
         for pattern in [given] if isinstance(given, str) else given or []:
             if "://" not in pattern:  # what is remote is taken at its name
-                yield from map(_identity, local_files(pattern))
+                yield from map(identity, local_files(pattern))
 
 
 def weights_of(stage: str, settings: Mapping[str, Any], is_start: bool) -> list[str]:
@@ -208,46 +209,6 @@ def weights_of(stage: str, settings: Mapping[str, Any], is_start: bool) -> list[
     return []
 
 
-@cache
-def listing(name: str) -> str:
-    """Names and sizes of all files of a folder, hashed; remembered, since runs share folders.
-
-    Raises:
-        ConfigError: if there is no such folder.
-    """
-    folder = local_path(name)
-    if not folder.is_dir():
-        raise ConfigError(
-            f"folder {name!r} does not exist. Hint: paths are relative to {Path().resolve()}"
-        )
-    files = files_below(folder)
-    listed = "\n".join(f"{path.relative_to(folder)}:{path.stat().st_size}" for path in files)
-    return f"{len(files)} files, {_short_hash(listed)}"
-
-
-def files_below(folder: Path) -> list[Path]:
-    """All files of a folder and its subfolders, sorted; links to folders are followed, and each folder is entered once.
-
-    Folders come before links to them: a link to another place of the same tree adds nothing.
-    """
-    files: list[Path] = []
-    entered: set[str] = set()
-    starts = [str(folder)]  # and the links that are met
-    for start in starts:
-        for place, folders, names in os.walk(start):
-            folders.sort()
-            real = os.path.realpath(place)
-            if real in entered:
-                folders.clear()
-                continue
-            entered.add(real)
-            starts += [
-                link for name in folders if os.path.islink(link := os.path.join(place, name))
-            ]
-            files += [path for name in names if (path := Path(place, name)).is_file()]
-    return sorted(files)
-
-
 def _weights(reference: ReferenceSettings | cfg.ReferenceJob) -> list[Path]:
     """The local files of a reference; none if it is public."""
     if reference.pretrained is None:
@@ -256,67 +217,6 @@ def _weights(reference: ReferenceSettings | cfg.ReferenceJob) -> list[Path]:
     else:
         files = [local_path(reference.pretrained)]
     return [path for path in files if path.is_file()]
-
-
-def _identity(path: Path) -> str:
-    size = path.stat().st_size
-    content = hashlib.sha256(path.read_bytes()).hexdigest()[:8] if size < 2**20 else ""
-    return f"{path.name}:{size}:{content}"
-
-
-def _sampled(path: Path) -> str:
-    """As `_identity`, of a file whose size stays when its content changes: training moves all weights a little."""
-    size, digest = path.stat().st_size, hashlib.sha256()
-    with path.open("rb") as file:
-        for number in range(64):
-            file.seek(size * number // 64)
-            digest.update(file.read(4096))
-    return f"{path.name}:{size}:{digest.hexdigest()[:8]}"
-
-
-def spelled_out(pattern: str) -> list[str]:
-    """The alternatives of each brace: `{a,b}`, and `{000..127}` with its zeros; `$NAME` from the environment.
-
-    Raises:
-        ConfigError: if a variable is not set.
-    """
-    expanded = os.path.expanduser(os.path.expandvars(pattern))
-    if "$" in expanded:
-        raise ConfigError(f"{pattern}: an environment variable in it is not set. Hint: export it")
-    brace = re.search(r"\{([^{}]*)\}", expanded)
-    if brace is None:
-        return [expanded]
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", brace[1])
-    if span:
-        first, last = int(span[1]), int(span[2])
-        words = [f"{number:0{len(span[1])}d}" for number in range(first, last + 1)]
-    else:
-        words = brace[1].split(",")
-    whole = [expanded[: brace.start()] + word + expanded[brace.end() :] for word in words]
-    return [each for one in whole for each in spelled_out(one)]
-
-
-def local_files(pattern: str) -> list[Path]:
-    """Files that a glob with braces matches, sorted; `$NAME` is read from the environment.
-
-    Raises:
-        ConfigError: if a variable is not set, or nothing matches.
-    """
-    files: set[Path] = set()
-    for path in map(Path, spelled_out(pattern)):
-        root, tail = (
-            (Path(path.anchor), path.relative_to(path.anchor))
-            if path.is_absolute()
-            else (Path(), path)
-        )
-        found = {each for each in root.glob(str(tail)) if each.is_file()}
-        if not found:
-            raise ConfigError(
-                f"no file matches {str(path)!r} (looked in {path.parent.resolve()}). Hint: paths are relative "
-                "to the folder in which snakemake runs"
-            )
-        files |= found
-    return sorted(files)
 
 
 # --- code ---------------------------------------------------------------------------------------------------

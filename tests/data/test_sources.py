@@ -25,9 +25,9 @@ from clipgraft.data.outcomes import read_outcomes
 from clipgraft.data.samples import Samples
 from clipgraft.data.sources.annotations import first_sentence
 from clipgraft.data.sources.tables import read_tables
+from clipgraft.local_files import listing
 from clipgraft.settings import IndexJob, IndexSettings
 from clipgraft.sources import SOURCE_KINDS, OneSource, Source, UrlSource
-from clipgraft.versions import listing
 
 
 @pytest.fixture

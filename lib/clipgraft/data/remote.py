@@ -30,8 +30,8 @@ from clipgraft.config import ConfigError
 from clipgraft.data import fetch_process
 from clipgraft.data.parallel import Progress
 from clipgraft.data.unpacked import Unpacked
+from clipgraft.local_files import local_files, spelled_out
 from clipgraft.sources import Patterns
-from clipgraft.versions import local_files, spelled_out
 
 log = logging.getLogger(__name__)
 

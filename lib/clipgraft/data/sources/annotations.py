@@ -14,8 +14,8 @@ from clipgraft.config import ConfigError
 from clipgraft.data.outcomes import Outcome, texts_of
 from clipgraft.data.sources.folders import local_folder
 from clipgraft.data.utf8 import clean, is_utf8
+from clipgraft.local_files import local_files
 from clipgraft.sources import CocoSource, ShareGpt4vSource
-from clipgraft.versions import local_files
 
 log = logging.getLogger(__name__)
 

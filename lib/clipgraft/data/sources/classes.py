@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clipgraft.config import ConfigError
-from clipgraft.versions import local_files
+from clipgraft.local_files import local_files
 
 
 def read_classes(file: str) -> list[str]:

@@ -9,9 +9,9 @@ from clipgraft.data.images import SUFFIXES
 from clipgraft.data.outcomes import Outcome
 from clipgraft.data.sources.classes import class_label, write_classes
 from clipgraft.data.utf8 import clean, is_utf8
+from clipgraft.local_files import files_below
 from clipgraft.sources import ClassFolderSource, FolderSource
 from clipgraft.spelling import hint
-from clipgraft.versions import files_below
 
 
 def local_folder(name: str) -> Path:

@@ -1,0 +1,113 @@
+"""Local files of the user: which ones a setting names, and what tells that they have changed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from functools import cache
+from pathlib import Path
+
+from clipgraft.config import ConfigError, local_path
+
+
+def spelled_out(pattern: str) -> list[str]:
+    """The alternatives of each brace: `{a,b}`, and `{000..127}` with its zeros; `$NAME` from the environment.
+
+    Raises:
+        ConfigError: if a variable is not set.
+    """
+    expanded = os.path.expanduser(os.path.expandvars(pattern))
+    if "$" in expanded:
+        raise ConfigError(f"{pattern}: an environment variable in it is not set. Hint: export it")
+    brace = re.search(r"\{([^{}]*)\}", expanded)
+    if brace is None:
+        return [expanded]
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", brace[1])
+    if span:
+        first, last = int(span[1]), int(span[2])
+        words = [f"{number:0{len(span[1])}d}" for number in range(first, last + 1)]
+    else:
+        words = brace[1].split(",")
+    whole = [expanded[: brace.start()] + word + expanded[brace.end() :] for word in words]
+    return [each for one in whole for each in spelled_out(one)]
+
+
+def local_files(pattern: str) -> list[Path]:
+    """Files that a glob with braces matches, sorted; `$NAME` is read from the environment.
+
+    Raises:
+        ConfigError: if a variable is not set, or nothing matches.
+    """
+    files: set[Path] = set()
+    for path in map(Path, spelled_out(pattern)):
+        root, tail = (
+            (Path(path.anchor), path.relative_to(path.anchor))
+            if path.is_absolute()
+            else (Path(), path)
+        )
+        found = {each for each in root.glob(str(tail)) if each.is_file()}
+        if not found:
+            raise ConfigError(
+                f"no file matches {str(path)!r} (looked in {path.parent.resolve()}). Hint: paths are relative "
+                "to the folder in which snakemake runs"
+            )
+        files |= found
+    return sorted(files)
+
+
+@cache
+def listing(name: str) -> str:
+    """Names and sizes of all files of a folder, hashed; remembered, since runs share folders.
+
+    Raises:
+        ConfigError: if there is no such folder.
+    """
+    folder = local_path(name)
+    if not folder.is_dir():
+        raise ConfigError(
+            f"folder {name!r} does not exist. Hint: paths are relative to {Path().resolve()}"
+        )
+    files = files_below(folder)
+    listed = "\n".join(f"{path.relative_to(folder)}:{path.stat().st_size}" for path in files)
+    return f"{len(files)} files, {hashlib.sha256(os.fsencode(listed)).hexdigest()[:8]}"
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files of a folder and its subfolders, sorted; links to folders are followed, and each folder is entered once.
+
+    Folders come before links to them: a link to another place of the same tree adds nothing.
+    """
+    files: list[Path] = []
+    entered: set[str] = set()
+    starts = [str(folder)]  # and the links that are met
+    for start in starts:
+        for place, folders, names in os.walk(start):
+            folders.sort()
+            real = os.path.realpath(place)
+            if real in entered:
+                folders.clear()
+                continue
+            entered.add(real)
+            starts += [
+                link for name in folders if os.path.islink(link := os.path.join(place, name))
+            ]
+            files += [path for name in names if (path := Path(place, name)).is_file()]
+    return sorted(files)
+
+
+def identity(path: Path) -> str:
+    """Name and size of a file, and the hash of a small one."""
+    size = path.stat().st_size
+    content = hashlib.sha256(path.read_bytes()).hexdigest()[:8] if size < 2**20 else ""
+    return f"{path.name}:{size}:{content}"
+
+
+def sampled(path: Path) -> str:
+    """As `identity`, of a file whose size stays when its content changes: training moves all weights a little."""
+    size, digest = path.stat().st_size, hashlib.sha256()
+    with path.open("rb") as file:
+        for number in range(64):
+            file.seek(size * number // 64)
+            digest.update(file.read(4096))
+    return f"{path.name}:{size}:{digest.hexdigest()[:8]}"
