@@ -230,6 +230,17 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("model.config.vision_cfg.patch_size", "8", ["patch_size = '8' must be a whole number"]),
         ("model.config.text_cfg.layers", 2.5, ["model: config.text_cfg.layers = 2.5"]),
         ("model.config.embed_dim", True, ["model: config.embed_dim = True"]),
+        ("model.config.vision_cfg.width", 33, ["width = 33", "head_width = 16", "width: 32"]),
+        (
+            "model.config.vision_cfg.head_width",
+            None,
+            ["width = 32", "head_width = 64", "width: 64"],
+        ),
+        (
+            "model.config.text_cfg.heads",
+            3,
+            ["config.text_cfg: width = 32", "heads = 3", "width: 30"],
+        ),
         ("index.wordpiece", "vocab.txt", ["wordpiece = 'vocab.txt'", "vocabulary is corpus"]),
         ("model.preprocess", {"resize_mod": "x"}, ["`resize_mod`", "`resize_mode`"]),
         (

@@ -32,7 +32,7 @@ TEXT_KEYS = """
 """.split()
 
 COUNTS = """
-    embed_dim vision_cfg.layers vision_cfg.width vision_cfg.head_width vision_cfg.patch_size
+    vision_cfg.layers vision_cfg.width vision_cfg.head_width vision_cfg.patch_size embed_dim
     text_cfg.layers text_cfg.width text_cfg.heads
 """.split()
 
@@ -104,9 +104,21 @@ class ModelSettings(Settings):
         for path in COUNTS:
             section, _, key = path.rpartition(".")
             number = (self.config[section] if section else self.config).get(key, 1)
-            is_count = isinstance(number, int) and not isinstance(number, bool) and number > 0
-            if not is_count and not isinstance(
-                number, list
-            ):  # of a ResNet, which is told elsewhere
+            if path == "vision_cfg.layers" and isinstance(number, list):
+                return self  # a ResNet, which is told elsewhere
+            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
                 raise ValueError(f"config.{path} = {number!r} must be a whole number above 0")
+        vision, text = self.config["vision_cfg"], self.config["text_cfg"]
+        width, head_width = vision.get("width", 768), vision.get("head_width", 64)  # as open_clip
+        if width < head_width or width % (width // head_width):
+            raise ValueError(
+                f"config.vision_cfg: width = {width} does not divide into heads of head_width = {head_width}. "
+                f"Hint: width: {max(1, width // head_width) * head_width}"
+            )
+        width, heads = text.get("width", 512), text.get("heads", 8)
+        if width % heads:
+            raise ValueError(
+                f"config.text_cfg: width = {width} does not divide by heads = {heads}. "
+                f"Hint: width: {max(1, width // heads) * heads}"
+            )
         return self
