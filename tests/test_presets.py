@@ -350,7 +350,8 @@ def test_what_does_not_fit_is_told_with_what_would(tmp_path):
         ),
         (["--mfu", "27"], "--mfu 27.0"),
         (["--num-gpus", "0"], "--num-gpus 0"),
-        (["--tflops", "0"], "numbers must be above 0"),
+        (["--tflops", "0"], "--tflops 0.0: must be above 0"),
+        (["--samples", "-1"], "--samples -1: must be above 0"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_message(words, message):

@@ -154,12 +154,12 @@ def _hardware(given: argparse.Namespace) -> Hardware:
         raise ConfigError(
             f"--gpu {name}: its peak is not known. Hint: one of {', '.join(GPUS)}, or give it with --tflops"
         )
-    numbers = (given.num_gpus, given.mfu, given.price, given.tflops, given.samples)
-    if given.mfu > 1 or any(number is not None and number <= 0 for number in numbers):
-        raise ConfigError(
-            f"--num-gpus {given.num_gpus} --mfu {given.mfu} --price {given.price}: numbers must be above 0. "
-            "Hint: --mfu is a share, at most 1"
-        )
+    for option in ("num_gpus", "mfu", "price", "tflops", "samples"):
+        number = getattr(given, option)
+        if number is not None and number <= 0:
+            raise ConfigError(f"--{option.replace('_', '-')} {number}: must be above 0")
+    if given.mfu > 1:
+        raise ConfigError(f"--mfu {given.mfu}: a share of the peak is at most 1. Hint: 0.27")
     peak, memory = GPUS.get(name, (0, None)) if given.tflops is None else (given.tflops, None)
     return Hardware(name, peak, memory, given.num_gpus, given.mfu, given.price)
 
