@@ -190,6 +190,16 @@ def test_processes_of_a_node_are_as_many_as_the_batch_divides_by(capsys):
     assert "8 GPUs a node wished for, on 2 nodes a batch of 100" in capsys.readouterr().err
 
 
+def test_devices_that_a_batch_does_not_divide_by_are_left_and_it_is_said(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert len(lease_wish(6, 128)) == 4
+    said = capsys.readouterr().err
+    assert said == "launch: 6 GPUs wished for, 8 here, and a batch of 128 divides by 4: using 4\n"
+
+
 def test_no_devices_given_is_said_and_the_script_runs_without():
     """As `--resources gpu=0` has it: Snakemake scales the wish down, but not what a node would have of it."""
     words = ["--gpu", "0", "--gpus-per-node", "8", "--", "-c"]

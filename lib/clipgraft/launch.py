@@ -190,10 +190,13 @@ def lease_wish(wish: int, batch_size: int = 0) -> list[str]:
     """
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     present = find_devices() if listed is None else _named(listed)
-    count = _dividing(batch_size, min(wish, len(present)))
+    most = min(wish, len(present))
+    count = _dividing(batch_size, most)
     if 0 < count < wish:
+        why = f", and a batch of {batch_size} divides by {count}" if count < most else ""
         print(
-            f"launch: {wish} GPUs wished for, {len(present)} here: using {count}", file=sys.stderr
+            f"launch: {wish} GPUs wished for, {len(present)} here{why}: using {count}",
+            file=sys.stderr,
         )
     if listed is not None and is_on_slurm():
         devices = present[:count]  # chosen for this job alone
