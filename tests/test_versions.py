@@ -16,7 +16,7 @@ import yaml
 
 from clipgraft.config import ConfigError, load_config, merge, sweep_points
 from clipgraft.job import Job
-from clipgraft.local_files import local_files, sampled
+from clipgraft.local_files import local_files, sampled, spelled_out
 from clipgraft.planning import plan_run, plan_runs
 from clipgraft.settings import IndexJob
 from clipgraft.versions import deciding, sources_of
@@ -309,6 +309,14 @@ def test_a_glob_that_matches_nothing_or_an_unset_variable_is_named(tmp_path: Pat
     (tmp_path / "a.tar").touch()
     monkeypatch.setenv("SOME_DATA", str(tmp_path))
     assert [path.name for path in local_files("$SOME_DATA/*.tar")] == ["a.tar", "b.tar"]
+
+
+def test_braces_are_spelled_out_as_in_a_shell():
+    for pattern in ("x{0..11}.tar", "x{08..11}", "x{001..3}", "{3..1}-{a,b}", "{10..8}"):
+        shell = subprocess.run(
+            ["bash", "-c", f"echo {pattern}"], capture_output=True, text=True, check=True
+        )
+        assert spelled_out(pattern) == shell.stdout.split()
 
 
 def test_what_is_remembered_of_code_is_dropped_when_the_file_changes(tmp_path):

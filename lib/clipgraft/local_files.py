@@ -12,7 +12,7 @@ from clipgraft.config import ConfigError, local_path
 
 
 def spelled_out(pattern: str) -> list[str]:
-    """The alternatives of each brace: `{a,b}`, and `{000..127}` with its zeros; `$NAME` from the environment.
+    """The alternatives of each brace: `{a,b}`, and `{000..127}` with its zeros, up or down; `$NAME` from the environment.
 
     Raises:
         ConfigError: if a variable is not set.
@@ -26,7 +26,9 @@ def spelled_out(pattern: str) -> list[str]:
     span = re.fullmatch(r"(\d+)\.\.(\d+)", brace[1])
     if span:
         first, last = int(span[1]), int(span[2])
-        words = [f"{number:0{len(span[1])}d}" for number in range(first, last + 1)]
+        width = max(map(len, span.groups())) if re.match(r"0\d", span[1]) else 0
+        step = 1 if first <= last else -1
+        words = [f"{number:0{width}d}" for number in range(first, last + step, step)]
     else:
         words = brace[1].split(",")
     whole = [expanded[: brace.start()] + word + expanded[brace.end() :] for word in words]
