@@ -57,7 +57,7 @@ format: $(SETUP)
 schema: $(SETUP)
 	$(BIN)/python -m clipgraft.config > workflow/schemas/config.schema.json
 
-# What in results/ no run uses any more; deletes nothing.
+# What in results/ no finished run uses, nor those of config.yaml; deletes nothing.
 unused: $(SETUP)
 	$(BIN)/python -m clipgraft.runs unused
 

@@ -245,7 +245,7 @@ def test_a_changed_top_k_makes_new_versions_beside_the_old_and_back_again_runs_n
     assert manifest_of(finished, "assemble/moe")["settings"]["top_k"] == 2
     assert {path: path.stat().st_mtime_ns for path in before} == before
     listed = subprocess.run(
-        [sys.executable, "-m", "clipgraft.runs", "unused"],
+        [sys.executable, "-m", "clipgraft.runs", "unused", "--configfile", "small.yaml"],
         cwd=finished.root,
         capture_output=True,
         text=True,

@@ -39,7 +39,7 @@ def _disk_full(error: OSError | RuntimeError, out: Path) -> str:
     where = getattr(error, "filename", None) or out
     return (
         f"{where}: no space left on device ({_free_bytes(out) / 2**20:,.0f} MB free). Nothing of this job was kept. "
-        "Hint: free some room (`make unused` lists versions that no run uses), then run snakemake again"
+        "Hint: free some room (`python -m clipgraft.runs unused` lists versions that no run uses), then run snakemake again"
     )
 
 

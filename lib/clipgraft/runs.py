@@ -6,13 +6,14 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from clipgraft.aside import write_json
 from clipgraft.compare import LOCK, compare
-from clipgraft.config import ConfigError
+from clipgraft.config import ConfigError, load_config, read_layers, sweep_points
 from clipgraft.integrity import to_the_present
+from clipgraft.planning import plan_runs
 from clipgraft.provenance import MANIFEST
 
 RESULTS = Path("results")
@@ -40,10 +41,15 @@ def link_run(run: str, versions: Mapping[str, str], results: Path = RESULTS) -> 
     write_json(folder / LOCK, dict(versions))
 
 
-def unused(results: Path = RESULTS) -> Iterator[Path]:
-    """Folders of the store that no run's lock names; and what evaluations keep for one another, which may always go."""
+def unused(planned: Collection[str], results: Path = RESULTS) -> Iterator[Path]:
+    """Folders of the store that no run needs; and what evaluations keep for one another, which may always go.
+
+    Args:
+        planned: folders in the store of runs that may not be finished, and so have no lock yet.
+        results: the store; what locks name is in use.
+    """
     yield from sorted((results / "evaluate").glob(".*"))
-    used = set()
+    used = set(planned)
     for lock in (results / "runs").glob(f"*/{LOCK}"):
         used |= set(json.loads(lock.read_text()).values())
     for manifest in sorted(results.glob(f"*/*/{MANIFEST}")):
@@ -89,8 +95,15 @@ def main() -> None:
     link = verbs.add_parser("link", help="link a run into the store and write its lock")
     link.add_argument("run")
     link.add_argument("versions", type=json.loads)
-    verbs.add_parser(
+    lister = verbs.add_parser(
         "unused", help="list folders that no run uses, with their size; nothing is deleted"
+    )
+    lister.add_argument(
+        "--configfile",
+        type=Path,
+        nargs="+",
+        default=[Path("config.yaml")],
+        help="of runs that are not finished (default: config.yaml)",
     )
     verbs.add_parser("show", help="print the results of a run").add_argument("run")
     several = verbs.add_parser(
@@ -108,12 +121,20 @@ def main() -> None:
         except ConfigError as error:
             sys.exit(f"{given.verb}: {error}")
         return
+    try:
+        raw = read_layers(*given.configfile)
+        plan = plan_runs(load_config(raw), sweep_points(raw))
+    except ConfigError as error:
+        sys.exit(f"unused: {error}")
     total = 0
-    for folder in unused():
+    for folder in unused({job.folder for jobs in plan.values() for job in jobs}):
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         total += size
         print(f"{size / 2**20:10,.1f} MB  {folder}")
-    print(f"{total / 2**20:10,.1f} MB in all, used by no run in {RESULTS / 'runs'}")
+    print(
+        f"{total / 2**20:10,.1f} MB in all, used by no finished run, nor by those of {' '.join(map(str, given.configfile))} "
+        "(--configfile: of other runs that are not finished)"
+    )
 
 
 if __name__ == "__main__":
