@@ -151,7 +151,7 @@ def plan_run(name: str, run: RunSettings) -> list[PlannedJob]:
                 untrained=seed_for(run.seed, "untrained"),
             )
             add(f"evaluate/untrained/{task}", settings, model=base, index=indexes[measures.data])
-    add("report", _extend(cfg.ReportJob, run.report, run=name), **jobs)
+    add("report", _extend(cfg.ReportJob, run.report, run=name, seed=run.seed), **jobs)
     return list(jobs.values())
 
 

@@ -244,6 +244,7 @@ class ReportJob(ReportSettings):
     """Settings of one `report` job."""
 
     run: str
+    seed: NonNegativeInt = Field(description="Of the run, which those of its jobs are made from.")
 
 
 class SweepRun(Settings):

@@ -55,7 +55,7 @@ def pages(tmp_path_factory) -> dict[str, Path]:
     for name, tree in runs.items():
         out = results / "runs" / name / "report"
         out.mkdir(parents=True)
-        report(ReportJob(run=name), tree, out)
+        report(ReportJob(run=name, seed=0), tree, out)
         lock = {job: str(folder.relative_to(results)) for job, folder in tree.items()}
         write_json(out.parent / LOCK, lock)
     (results / "compare.html").write_text(comparison(list(runs), results), encoding="utf-8")
@@ -86,6 +86,17 @@ def test_every_figure_and_picture_is_seen(browser, pages, name, size):
         assert figure.locator("figcaption").is_visible()
     broken = "() => [...document.images].filter(image => !image.naturalWidth).length"
     assert page.evaluate(broken) == 0
+
+
+def test_results_are_in_sight_on_a_desk_and_say_whose_they_are_on_a_phone(browser, pages):
+    tables = browser.open(pages["demo"], DESK).page.locator("#results .scroll:has(table)")
+    wide = "element => element.scrollWidth > element.clientWidth"
+    assert tables.count() == 2 and not any(table.evaluate(wide) for table in tables.all())
+    table = browser.open(pages["demo"], PHONE).page.locator("#results .scroll:has(table)").first
+    table.evaluate("element => { element.scrollLeft = element.scrollWidth }")
+    for of in (table.get_by_text("moe", exact=True), table.locator("tr").nth(4).locator("td").last):
+        box = of.bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= PHONE["width"]
 
 
 def test_texts_of_figures_can_be_read_on_a_phone(browser, pages):

@@ -9,6 +9,9 @@ import pytest
 from pages import Page, csv_rows, with_edit, write
 
 from clipgraft.config import ConfigError
+from clipgraft.report.costs import Cost
+from clipgraft.report.read import Model, Run
+from clipgraft.report.report import _tiles
 from clipgraft.report.style import themed
 
 FULL = {
@@ -185,3 +188,21 @@ def test_a_loss_is_said_as_plainly_as_a_gain(bare_tree, tmp_path, others, verdic
 def test_a_missing_manifest_is_named(bare_tree, tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere/manifest\.json"):
         write({**bare_tree, "pretrain/full": tmp_path / "nowhere"}, tmp_path / "out")
+
+
+def test_the_head_has_the_seed_of_the_run_and_the_samples_of_its_last_model(full):
+    text = (full / "report.html").read_text()
+    assert re.search(r'<h1>clipgraft: demo</h1>\s*<div class="muted">[^<]*seed 0</div>', text)
+    models = [Model("mlp_long", "", Cost(9_000_000, 1.0)), Model("moe", "", Cost(1_000, 1.0))]
+    assert _tiles(Run({}, {}), models, [], 5)[1]["value"] == "1k"
+
+
+def test_marks_at_the_ends_of_an_axis_are_whole(full):
+    for name in ("results_metrics", "attributes_probes"):
+        svg = (full / "figures" / f"{name}.svg").read_text()
+        assert "<use" in svg and not re.search(r"<g clip-path[^>]*>\s*<use", svg)
+
+
+def test_experts_have_the_colours_of_their_patches_in_the_dark_too(full):
+    svg = (full / "figures" / "moe_patch_choices.svg").read_text()
+    assert "expert 0 (base)" in svg and "#333333" not in svg  # the page turns it white in the dark

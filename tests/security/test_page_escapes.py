@@ -79,7 +79,7 @@ def page(tmp_path_factory):
     tree = trees.build_tree(results, trees.settings(2, 1, ("colour", "shape"), {}))
     poison(results)
     out = tmp_path_factory.mktemp("poisoned")
-    report(ReportJob(run="demo"), tree, out)
+    report(ReportJob(run="demo", seed=0), tree, out)
     return out / "report.html"
 
 

@@ -27,14 +27,12 @@ def write_figures(sections: Sequence[Section], folder: Path) -> None:
         (folder / f"{figure.name}.csv").write_text(to_csv(figure.rows))
 
 
-def subtitle(run: Run) -> str:
-    """Commit, hardware and seed, each as often as they differ."""
-    manifests = run.manifests.values()
-    commits = dict.fromkeys(m["git"] for m in manifests if m.get("git"))
-    seeds = dict.fromkeys(m["settings"]["seed"] for m in manifests if "seed" in m["settings"])
+def subtitle(run: Run, seed: int | None = None) -> str:
+    """Commit and hardware, each as often as they differ, and the seed of the run if there is one."""
+    commits = dict.fromkeys(m["git"] for m in run.manifests.values() if m.get("git"))
     parts = [f"commit {', '.join(commits)}"] if commits else []
     parts += [" / ".join(machines(run))] if machines(run) else []
-    parts += [f"seed {', '.join(map(str, seeds))}"] if seeds else []
+    parts += [] if seed is None else [f"seed {seed}"]
     return " \N{MIDDLE DOT} ".join(parts)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap, to_rgb
+from matplotlib.colors import ListedColormap, to_hex, to_rgb
 from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import Patch
 
@@ -60,7 +60,7 @@ def plot_patch_choices(
                 _picture(axis, _tinted(picture, tints_E3[expert_P]))
         for axis, number in zip(axes[0, 1:], shown, strict=True):
             axis.set_title(f"layer {layers[number]}", fontsize=8.5, loc="center")
-        _legend(figure, colours)
+        _legend(figure, [to_hex(_over(0.8, tint)) for tint in tints_E3])  # as over a bright picture
         return figure
 
     caption = (
@@ -215,7 +215,12 @@ def _tinted(picture: np.ndarray, tint_HW3: np.ndarray) -> np.ndarray:
     place = [np.arange(side) * size // side for size in tint_HW3.shape[:2]]
     tint = tint_HW3[np.ix_(*place)]
     grey = picture.mean(axis=2, keepdims=True) / 255
-    return ((1 - _TINT) * grey + _TINT * tint) * 255
+    return _over(grey, tint) * 255
+
+
+def _over(grey: float | np.ndarray, tint: np.ndarray) -> np.ndarray:
+    """A colour over a grey, both from 0 to 1."""
+    return (1 - _TINT) * grey + _TINT * tint
 
 
 def _picture(axis: Axes, pixels: np.ndarray) -> None:

@@ -34,13 +34,15 @@ figcaption { max-width: 100ch; margin-top: 6px; }
 .tile b { display: block; font-size: 23px; line-height: 1.25; letter-spacing: -0.01em; }
 .tile span { color: var(--muted); font-size: 13px; line-height: 1.35; display: block; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums;
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums;
   margin: 8px 0; }
-th, td { padding: 4px 9px; text-align: right; white-space: nowrap; }
-th { font-weight: 500; color: var(--muted); border-bottom: 1px solid var(--line); }
+th, td { padding: 4px 6px; text-align: right; }
+th { font-weight: 500; color: var(--muted); border-bottom: 1px solid var(--line); vertical-align: bottom; line-height: 1.3; }
 th.group { text-align: center; border-bottom: 0; padding-bottom: 0; color: var(--ink); }
 th:first-child, td:first-child, td.text, th.text { text-align: left; }
-td { border-bottom: 1px solid var(--line); vertical-align: top; }
+td { border-bottom: 1px solid var(--line); vertical-align: top; white-space: nowrap; }
+/* What a line is about stays in sight while the rest of a wide table scrolls. */
+td:first-child, th:first-child:not(.group) { position: sticky; left: 0; background: var(--page); }
 tr.chance td { color: var(--muted); font-style: italic; }
 .first { border-left: 1px solid var(--line); }
 td.best { font-weight: 700; }
@@ -87,6 +89,7 @@ img { display: block; border-radius: 4px; aspect-ratio: 1; object-fit: cover; ba
   .cluster, .examples { grid-template-columns: minmax(0, 1fr); }
   figure svg { max-width: 760px; }
   td.long { min-width: 240px; }
+  td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 8em; }
 }
 @media print { details { display: none; } h2 { break-after: avoid; } figure { break-inside: avoid; } }
 """

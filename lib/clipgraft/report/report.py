@@ -89,7 +89,7 @@ def report(settings: ReportJob, inputs: Mapping[str, Path], out: Path) -> dict[s
         {
             "title": settings.title,
             "run": settings.run,
-            "subtitle": subtitle(run),
+            "subtitle": subtitle(run, settings.seed),
             "headline": _headline(models, columns),
             "tiles": _tiles(run, models, columns, len(samples)),
             "sections": sections,
@@ -161,10 +161,8 @@ def _tiles(
         tiles.append({"value": f"{displayed(lead.values[final.key]):.1f} %", "text": text})
     tiles.append({"value": human(num_samples), "text": "training samples"})
     if models:
-        seen = max(model.cost.samples_seen for model in models)
-        tiles.append(
-            {"value": human(seen), "text": "samples seen in all training of the final model"}
-        )
+        seen = human(models[-1].cost.samples_seen)
+        tiles.append({"value": seen, "text": "samples seen in all training of the final model"})
     value = f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
     tiles.append({"value": value, "text": f"in {len(run.folders)} jobs, one after the other"})
     return tiles
