@@ -66,6 +66,15 @@ def test_dense_model_comes_back_as_it_was(tmp_path, tiny_config, merges):
     assert loaded.tokenizer.read_bytes() == b"merges"
 
 
+def test_weights_may_be_read_by_whoever_may_read_their_folder(dense, tiny_config, merges, tmp_path):
+    for rights, of_weights in ((0o755, 0o644), (0o770, 0o660), (0o700, 0o600)):
+        folder = tmp_path / oct(rights)
+        folder.mkdir()
+        folder.chmod(rights)
+        save_model(folder, build(tiny_config), describe(tiny_config), merges)
+        assert (folder / WEIGHTS).stat().st_mode & 0o777 == of_weights
+
+
 def test_a_model_keeps_the_tokenizer_it_has(tmp_path, tiny_config, merges):
     pieces = merges.with_name("vocab.txt")
     pieces.write_bytes(b"pieces")

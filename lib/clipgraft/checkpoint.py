@@ -88,7 +88,7 @@ def save_model(
     tensors = {name: state[name].detach().cpu().contiguous() for name in names}
     kind = "delta" if base else "moe" if spec.get("moe") else "dense"
     relative = os.path.relpath(base.resolve(), _home(folder)) if base else None
-    _save_tensors(tensors, folder / WEIGHTS)
+    save_tensors(tensors, folder / WEIGHTS)
     assert tokenizer.name in TOKENIZERS, tokenizer
     shutil.copyfile(tokenizer, folder / tokenizer.name)
     write_json(folder / SPEC, {"format": 1, "moe": None, **spec, "kind": kind, "base": relative})
@@ -199,9 +199,15 @@ def whole_weights(folder: Path) -> dict[str, Tensor]:
     return {**whole_weights(Path(folder).resolve() / spec["base"]), **weights}
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write safetensors that may be read by whoever may read the folder; safetensors itself lets nobody else.
+
+    Raises:
+        OSError: if they cannot be written.
+    """
     try:
         save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(path.parent.stat().st_mode & 0o666)
     except SafetensorError as error:
         code = re.search(r"os error (\d+)", str(error))
         if code is None:

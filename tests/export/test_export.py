@@ -49,10 +49,13 @@ def store(tmp_path, model_folder) -> Path:
     manifest(model, "pretrain", "full", {"index": index}, **facts)
     other = manifest(tmp_path / "store/pretrain/dd", "pretrain", "other", {})
     for name, of, value in (("ee", model, 0.4567), ("ff", other, 0.8901)):
-        facts = {"settings": {"task": "flowers"}, "metrics": {"mean_R@1": value}}
+        metrics = {"mean_R@1": value, "given colour: R@1": value}
+        facts = {"settings": {"task": "flowers"}, "metrics": metrics}
         folder = tmp_path / f"store/evaluate/{name}"
         manifest(folder, "evaluate", "flowers", {"model": of}, **facts)
-        (folder / "result.json").write_text('{"retrieval": {"chance": {"mean_R@1": 0.0123}}}')
+        chance, given = ({"chance": {"mean_R@1": guess}} for guess in (0.0123, 0.0456))
+        result = {"retrieval": chance, "given": {"colour": given}}
+        (folder / "result.json").write_text(json.dumps(result))
     return model
 
 
@@ -72,6 +75,7 @@ def test_the_card_says_what_the_manifests_say(store, tmp_path):
     ):
         assert words in body, words
     assert "| flowers | mean_R@1 | 45.67 | 1.23 |" in body and "89.01" not in body
+    assert "| flowers | given colour: R@1 | 45.67 | 4.56 |" in body
     assert "| 15 |" in body  # rejected
     steps = [
         body.index(f"| {name} |") for name in ("download/train", "index/train", "pretrain/full")

@@ -13,6 +13,7 @@ import clipgraft
 from clipgraft.config import ConfigError
 from clipgraft.export.__main__ import export
 from clipgraft.export.own_code import CODE
+from clipgraft.models.moe import MoeMlp
 
 CLIP_MODELS = [
     {},
@@ -134,6 +135,17 @@ def test_the_code_beside_the_weights_gives_the_same_features(
         assert_close(theirs.get_text_features(ids), text)
         logits = model.get_logits(images(), tokenizer(TEXTS))[0]
         assert_close(theirs(pixel_values=images(), input_ids=ids).logits_per_image, logits)
+
+
+@pytest.mark.parametrize("form", ["hugging_face", "vision"])
+def test_a_model_that_computes_otherwise_than_the_code_is_not_exported(
+    model_folder, tmp_path, transformers, monkeypatch, form
+):
+    folder, forward = model_folder(num_experts=3), MoeMlp.forward
+    monkeypatch.setattr(MoeMlp, "forward", lambda mlp, x_BLD: 2 * forward(mlp, x_BLD))
+    with pytest.raises(ConfigError, match=r"other features of images .*modeling_clipgraft\.py"):
+        export(form, folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_code_beside_the_weights_needs_torch_and_transformers_alone():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 
 import pytest
@@ -29,12 +30,14 @@ def assert_same(found: torch.Tensor, model, name: str, inputs: torch.Tensor) -> 
 
 
 @pytest.mark.parametrize(("changes", "num_experts"), KINDS)
-def test_onnxruntime_gives_the_same_features(model_folder, tmp_path, changes, num_experts):
+def test_onnxruntime_gives_the_same_features(model_folder, tmp_path, caplog, changes, num_experts):
+    caplog.set_level(logging.INFO)
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     folder = model_folder(changes, num_experts=num_experts, text_layers="all")
     model, _, tokenizer = clipgraft.load(folder)
     export("onnx", folder, tmp_path / "out")
+    assert {record.name for record in caplog.records} == {"clipgraft.export.__main__"}
     for name, key in (("image", "pixel_values"), ("text", "input_ids")):
         session = onnxruntime.InferenceSession(tmp_path / f"out/{name}.onnx")
         for num in (1, 5):

@@ -208,6 +208,8 @@ def _by_chance(path: Path) -> dict[str, float]:
             for name, about in (result.get(part) or {}).items()
             if "chance" in about
         }
+    for names, about in (result.get("given") or {}).items():
+        found[f"given {names}: R@1"] = about["chance"]["mean_R@1"]
     if (
         result.get("main_metric") and result["chance"] is not None
     ):  # of a task of an evaluation folder

@@ -9,11 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from clipgraft.aside import write_json
-from clipgraft.checkpoint import Loaded
+from clipgraft.checkpoint import Loaded, save_tensors
 from clipgraft.data.tokens import Tokenizer
 from clipgraft.export.forms import ANY, TEXT_SIZES, VISION_SIZES, Form, check_form, spelled_out
 from clipgraft.export.tokenizer import write_tokenizer
@@ -45,7 +44,7 @@ def write_clip_model(loaded: Loaded, out: Path) -> None:
     check_form(config, CLIP_MODEL)
     write_json(out / "config.json", _clip_config(loaded))
     state = {**vision_state(loaded.model.state_dict()), **_text_state(loaded.model.state_dict())}
-    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(state, out / "model.safetensors")
     write_processor(loaded, out, "CLIPProcessor")
 
 

@@ -10,10 +10,8 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from clipgraft.aside import write_json
-from clipgraft.checkpoint import Loaded
+from clipgraft.checkpoint import Loaded, save_tensors
 from clipgraft.config import ConfigError
 from clipgraft.data.vocabulary import is_same_vocabulary
 from clipgraft.export.tokenizer import write_tokenizer
@@ -52,7 +50,7 @@ def write_open_clip(loaded: Loaded, out: Path) -> None:
     about = {"model_cfg": config, "preprocess_cfg": loaded.spec["preprocess"]}
     write_json(out / "open_clip_config.json", about)
     state = {name: tensor.contiguous() for name, tensor in loaded.model.state_dict().items()}
-    save_file(state, out / "open_clip_model.safetensors", metadata={"format": "pt"})
+    save_tensors(state, out / "open_clip_model.safetensors")
 
 
 def _read_by_hugging_face(loaded: Loaded, text: dict[str, Any]) -> None:

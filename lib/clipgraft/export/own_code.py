@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import load_file
 
 from clipgraft.aside import write_json
-from clipgraft.checkpoint import Loaded
+from clipgraft.checkpoint import Loaded, save_tensors
+from clipgraft.config import ConfigError
+from clipgraft.data.tokens import Tokenizer
 from clipgraft.data.wordpiece import WordPieces
 from clipgraft.export.forms import ANY, TEXT_SIZES, VISION_SIZES, Form, check_form, spelled_out
 from clipgraft.export.hugging_face import write_image_processor, write_processor
 from clipgraft.models.build import is_padding_unseen
 
+log = logging.getLogger(__name__)
+
+_MOST_APART = 0.01  # of the length of features
 CODE = Path(__file__).with_name("modeling_clipgraft.py")
 OUR_CODE = Form(
     "the code that goes beside the weights",
@@ -52,6 +60,7 @@ def write_code(loaded: Loaded, out: Path) -> None:
     write_json(out / "config.json", _config(loaded, names) | {"text_cfg": _text_config(loaded)})
     _write_weights(loaded, out, "")
     write_processor(loaded, out, "CLIPProcessor")
+    _check(loaded, out, names["AutoModel"])
 
 
 def write_vision_code(loaded: Loaded, out: Path) -> None:
@@ -65,6 +74,34 @@ def write_vision_code(loaded: Loaded, out: Path) -> None:
     write_json(out / "config.json", _config(loaded, names) | {"text_cfg": None})
     _write_weights(loaded, out, "visual.")
     write_image_processor(loaded.spec["preprocess"], out, "CLIPImageProcessor")
+    _check(loaded, out, names["AutoModel"])
+
+
+def _check(loaded: Loaded, out: Path, name: str) -> None:
+    """Hold what was written against the model itself: its code is a copy, which an edit of the model's own leaves behind."""
+    if find_spec("transformers") is None:
+        log.warning("its code was not tried, which needs the package transformers")
+        return
+    from clipgraft.export import modeling_clipgraft as code
+
+    model, config = loaded.model, code.ClipgraftConfig.from_pretrained(out)
+    written = getattr(code, name)(config).eval()
+    written.load_state_dict(load_file(out / "model.safetensors"))
+    size, length = config.image_size, loaded.spec["config"]["text_cfg"]["context_length"]
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    texts = torch.from_numpy(Tokenizer(loaded.tokenizer).encode_batch(["a dog", "two"], length))
+    with torch.inference_mode():
+        pooled = written.visual.pool(written.visual.states(images)[-1])
+        found = {"images": (pooled @ model.visual.proj, model.encode_image(images))}
+        if config.text_cfg:
+            found["texts"] = (written.text(texts), model.encode_text(texts))
+    for what, (theirs, ours) in found.items():
+        # Rounding alone may send a token to another expert, which changes little.
+        if (theirs - ours).norm() > _MOST_APART * ours.norm():
+            raise ConfigError(
+                f"the code beside the weights gives other features of {what} than the model. Hint: what was changed in how "
+                f"a model computes has to be changed in export/{CODE.name}, too"
+            )
 
 
 def _config(loaded: Loaded, names: dict[str, str]) -> dict[str, Any]:
@@ -99,5 +136,5 @@ def _write_weights(loaded: Loaded, out: Path, prefix: str) -> None:
     }
     for name in state.keys() & {"logit_scale", "logit_bias"}:
         state[name] = state[name].reshape(())  # [1] where the config asks for that
-    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(state, out / "model.safetensors")
     shutil.copyfile(CODE, out / CODE.name)

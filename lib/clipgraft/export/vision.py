@@ -10,10 +10,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from clipgraft.aside import write_json
-from clipgraft.checkpoint import Loaded
+from clipgraft.checkpoint import Loaded, save_tensors
 from clipgraft.export.forms import ANY, VISION_SIZES, Form, check_form
 from clipgraft.export.hugging_face import vision_config, vision_state, write_image_processor
 
@@ -53,5 +51,5 @@ def write_vision_model(loaded: Loaded, out: Path) -> None:
     about = {"architectures": ["CLIPVisionModel"], "torch_dtype": "float32"}
     write_json(out / "config.json", {**about, **vision_config(config)})
     state = vision_state(loaded.model.state_dict())
-    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(state, out / "model.safetensors")
     write_image_processor(loaded.spec["preprocess"], out, "CLIPImageProcessor")
