@@ -214,8 +214,7 @@ def _table(
         costs = next(iter(row.results.values()))
         cells = [row.title, str(len(row.results))]
         cells += [
-            short_count(costs.get(key, ""))
-            for key in ("samples_after", "flops_after", "flops_per_pair")
+            or_dash(costs.get(key)) for key in ("samples_after", "flops_after", "flops_per_pair")
         ]
         for name in metrics:
             values = row.values(name)
@@ -224,7 +223,7 @@ def _table(
         lines.append([*cells, percent(row.gains(lead), sign="+") if row.model != "base" else "-"])
     if not lead:
         lines = [[*line[:2], *line[5:-1]] for line in lines]
-    return _aligned(lines)
+    return aligned(lines)
 
 
 def best_means(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, float]:
@@ -256,16 +255,21 @@ def _family(row: Row) -> str:
     return ", ".join(dict.fromkeys(re.sub(r"(?<=.)[_-]?\d+$", "", run) for run in row.runs))
 
 
-def short_count(count: str) -> str:
-    """12345 as 12.3k; nothing, and what is not known, as a dash."""
-    number = float(count or 0)
+def human(count: float) -> str:
+    """12345 as 12.3k."""
     for unit, size in _UNITS.items():
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.0f}" if number else "-"
+        if count >= 0.9995 * size:  # what has three digits in the unit below
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.0f}"
 
 
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
+def or_dash(count: float | str | None) -> str:
+    """The same of a number or of what stands in a CSV; nothing, and what is not known, is a dash."""
+    return human(float(count)) if count and float(count) else "-"
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of a table for the terminal: the first column to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "".join(
         "  ".join(

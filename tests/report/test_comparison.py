@@ -60,6 +60,8 @@ def run(store: Path, name: str) -> None:
         f"base,400,2.5,,,860,{SCORES[name][0]},{SCORES[name][1]}",
     ]
     (page / "results.csv").write_text("\n".join(lines) + "\n")
+    if kind == "plain":  # reports of before did not say
+        (page / "manifest.json").write_text(json.dumps({"settings": {"seed": int(seed)}}))
     lock = {"pretrain/full": folder, "evaluate/base/renders": evaluated}
     written = {name: str(of.relative_to(store)) for name, of in lock.items()}
     (page.parent / "versions.json").write_text(json.dumps(written))
@@ -107,6 +109,15 @@ def test_what_differs_is_shown_and_what_does_not_is_not(page):
     rows = rows_of(page, "What differs")
     assert rows["pretrain/full: loss.kind"] == ["plain", "plain", "global"]
     assert [name for name in rows if "rho" in name or "lr" in name or "seed" in name] == []
+
+
+def test_each_run_stands_with_its_seed(page):
+    rows = rows_of(page, "Runs")
+    assert {name: rows[name][-1] for name in SCORES} == {
+        "plain_0": "0",
+        "plain_1": "1",
+        "global_0": "-",
+    }
 
 
 def test_losses_are_those_of_the_metrics(page):

@@ -4,12 +4,16 @@ import re
 
 import numpy as np
 
+from clipgraft.report.costs import Cost
 from clipgraft.report.figures import MAX_SIZES, plot_caption_lengths, plot_rejects, size_counts
+from clipgraft.report.figures_attributes import plot_probes
 from clipgraft.report.figures_experts import plot_router, plot_router_layers
-from clipgraft.report.figures_results import noise_of
+from clipgraft.report.figures_results import noise_of, plot_metrics
 from clipgraft.report.figures_rounds import _blocks, effective_number, flow_rows, plot_label_flow
 from clipgraft.report.figures_training import loss_panels
+from clipgraft.report.read import Model
 from clipgraft.report.style import INK, draw, themed
+from clipgraft.report.tables import Column
 
 REASONS = [{"data": "train", "reason": "too small & <odd>", "samples": 3}]
 
@@ -147,3 +151,15 @@ def test_colours_that_follow_the_page_are_variables_there_and_plain_in_files():
     page = themed(svg)
     assert INK not in page and page.count("var(--ink)") == svg.count(INK)
     assert themed("#0072B2") == "#0072B2" and themed("#333333") == themed("#333333".upper())
+
+
+def test_rows_are_as_high_as_the_models_in_them_need():
+    def height(plot, num: int) -> float:
+        told = {"t": {"probe": {"k": {"spread": 0.0}}}}
+        models = [Model(f"m{each}", "#000000", Cost(1, 1.0), told) for each in range(num)]
+        values = {model.key: 0.5 for model in models}
+        svg = plot(models, [Column("t", "k", "g", "k", "k", True, values, 0.1)]).svg
+        return float(re.search(r'viewBox="0 0 \S+ (\S+)"', svg)[1])
+
+    for plot in (plot_metrics, plot_probes):
+        assert height(plot, 24) > height(plot, 17) + 10  # three lines of legend, both

@@ -5,10 +5,11 @@ import io
 
 import pytest
 
+from clipgraft.compare import human
 from clipgraft.report.costs import Cost
 from clipgraft.report.page_tables import failures_table, results_table
 from clipgraft.report.read import Model
-from clipgraft.report.tables import PROBE, columns_of, human, results_csv, results_text, to_csv
+from clipgraft.report.tables import PROBE, columns_of, results_csv, results_text, to_csv
 
 
 def result(i2t: float, t2i: float, shape: float) -> dict:
@@ -110,7 +111,8 @@ def test_a_run_of_probes_alone_says_where_they_are():
 
 
 @pytest.mark.parametrize(
-    ("count", "said"), [(0, "0"), (999, "999"), (1_000, "1k"), (12_345, "12.3k"), (2.5e9, "2.5B")]
+    ("count", "said"),
+    [(0, "0"), (999, "999"), (1_000, "1k"), (12_345, "12.3k"), (999_936, "1M"), (2.5e9, "2.5G")],
 )
 def test_large_numbers_are_short(count, said):
     assert human(count) == said

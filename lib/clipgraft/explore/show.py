@@ -33,6 +33,7 @@ CSS = """
 .maps figure { margin: 0; width: 9.5rem; }
 .maps figcaption, .legend { font-size: .85rem; }
 .maps svg { width: 100%; height: auto; display: block; border-radius: .3rem; }
+.words td, .legend i { box-shadow: 0 0 0 1px rgba(128, 128, 128, .6); }
 .words { overflow-x: auto; }
 .words table { border-collapse: separate; border-spacing: 2px; border: 0; margin: 0; width: auto; }
 .words th { font-weight: 400; padding: .1rem .4rem; border: 0; white-space: nowrap; }

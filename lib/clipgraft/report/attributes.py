@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from clipgraft.report.figures_attributes import plot_gains, plot_given, plot_probes
-from clipgraft.report.page_tables import Cell, Table
+from clipgraft.report.page_tables import Cell, Table, score_cell
 from clipgraft.report.read import UNTRAINED, Model
 from clipgraft.report.sections import Section
 from clipgraft.report.tables import GIVEN, KNN, PROBE, Column, displayed
@@ -106,23 +106,14 @@ def _accuracies(
 
 def _probe_cell(column: Column, model: Model, spread: float) -> Cell:
     text = f"{displayed(column.values[model.key]):.1f} \N{PLUS-MINUS SIGN} {displayed(spread):.1f}"
-    return Cell(text, column.is_best(model.key), _shade(column, model.key))
+    return replace(score_cell(column, model.key), text=text)
 
 
 def _given_table(task: str, models: Sequence[Model], columns: Sequence[Column]) -> Table:
     shown = [model for model in models if any(model.key in column.values for column in columns)]
     rows = [[Cell("chance"), *(Cell(f"{displayed(column.chance):.1f}") for column in columns)]]
     for model in shown:
-        scores = [
-            Cell(
-                f"{displayed(column.values[model.key]):.1f}",
-                column.is_best(model.key),
-                _shade(column, model.key),
-            )
-            if model.key in column.values
-            else Cell("-")
-            for column in columns
-        ]
+        scores = (score_cell(column, model.key) for column in columns)
         rows.append([Cell(model.title, colour=model.colour), *scores])
     sizes = ", ".join(
         f"{names}: {about['median_images']:.0f}"
@@ -135,9 +126,3 @@ def _given_table(task: str, models: Sequence[Model], columns: Sequence[Column]) 
     head = ["model", *(column.title for column in columns)]
     title = f"{task}: retrieval where labels are given"
     return Table(title, head, rows, caption, first_is_chance=True)
-
-
-def _shade(column: Column, model: str) -> float:
-    span = max(column.values.values()) - column.chance
-    share = (column.values[model] - column.chance) / span if span > 0 else 0.0
-    return round(0.22 * max(0.0, share), 3)

@@ -20,12 +20,14 @@ from clipgraft.compare import (
     Row,
     best_means,
     collect,
+    human,
     lead_metric,
     main_metrics,
+    or_dash,
     percent,
-    short_count,
     short_name,
 )
+from clipgraft.provenance import MANIFEST
 from clipgraft.report.facts import subtitle
 from clipgraft.report.figures_comparison import (
     plot_against_cost,
@@ -36,7 +38,7 @@ from clipgraft.report.figures_comparison import (
 )
 from clipgraft.report.page import render
 from clipgraft.report.page_tables import Cell, Table
-from clipgraft.report.read import Run, read_metrics, tokens_of
+from clipgraft.report.read import Run, read_json, read_metrics, tokens_of
 from clipgraft.report.sections import Section
 from clipgraft.report.style import Figure
 from clipgraft.versions import MEMORY
@@ -70,7 +72,7 @@ def comparison(names: Sequence[str], results: Path) -> str:
     colours = {id(row): colour for row, colour in zip(rows, _colours(len(rows)), strict=True)}
     measured = Section("results", "Results")
     settings = Section("runs", "Runs")
-    settings.tables = [_runs_table(runs), _differences_table(runs)]
+    settings.tables = [_runs_table(runs, results), _differences_table(runs)]
     if metrics:
         measured.tables = [_models_table(rows, chance, metrics, lead, colours)]
         looks = [(row, colours[id(row)]) for row in rows]
@@ -140,10 +142,7 @@ def _models_table(
     lines[0] += [Cell(f"{100 * float(chance[name]):.1f}") for name in metrics] + [Cell("")]
     for row in rows:
         spent = next(iter(row.results.values()))
-        costs = [
-            short_count(spent.get(k, ""))
-            for k in ("samples_after", "flops_after", "flops_per_pair")
-        ]
+        costs = [or_dash(spent.get(k)) for k in ("samples_after", "flops_after", "flops_per_pair")]
         cells = [Cell(row.title, colour=colours[id(row)]), Cell(str(len(row.results)))]
         cells += map(Cell, costs)
         for name in metrics:
@@ -167,18 +166,24 @@ def _models_table(
     return Table(title, [*head, "over base"], lines, caption, [*groups, ("", 1)], True)
 
 
-def _runs_table(runs: Mapping[str, Run]) -> Table:
+def _runs_table(runs: Mapping[str, Run], results: Path) -> Table:
     rows = []
     for name, run in runs.items():
-        seeds = {m["settings"]["seed"] for m in run.manifests.values() if "seed" in m["settings"]}
         commits = {m["git"] for m in run.manifests.values() if m.get("git")}
         seen = sum(m.get("samples_seen") or 0 for m in run.manifests.values())
-        texts = [f"{len(run.folders)}", f"{run.seconds / 60:,.1f}", short_count(str(seen))]
-        texts += [", ".join(sorted(commits)) or "-", f"{len(seeds)}"]
+        texts = [f"{len(run.folders)}", f"{run.seconds / 60:,.1f}", human(seen)]
+        texts += [", ".join(sorted(commits)) or "-", _seed_of(name, results)]
         rows.append([Cell(name), *map(Cell, texts)])
-    head = ["run", "jobs", "minutes", "samples seen", "commits", "seeds of jobs"]
+    head = ["run", "jobs", "minutes", "samples seen", "commits", "seed"]
     caption = "Bad: runs of different commits, whose difference may be that of the code."
     return Table("Runs", head, rows, caption, text_columns=(4,))
+
+
+def _seed_of(run: str, results: Path) -> str:
+    """As its report has it; older ones do not."""
+    manifest = results / "runs" / run / "report" / MANIFEST
+    settings = read_json(manifest)["settings"] if manifest.is_file() else {}
+    return str(settings.get("seed", "-"))
 
 
 def _differences_table(runs: Mapping[str, Run]) -> Table:

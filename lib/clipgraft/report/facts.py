@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from clipgraft.compare import human
 from clipgraft.report.evalset import EVALSET
 from clipgraft.report.page_tables import Cell, Table
 from clipgraft.report.read import Run, read_metrics, tokens_of
 from clipgraft.report.sections import Section
-from clipgraft.report.tables import human, to_csv
+from clipgraft.report.tables import to_csv
 
 _OF_EVALSET = f"/{EVALSET}/"  # in the name of a job
 _MAX_FILES = 4  # of a job, whose hashes are shown

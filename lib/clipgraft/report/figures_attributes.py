@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure as Canvas
 
-from clipgraft.report.figures_results import draw_dots, draw_legend
+from clipgraft.report.figures_results import draw_tasks
 from clipgraft.report.read import Model
 from clipgraft.report.style import Figure, canvas, draw, heat_map, hide_unused
 from clipgraft.report.tables import Column
@@ -47,9 +47,11 @@ def plot_probes(models: Sequence[Model], columns: Sequence[Column]) -> Figure:
         if _has_experts(models)
         else "."
     )
-    return _dotted(
-        "attributes_probes", "What can be read off embeddings", caption, models, columns, rows
-    )
+
+    def plot() -> Canvas:
+        return draw_tasks(models, columns)
+
+    return draw("attributes_probes", "What can be read off embeddings", caption, rows, plot)
 
 
 def plot_gains(models: Sequence[Model], columns: Sequence[Column]) -> Figure:
@@ -122,33 +124,12 @@ def plot_given(models: Sequence[Model], columns: Sequence[Column]) -> Figure:
         "rises as candidates become fewer. What a model knows of those labels is worth nothing there: who passes the base "
         "has learnt something else. Bad: a gain in the line of all that is gone where labels are given."
     )
-    title = "Retrieval among candidates that agree"
-    return _dotted("attributes_given", title, caption, models, columns, rows)
+
+    def plot() -> Canvas:
+        return draw_tasks(models, columns)
+
+    return draw("attributes_given", "Retrieval among candidates that agree", caption, rows, plot)
 
 
 def _has_experts(models: Sequence[Model]) -> bool:
     return any(model.key.startswith("expert_") for model in models)
-
-
-def _dotted(
-    name: str,
-    title: str,
-    caption: str,
-    models: Sequence[Model],
-    columns: Sequence[Column],
-    rows: Rows,
-) -> Figure:
-    tasks = list(dict.fromkeys(column.task for column in columns))
-
-    def plot() -> Canvas:
-        most = max(sum(column.task == task for column in columns) for task in tasks)
-        per_line = min(2, len(tasks))
-        lines = math.ceil(len(tasks) / per_line)
-        figure, axes = canvas((0.9 + 0.42 * most) * lines + 0.4, lines, per_line, sharex=True)
-        for axis, task in zip(hide_unused(axes, len(tasks)), tasks, strict=True):
-            draw_dots(axis, models, [column for column in columns if column.task == task])
-            axis.set_title(task)
-        draw_legend(figure, [m for m in models if any(m.key in c.values for c in columns)])
-        return figure
-
-    return draw(name, title, caption, rows, plot)

@@ -42,7 +42,6 @@ def plot_metrics(models: Sequence[Model], columns: Sequence[Column]) -> Figure:
         models: in pipeline order.
         columns: the main metrics.
     """
-    tasks = list(dict.fromkeys(column.task for column in columns))
     rows = [
         {"task": column.task, "metric": column.key, "model": name, "value": value}
         for column in columns
@@ -50,16 +49,7 @@ def plot_metrics(models: Sequence[Model], columns: Sequence[Column]) -> Figure:
     ]
 
     def plot() -> Canvas:
-        most = max(sum(column.task == task for column in columns) for task in tasks)
-        per_line = min(2, len(tasks))
-        lines = math.ceil(len(tasks) / per_line)
-        row = max(0.42, 0.065 * len(models))  # inches: models of one row stand one below another
-        figure, axes = canvas((0.9 + row * most) * lines + 0.4, lines, per_line, sharex=True)
-        for axis, task in zip(hide_unused(axes, len(tasks)), tasks, strict=True):
-            draw_dots(axis, models, [column for column in columns if column.task == task])
-            axis.set_title(task)
-        draw_legend(figure, models)
-        return figure
+        return draw_tasks(models, columns)
 
     caption = "Per cent, further right is better; the grey tick is chance. "
     if _has_moe(models):
@@ -223,7 +213,22 @@ def noise_of(result: Mapping[str, Any], share: float = 0.5) -> float:
     return 200 * math.sqrt(share * (1 - share) / num_images_of(result))
 
 
-def draw_dots(axis: Axes, models: Sequence[Model], columns: Sequence[Column]) -> None:
+def draw_tasks(models: Sequence[Model], columns: Sequence[Column]) -> Canvas:
+    """A panel for each task, two beside one another, and whose the dots are."""
+    tasks = list(dict.fromkeys(column.task for column in columns))
+    most = max(sum(column.task == task for column in columns) for task in tasks)
+    per_line = min(2, len(tasks))
+    lines = math.ceil(len(tasks) / per_line)
+    row = max(0.42, 0.065 * len(models))  # inches: models of one row stand one below another
+    figure, axes = canvas((0.9 + row * most) * lines + 0.4, lines, per_line, sharex=True)
+    for axis, task in zip(hide_unused(axes, len(tasks)), tasks, strict=True):
+        _draw_dots(axis, models, [column for column in columns if column.task == task])
+        axis.set_title(task)
+    draw_legend(figure, [m for m in models if any(m.key in c.values for c in columns)])
+    return figure
+
+
+def _draw_dots(axis: Axes, models: Sequence[Model], columns: Sequence[Column]) -> None:
     """One line per metric, with a dot for each model that has it."""
     for line, column in enumerate(columns):
         found = [100 * column.values[m.key] for m in models if m.key in column.values]

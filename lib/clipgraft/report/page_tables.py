@@ -140,7 +140,7 @@ def results_table(
     for model in tried:
         title = f"{model.title} (best expert)" if model.key == best else model.title
         blank = "failed" if task in model.failed else "-"
-        scores = (_score(column, model.key, blank) for column in shown)
+        scores = (score_cell(column, model.key, blank) for column in shown)
         costs = (Cell(each.cells[model.key]) for each in spent)
         rows.append([Cell(title, colour=model.colour), *costs, *scores])
     result = max((model.results[task] for model in measured), key=num_images_of)
@@ -226,7 +226,8 @@ def _download_cells(run: Run, data: str) -> list[str]:
     return [kind, f"{len(status):,}", f"{status.count('ok'):,}"]
 
 
-def _score(column: Column, model: str, blank: str) -> Cell:
+def score_cell(column: Column, model: str, blank: str = "-") -> Cell:
+    """A value in per cent, the best in bold, in a shade that says how far from chance to the best it is."""
     if model not in column.values:
         return Cell(blank)
     value, best = column.values[model], max(column.values.values())

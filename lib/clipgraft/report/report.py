@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from clipgraft.compare import human
 from clipgraft.report.attributes import attributes_section
 from clipgraft.report.choices import choices_figures
 from clipgraft.report.evalset import EVALSET, write_evalset
@@ -36,7 +37,6 @@ from clipgraft.report.tables import (
     Column,
     columns_of,
     displayed,
-    human,
     lead_column,
     results_csv,
     results_text,

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from clipgraft.compare import human
 from clipgraft.report import figures_scaling
 from clipgraft.report.costs import ancestors
 from clipgraft.report.facts import machines, run_section, subtitle, write_figures
@@ -22,7 +23,7 @@ from clipgraft.report.read import Run
 from clipgraft.report.sections import Section
 from clipgraft.report.slopes import LEVEL, Estimate, Law, fit_law
 from clipgraft.report.sweep import SIDES, Line, Rung, Side, Sweep, Trial
-from clipgraft.report.tables import human, to_csv
+from clipgraft.report.tables import to_csv
 from clipgraft.settings import ScalingJob
 
 log = logging.getLogger(__name__)

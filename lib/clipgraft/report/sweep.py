@@ -16,11 +16,12 @@ from typing import Any, Literal
 from safetensors import safe_open
 
 from clipgraft import cost
+from clipgraft.compare import human
 from clipgraft.config import ConfigError, validate
 from clipgraft.report.costs import Cost
 from clipgraft.report.read import Model, Run, read_json
 from clipgraft.report.slopes import Cell, Ladder
-from clipgraft.report.tables import Column, columns_of, human
+from clipgraft.report.tables import Column, columns_of
 from clipgraft.settings import PretrainJob, ScalingJob, SweepRun
 from clipgraft.versions import deciding
 

@@ -6,15 +6,14 @@ import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from types import MappingProxyType
 from typing import Any
 
+from clipgraft.compare import aligned, human, or_dash
 from clipgraft.report.costs import Cost
 from clipgraft.report.evalset import EACH_TASK, mains_of, means_of, size_of_evalset
 from clipgraft.report.read import Model
 
 WAYS = {"image_to_text": "image to text", "text_to_image": "text to image"}
-_LARGE = {"E": 1e18, "P": 1e15, "T": 1e12, "G": 1e9}  # of FLOPs
 _SHORT_WAYS = {"image_to_text": "i2t", "text_to_image": "t2i"}
 _ZERO_SHOT = {  # in result.json: what to call it, and how many guesses it allows
     "acc1": ("accuracy", 1),
@@ -104,7 +103,7 @@ def results_text(models: Sequence[Model], columns: Sequence[Column]) -> str:
                 rows.append([name, *costs, *_text_cells(model, main)])
         found = (model.results[task] for model in models if task in model.results)
         about = size_of_task(max(found, key=num_images_of))
-        blocks.append(f"{task}: {about}\n{_aligned([head, *rows])}")
+        blocks.append(f"{task}: {about}\n{aligned([head, *rows])}")
     failures = [f"failed: {title} on {task}: {why}\n" for title, task, why in failures_of(models)]
     note = (
         "per cent; * best of its column; + best expert; "
@@ -159,9 +158,9 @@ def cost_columns(models: Sequence[Model]) -> list[CostColumn]:
         return columns
     return [
         *columns,
-        column("after the base", "samples", "after", lambda cost: _or_dash(cost.samples_after)),
-        column("after the base", "FLOP", "FLOP", lambda cost: _or_dash(cost.flops_after)),
-        column("", "FLOP a pair", "FLOP/pair", lambda cost: _or_dash(cost.flops_per_pair)),
+        column("after the base", "samples", "after", lambda cost: or_dash(cost.samples_after)),
+        column("after the base", "FLOP", "FLOP", lambda cost: or_dash(cost.flops_after)),
+        column("", "FLOP a pair", "FLOP/pair", lambda cost: or_dash(cost.flops_per_pair)),
     ]
 
 
@@ -179,23 +178,6 @@ def lead_column(columns: Sequence[Column]) -> Column:
 
 def _minutes(minutes: float) -> str:
     return f"{minutes:.1f}" if minutes < 100 else f"{minutes:,.0f}"
-
-
-def _or_dash(count: float | None) -> str:
-    return human(count, large=_LARGE) if count else "-"
-
-
-def human(count: float, large: Mapping[str, float] = MappingProxyType({"B": 1e9})) -> str:
-    """1234567 as 1.23M.
-
-    Args:
-        count: of something.
-        large: units above a million, the largest first.
-    """
-    for unit, size in {**large, "M": 1e6, "k": 1e3}.items():
-        if count >= size:
-            return f"{count / size:.3g}{unit}"
-    return f"{count:.0f}"
 
 
 def size_of_task(result: Mapping[str, Any]) -> str:
@@ -307,12 +289,3 @@ def _text_cells(model: Model, columns: Sequence[Column]) -> list[str]:
         mark = "*" if column.is_best(model.key) else " "
         cells.append("- " if value is None else f"{displayed(value):.1f}{mark}")
     return cells
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for name, *cells in rows:
-        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *padded]).rstrip())
-    return "\n".join(lines) + "\n"
