@@ -60,7 +60,8 @@ def plot_patch_choices(
                 _picture(axis, _tinted(picture, tints_E3[expert_P]))
         for axis, number in zip(axes[0, 1:], shown, strict=True):
             axis.set_title(f"layer {layers[number]}", fontsize=8.5, loc="center")
-        _legend(figure, [to_hex(_over(0.8, tint)) for tint in tints_E3])  # as over a bright picture
+        bright = _over(0.8, tints_E3)  # as they look on a bright picture
+        _legend(figure, [to_hex((red, green, blue)) for red, green, blue in bright])
         return figure
 
     caption = (

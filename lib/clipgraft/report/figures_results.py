@@ -233,15 +233,14 @@ def _draw_dots(axis: Axes, models: Sequence[Model], columns: Sequence[Column]) -
     for line, column in enumerate(columns):
         found = [100 * column.values[m.key] for m in models if m.key in column.values]
         axis.plot([min(found), max(found)], [line, line], color=RAIL, linewidth=3, zorder=1)
-        # Marks at 0 and 100 % are whole.
-        tick = {"color": MUTED, "markersize": 11, "markeredgewidth": 1.6, "clip_on": False}
-        axis.plot(100 * column.chance, line, "|", **tick)
+        axis.plot(100 * column.chance, line, "|", color=MUTED, markersize=11, markeredgewidth=1.6)
         # Equal models would hide one another: they are moved apart a little.
         for number, model in enumerate(m for m in models if m.key in column.values):
             shift = 0.62 * ((number + 0.5) / len(found) - 0.5)
             x = 100 * column.values[model.key]
-            look = {"color": model.colour, "markersize": 6.5, "clip_on": False}
-            axis.plot(x, line + shift, model.marker, **look)
+            axis.plot(x, line + shift, model.marker, color=model.colour, markersize=6.5)
+    for mark in axis.lines:
+        mark.set_clip_on(False)  # whole at 0 and 100 %, too
     axis.set_yticks(range(len(columns)), [column.short for column in columns])
     axis.tick_params(axis="y", length=0, labelcolor=INK)
     axis.set(xlim=(0, 100), ylim=(len(columns) - 0.4, -0.6))
