@@ -368,6 +368,15 @@ def test_experts_may_be_grafted_wherever_they_were_trained(expert, moe):
     assert load_config(raw)["small"].finetune_expert.lock == expert.get("lock", [])
 
 
+def test_classes_of_ones_own_need_templates_before_anything_runs():
+    raw = changed("download.pets", {"kind": "class_folder", "folder": "pets"})
+    raw["evaluate"]["tasks"]["pets"] = {"data": "pets", "zero_shot": [{}]}
+    with pytest.raises(ConfigError, match=r"pets\.zero_shot: label 'class' has no templates.*Hint"):
+        load_config(raw)
+    raw["evaluate"]["tasks"]["pets"]["zero_shot"] = [{"templates": ["a {c}"]}]
+    assert load_config(raw)["small"].evaluate.tasks["pets"].zero_shot[0].label == "class"
+
+
 def test_experts_may_be_grafted_anywhere_if_they_go_on_learning_there():
     raw = copy.deepcopy(SMALL)
     raw["finetune_expert"] |= {"lock": ["text"]}

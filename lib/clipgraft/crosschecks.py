@@ -121,6 +121,11 @@ def _tasks(run: RunSettings) -> None:
                 raise ValueError(
                     f"{where} needs names. Hint: download.{task.data}.classes: a file with one per line"
                 )
+            if not measure.templates and measure.label not in get_args(Attribute):
+                raise ValueError(
+                    f"{where} has no templates, and only those of the built-in data set are known. "
+                    "Hint: templates: ['a photo of a {c}']"
+                )
             for template in measure.templates:
                 if "{c}" not in template:
                     raise ValueError(f"{where}: template {template!r} has no {{c}}")
