@@ -68,6 +68,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ),
         ("moe.top_k", "two", ["moe.top_k", '"two"', "integer"]),
         ("moe.top_k", 4, ["top_k = 4", "num_experts = 3", "Hint"]),
+        ("pretrain.0.samples_seen", "1.28e3", ["samples_seen", '"1.28e3"', "Hint: 1280"]),
         ("moe.num_experts", 1, ["moe.num_experts", "1", "2"]),
         ("moe.router_init", "centroid", ["moe.router_init", '"centroid"', "'centroids'"]),
         ("moe.router_scale", 2.0, ["router_scale = 2.0", "no effect on router_init: random"]),
@@ -731,13 +732,19 @@ def test_a_file_that_is_not_there_or_not_yaml_is_named(tmp_path: Path):
         read_config(tmp_path)
 
 
-def test_a_key_that_is_there_twice_is_refused_and_not_dropped(tmp_path: Path):
-    path = tmp_path / "own.yaml"
-    path.write_text("resources:\n  embed: {gpu: 1}\nseed: 1\nresources:\n  pretrain: {gpu: 2}\n")
-    with pytest.raises(ConfigError, match=r"own\.yaml, line 4: `resources` is there a second time"):
-        read_layers(path)
-    path.write_text("a: &a {x: 1}\nb: &b {<<: *a, x: 2}\nc: {<<: *b, <<: *a, x: 3}\n")
-    assert read_layers(path)["c"] == {"x": 3}  # laying over is no repetition
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("seed: 0\nmoe: {}\nseed: 1", "`seed`.*line 1.*line 3"),
+        ("a: {lr: 1, lr: 2}", "`lr`.*line 1"),
+    ],
+)
+def test_a_key_that_stands_twice_is_named_with_its_lines(tmp_path: Path, text, named):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=rf"bad\.yaml: {named}.*Hint"):
+        read_config(tmp_path / "bad.yaml")
+    (tmp_path / "fine.yaml").write_text("a: &a {lr: 1}\nb: {<<: *a, lr: 2}")
+    assert read_layers(tmp_path / "fine.yaml")["b"] == {"lr": 2}
 
 
 def test_the_schema_for_editors_is_up_to_date():

@@ -129,23 +129,6 @@ def read_config(*paths: str | Path) -> dict[str, RunSettings]:
     return load_config(read_layers(*paths))
 
 
-class _Layer(yaml.SafeLoader):
-    """Refuses a key that is there twice: YAML drops the first without a word."""
-
-    def compose_mapping_node(self, anchor: Any) -> Any:
-        node = super().compose_mapping_node(anchor)
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        known: set[str] = set()
-        for key in keys:
-            if key.value in known - {"<<"}:
-                raise ConfigError(
-                    f"config file {key.start_mark.name}, line {key.start_mark.line + 1}: `{key.value}` is there a second "
-                    "time, and the first would be dropped. Hint: make one of both"
-                )
-            known.add(key.value)
-        return node
-
-
 def read_layers(*paths: str | Path) -> dict[str, Any]:
     """YAML files, later ones laid over earlier ones.
 
@@ -156,19 +139,37 @@ def read_layers(*paths: str | Path) -> dict[str, Any]:
     for path in paths:
         try:
             with Path(path).open("rb") as file:
-                layer = _Layer(file).get_single_data()
+                layer = _Loader(file).get_single_data()
         except FileNotFoundError:
             raise ConfigError(f"config file {path} does not exist") from None
         except OSError as error:
             raise ConfigError(f"config file {path} cannot be read: {error.strerror}") from None
         except yaml.YAMLError as error:
             raise ConfigError(f"config file {path} is not YAML: {error}") from None
+        except ConfigError as error:
+            raise ConfigError(f"config file {path}: {error}") from None
         if layer is not None and not isinstance(layer, Mapping):
             raise ConfigError(
                 f"config file {path} is no mapping, but a {type(layer).__name__}. Hint: sections, as in config.yaml"
             )
         raw = merge(raw, layer or {})
     return raw
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key stands twice: by itself it keeps the last one, and says nothing."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in lines and name != "<<":
+                raise ConfigError(
+                    f"`{name}` stands twice in one section, in line {lines[name]} and in line {line}. Hint: remove one"
+                )
+            lines[name] = line
+        return node
 
 
 def with_nulls(given: Any) -> Any:
@@ -279,6 +280,9 @@ def _explain(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
         return f"{where}: {message}" if where else message
     if problem["type"] == "list_type" and isinstance(value, Mapping):
         message += ". Hint: names stand for items in the overlays of `runs` and `sweep` only"
+    is_power = re.fullmatch(r"\d+(\.\d*)?e\+?\d{1,2}", str(value))
+    if problem["type"] == "int_parsing" and is_power and float(value).is_integer():
+        message += f". Hint: {float(value):.0f}, since YAML takes this for a text"
     return f"{where} = {_short(value)}: {message[0].lower()}{message[1:]}"
 
 
