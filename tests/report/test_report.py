@@ -10,6 +10,7 @@ from pages import Page, csv_rows, with_edit, write
 
 from clipgraft.config import ConfigError
 from clipgraft.report.costs import Cost
+from clipgraft.report.page_tables import data_table
 from clipgraft.report.read import Model, Run
 from clipgraft.report.report import _tiles
 from clipgraft.report.style import themed
@@ -129,6 +130,14 @@ def test_every_caption_says_what_bad_looks_like(full, bare):
             r"<figcaption>(.*?)</figcaption>", (out / "report.html").read_text(), re.S
         )
         assert captions and all("Bad: " in caption for caption in captions)
+
+
+def test_a_mixed_data_set_is_counted_over_its_parts(tree):
+    parts = {"train/web": tree["download/train"], "train/own": tree["download/renders"]}
+    jobs = {name: folder for name, folder in tree.items() if name != "download/train"}
+    table = data_table(Run.open(jobs | {f"download/{name}": parts[name] for name in parts}))
+    (row,) = (row for row in table.rows if row[0].text == "train")
+    assert [cell.text for cell in row[1:4]] == ["shapes", "340", "336"]  # 245 and 95 rows
 
 
 def test_a_task_that_failed_is_in_a_table_and_all_else_stands(tree, tmp_path):

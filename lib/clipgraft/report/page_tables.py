@@ -216,14 +216,20 @@ def _groups(names: Iterable[str]) -> list[tuple[str, int]]:
 
 
 def _download_cells(run: Run, data: str) -> list[str]:
-    """Kind of source, number of samples asked for, number that came."""
-    folder = run.of_stage("download").get(data)
-    if folder is None:
+    """Kinds of sources, number of samples asked for, number that came; of all parts of a mixed data set."""
+    parts = {
+        name: folder
+        for name, folder in run.of_stage("download").items()
+        if name.split("/")[0] == data
+    }
+    if not parts:
         return ["-", "-", "-"]
-    table = pq.read_table(folder / "outcomes.parquet", columns=["status"])
-    status = table["status"].to_pylist()
-    kind = run.manifest("download", data)["settings"]["source"]["kind"]
-    return [kind, f"{len(status):,}", f"{status.count('ok'):,}"]
+    tables = [
+        pq.read_table(folder / "outcomes.parquet", columns=["status"]) for folder in parts.values()
+    ]
+    status = [each for table in tables for each in table["status"].to_pylist()]
+    kinds = [run.manifest("download", name)["settings"]["source"]["kind"] for name in parts]
+    return [", ".join(dict.fromkeys(kinds)), f"{len(status):,}", f"{status.count('ok'):,}"]
 
 
 def score_cell(column: Column, model: str, blank: str = "-") -> Cell:
