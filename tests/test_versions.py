@@ -305,6 +305,8 @@ def test_a_glob_that_matches_nothing_or_an_unset_variable_is_named(tmp_path: Pat
         local_files(str(tmp_path / "*.tar"))
     with pytest.raises(ConfigError, match="environment variable"):
         local_files("$CLIPGRAFT_SURELY_UNSET/x.tar")
+    with pytest.raises(ConfigError, match=r"is a folder, not a file. Hint: .*/\*'"):
+        local_files(str(tmp_path))
     (tmp_path / "b.tar").touch()
     (tmp_path / "a.tar").touch()
     monkeypatch.setenv("SOME_DATA", str(tmp_path))

@@ -49,6 +49,10 @@ def local_files(pattern: str) -> list[Path]:
             else (Path(), path)
         )
         found = {each for each in root.glob(str(tail)) if each.is_file()}
+        if path.is_dir():
+            raise ConfigError(
+                f"{str(path)!r} is a folder, not a file. Hint: '{path}/*' for the files in it"
+            )
         if not found:
             raise ConfigError(
                 f"no file matches {str(path)!r} (looked in {path.parent.resolve()}). Hint: paths are relative "
