@@ -167,3 +167,10 @@ def test_weights_of_another_size_are_refused_by_name(tmp_path: Path):
     settings = ModelSettings(name="ViT-L-16-CL16-Syntax-GAP", pretrained=str(tmp_path / "b16.pt"))
     with pytest.raises(ConfigError, match="holds another architecture"):
         pretrained_state(settings, shallow("ViT-L-16-CL16-Syntax-GAP"))
+
+
+def test_weights_with_the_names_of_transformers_are_said_to_be_so(tmp_path: Path):
+    torch.save({"vision_model.post_layernorm.weight": torch.ones(8)}, tmp_path / "hf.pt")
+    settings = ModelSettings(name="ViT-L-14-CLIPA", pretrained=str(tmp_path / "hf.pt"))
+    with pytest.raises(ConfigError, match=r"hf\.pt has transformers' names .*Hint: .*open_clip"):
+        pretrained_state(settings, shallow("ViT-L-14-CLIPA"))

@@ -158,6 +158,10 @@ def check_fit(state: Mapping[str, Tensor], model: nn.Module, where: str) -> None
             f"{where} reads another vocabulary: {wrong[0]}. Hint: index: {{vocabulary: full}} for weights that read CLIP's "
             "49,408 tokens"
         )
+    if wrong and any(name.startswith(("vision_model.", "text_model.")) for name in state):
+        raise ConfigError(
+            f"{where} has transformers' names of tensors (CLIPModel). Hint: the same weights as open_clip saves them"
+        )
     if wrong:
         raise ConfigError(
             f"{where} holds another architecture: {first_of(wrong)}. Hint: the model must "
