@@ -176,7 +176,8 @@ def test_too_few_successes_are_an_error_with_the_reasons(out, tmp_path):
     rows = [("file:///etc/passwd", "a"), ("nonsense", "b"), ("file:///etc/passwd", "c")]
     source = UrlSource(kind="urls", table=write_table(tmp_path / "t.parquet", rows))
     with pytest.raises(
-        ConfigError, match=r"only 0 of 3 .*min_success = 0\.5.*2 x file://.*1 x not a URL"
+        ConfigError,
+        match=r"only 0 of 3 .*min_success = 0\.5.*2 x file://.*1 x not a URL.*kind: folder",
     ):
         download(source, out, 1)
 

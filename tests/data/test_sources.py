@@ -5,6 +5,8 @@ import io
 import json
 import os
 import re
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -278,6 +280,19 @@ def test_every_example_of_the_users_guide_is_valid():
     assert all(block.keys() <= {"download", "index"} for block in blocks)
     assert [IndexSettings.model_validate(block["index"]) for block in blocks if "index" in block]
     assert {source.kind for source in sources} == SOURCE_KINDS - {"shapes"}
+
+
+def test_the_users_guide_brings_a_table_of_file_names_into_a_folder(tmp_path):
+    guide = (Path(__file__).resolve().parents[2] / "workflow/docs/data.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)[0]
+    (tmp_path / "photos/in").mkdir(parents=True)
+    (tmp_path / "photos/in/a.jpg").write_bytes(jpeg())
+    (tmp_path / "captions.csv").write_text(
+        'filename,caption\nin/a.jpg,"one, two"\nin/a.jpg,three\n'
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    samples = indexed(tmp_path, {"kind": "folder", "folder": str(tmp_path / "photos")})
+    assert captions_of(samples) == {"in/a": [("caption", "one, two"), ("caption", "three")]}
 
 
 # --- folders --------------------------------------------------------------------------------------

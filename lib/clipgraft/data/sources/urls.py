@@ -140,7 +140,9 @@ def _refusal(url: str | None, schemes: set[str]) -> str | None:
         return None
     if scheme == "file":
         return "file:// URLs are refused (allow_local_files: true lets them read local files)"
-    return f"{scheme}: URLs are refused" if scheme else "not a URL: it has no http:// or https://"
+    if scheme:
+        return f"{scheme}: URLs are refused"
+    return "not a URL: it has no http:// or https:// (for files of this machine: kind: folder, or file://)"
 
 
 def _check_success(outcomes: list[Outcome], source: UrlSource) -> None:
