@@ -239,7 +239,9 @@ def validate(model: type[S], raw: Any, where: str = "") -> S:
         return model.model_validate(raw)
     except ValidationError as error:
         # A misspelt key is the cause, the missing one its consequence: name it first.
-        problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+        problems = sorted(
+            _chosen(error.errors()), key=lambda problem: problem["type"] != "extra_forbidden"
+        )
         lines = [where + _explain(model, problem) for problem in problems]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
 
@@ -264,6 +266,20 @@ def schema() -> dict[str, Any]:
     return run
 
 
+def _chosen(problems: list[Any]) -> Iterator[Mapping[str, Any]]:
+    """Of a setting that may be a value or a list: what is wrong with the one that it is. Pydantic tells of both."""
+    paths = [problem["loc"] for problem in problems]
+    either = {path[:i] for path in paths for i, part in enumerate(path) if "list[" in str(part)}
+    for problem, path in zip(problems, paths, strict=True):
+        place = next((i for i in range(len(path)) if path[:i] in either), None)
+        if place is None:
+            yield problem
+        elif (
+            isinstance(problem["input"], list) == ("list[" in path[place]) or len(path) > place + 1
+        ):
+            yield {**problem, "loc": path[:place] + path[place + 1 :]}
+
+
 def _explain(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
     path = _file_path(problem["loc"])
     where = ".".join(str(part) for part in path)
@@ -275,11 +291,19 @@ def _explain(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
         return f"unknown key `{path[-1]}`{inside}{hint(str(path[-1]), known)}"
     if problem["type"] == "missing":
         return f"missing key `{where}`"
+    if problem["type"] == "union_tag_not_found":
+        return f"missing key `{where}.kind`"
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] in ("dict_type", "model_type", "model_attributes_type"):
+        message = "input should be a mapping"
     if problem["type"] == "value_error":
         return f"{where}: {message}" if where else message
-    if problem["type"] == "list_type" and isinstance(value, Mapping):
+    if problem["type"] == "list_type" and where == "pretrain" and isinstance(value, Mapping):
         message += ". Hint: names stand for items in the overlays of `runs` and `sweep` only"
+    elif problem["type"] == "list_type":
+        message += (
+            f". Hint: [{'...' if isinstance(value, Mapping) else json.dumps(value, default=str)}]"
+        )
     is_power = re.fullmatch(r"\d+(\.\d*)?e\+?\d{1,2}", str(value))
     if problem["type"] == "int_parsing" and is_power and float(value).is_integer():
         message += f". Hint: {float(value):.0f}, since YAML takes this for a text"
@@ -288,11 +312,14 @@ def _explain(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
 
 def _file_path(path: tuple[Any, ...]) -> list[Any]:
     """Without the kinds of sources and reductions, which stand in pydantic's path but not in the file."""
+    before = (None, None, *path)
     return [
         part
-        for before, part in zip((None, *path), path, strict=False)
-        if (part not in SOURCE_KINDS or before == "download")
-        and part not in REDUCTION_KINDS.get(str(before), ())
+        for part, parent, grandparent in zip(path, before[1:], before, strict=False)
+        if not (
+            part in SOURCE_KINDS and (grandparent in ("download", "sources") or parent == "source")
+        )
+        and part not in REDUCTION_KINDS.get(str(parent), ())
     ]
 
 

@@ -225,11 +225,11 @@ def _rounds(run: RunSettings) -> None:
 def _patches(run: RunSettings, patch: int) -> None:
     for phase in run.pretrain:
         if phase.image_size % patch:
-            lower = phase.image_size // patch * patch
+            lower = max(patch, phase.image_size // patch * patch)
             of = run.model.name or "model.config.vision_cfg"
             raise ValueError(
                 f"pretrain.{phase.name}.image_size = {phase.image_size} is not divisible by the patch size "
-                f"{patch} of {of}. Hint: {lower or patch} or {lower + patch}"
+                f"{patch} of {of}. Hint: {lower} or {lower + patch}"
             )
         side = phase.image_size // patch
         try:
