@@ -304,9 +304,9 @@ def _explain(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
         message += (
             f". Hint: [{'...' if isinstance(value, Mapping) else json.dumps(value, default=str)}]"
         )
-    is_power = re.fullmatch(r"\d+(\.\d*)?e\+?\d{1,2}", str(value))
-    if problem["type"] == "int_parsing" and is_power and float(value).is_integer():
-        message += f". Hint: {float(value):.0f}, since YAML takes this for a text"
+    power = re.fullmatch(r"\d+(\.\d*)?e\+?\d{1,2}", str(value))
+    if problem["type"] == "int_parsing" and power and float(power[0]).is_integer():
+        message += f". Hint: {float(power[0]):.0f}, since YAML takes this for a text"
     return f"{where} = {_short(value)}: {message[0].lower()}{message[1:]}"
 
 

@@ -24,7 +24,7 @@ def download_tars(source: TarSource, out: Path, work: Path, threads: int) -> lis
     """Check that all tars are whole, and read captions and names if the settings say where they are.
 
     Raises:
-        ConfigError: if a tar is missing or not whole, or no sample has captions of a kind.
+        ConfigError: if a tar is missing or not whole.
     """
     names = expand(source.tars)
     remote = [name for name in names if is_remote(name)]
@@ -48,9 +48,10 @@ def download_tars(source: TarSource, out: Path, work: Path, threads: int) -> lis
     kinds = {kind for each in outcomes for kind in each.caption_kinds or ()}
     for kind, key in (source.captions or {}).items():
         if kind not in kinds and any(each.status == "ok" for each in outcomes):
-            raise ConfigError(
-                f"captions.{kind} = {key!r}: no sample of {source.tars} has it. Hint: a key of the .json beside each image, "
-                "or txt"
+            log.warning(
+                "captions.%s = %r: no sample has such a text. Hint: a key of the .json beside each image, or txt",
+                kind,
+                key,
             )
     return outcomes
 
