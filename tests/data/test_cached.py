@@ -337,14 +337,6 @@ def test_the_picture_of_one_crop_is_that_of_evaluation(data, model, tmp_path):
     assert np.abs(seen["shortest"] - seen["squash"]).max() > 2e-2
 
 
-def test_progress_counts_samples_not_whole_chunks(data, model, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(stage, "LOG_SECONDS", -1)
-    with caplog.at_level("INFO"):
-        embed_reference(job(model, 1), *data, folder(tmp_path / "out"))
-    lines = [line.split("  ")[0] for line in caplog.messages if "/s" in line]
-    assert lines == [f"{done} of {N} samples" for done in (6, 12, 18, 20)]
-
-
 @pytest.mark.parametrize("crops", [1, CROPS])
 def test_threads_and_a_crash_change_nothing(data, model, tmp_path, monkeypatch, crops):
     monkeypatch.setattr(filling, "SAVE_SECONDS", -1.0)
