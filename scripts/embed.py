@@ -1,7 +1,5 @@
 """Embed the training set with one model: an expert of this workflow, or a reference from outside of it."""
 
-from contextlib import nullcontext
-
 from clipgraft.job import Job
 from clipgraft.settings import EmbedSettings, ReferenceJob
 
@@ -11,7 +9,7 @@ def main(job: Job) -> None:
     from clipgraft import dist
     from clipgraft.embed import embed, embed_reference
 
-    with nullcontext(job.out) if dist.part() else job.outputs() as out:
+    with job.part() if dist.part() else job.outputs() as out:
         index, shard = job.folder("index"), job.folder("shard")
         options = {"threads": job.threads, "resume": job.resume, "tag": job.tag}
         if "model" in job.raw_settings:

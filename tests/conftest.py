@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from clipgraft.launch import find_devices
+
 ROOT = Path(__file__).resolve().parent.parent
 NO_NETWORK = Path(__file__).parent / "no_network"
 
@@ -57,6 +59,17 @@ if __name__ == "__main__":
             sys.argv = [f"scripts/{job.stage}.py", *words, "--out", f"results/{job.folder}"]
             runpy.run_path(sys.argv[0], run_name="__main__")
 """
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_devices_for_children() -> None:
+    """What tests start sees no GPUs: processes of one training would want one each, and a CPU's numbers are expected."""
+    if find_devices():
+        import torch
+
+        torch.cuda.init()  # this process has seen its own by now, for the tests that are skipped elsewhere
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 

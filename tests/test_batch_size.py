@@ -22,7 +22,6 @@ from clipgraft.batch_size import (
     watched,
 )
 from clipgraft.config import ConfigError
-from clipgraft.launch import find_devices
 from clipgraft.provenance import MANIFEST
 from clipgraft.settings import PretrainJob
 
@@ -53,7 +52,6 @@ def trials_of(results: Path, memory_mb: int | None) -> Trials:
     return Trials(job, finished_inputs(job, results), 1, memory_mb)
 
 
-@pytest.mark.skipif(bool(find_devices()), reason="bounds the memory of the host")
 def test_the_largest_part_that_fits_is_found_by_real_steps(results, tmp_path, capsys):
     peaks_mb = []
     for size, num_parts in ((31, 2), (62, 1)):
@@ -125,6 +123,13 @@ def test_processes_that_cannot_share_the_batch_are_refused(results):
     for num in (0, 4, 124):
         with pytest.raises(ConfigError, match=rf"--processes {num}: .*batch_size = 62 does not"):
             check_processes(num, job)
+
+
+def test_devices_that_are_hidden_are_not_counted(tmp_path, monkeypatch):
+    job = find_job("small", "pretrain/full", [SMALL])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with pytest.raises(ConfigError, match=r"--processes 2: this machine has 1 device$"):
+        check_processes(2, job)
 
 
 def test_what_is_missing_or_misspelt_is_named_before_anything_runs(results, tmp_path, capsys):

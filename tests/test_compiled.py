@@ -118,12 +118,27 @@ def test_a_compiled_training_ends_with_the_same_weights_but_for_rounding(tmp_pat
         torch.testing.assert_close(ours[name], weight, rtol=1e-5, atol=2e-6, msg=name)
 
 
+@has_compiler
+@pytest.mark.filterwarnings("ignore")
+def test_a_watch_leaves_all_blocks_compiled(tmp_path, monkeypatch):
+    """Torch keeps so many variants of a block, and runs what comes after them as it is."""
+    data, watched = make_data(tmp_path), make_data(folder(tmp_path / "watched"))[0]
+    monkeypatch.setattr("torch._dynamo.config.fail_on_recompile_limit_hit", True)
+    monkeypatch.setattr("clipgraft.evaluation.watch.BATCH", 12)  # and a smaller batch after it
+    watch = {"task": "renders", "every": 16, "num_samples": 20, "retrieval": True, "zero_shot": []}
+    settings = phase(samples_seen=48, text_length=20, compile=True, watch=watch)
+    pretrain(settings, *data, None, folder(tmp_path / "out"), watched=watched)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("graphs", [False, True])
-def test_a_training_compiled_on_a_gpu_ends_with_the_same_weights_but_for_rounding(tmp_path, graphs):
+@pytest.mark.parametrize("lock", [[], ["image"]], ids=str)
+def test_a_training_compiled_on_a_gpu_ends_with_the_same_weights_but_for_rounding(
+    tmp_path, graphs, lock
+):
     data = make_data(tmp_path)
-    ours = trained(data, tmp_path / "compiled", compile=True, cuda_graphs=graphs)
-    for name, weight in trained(data, tmp_path / "plain").items():
+    ours = trained(data, tmp_path / "compiled", compile=True, cuda_graphs=graphs, lock=lock)
+    for name, weight in trained(data, tmp_path / "plain", lock=lock).items():
         torch.testing.assert_close(ours[name], weight, rtol=1e-4, atol=2e-5, msg=name)
 
 

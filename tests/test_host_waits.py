@@ -157,6 +157,7 @@ def test_a_step_of_a_router_waits_for_what_texts_and_experts_leave_out_alone(
 ):
     settings = RouterJob(samples_seen=40, batch_size=20, optim={"lr": 1e-3}, seed=0)
     inputs = root / "moe", root / "index", root / "shard"
+    monkeypatch.setenv("CLIPGRAFT_MOE_BACKEND", "loop")  # elsewhere `grouped`, which does not wait
     with steps_seen(monkeypatch) as found:
         finetune_router(settings, *inputs, folder(tmp_path / "out"))
     assert found == [NAMED | {"_before_text", "_loop"}] * 2

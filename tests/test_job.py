@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -14,6 +16,9 @@ from pathlib import Path
 
 import pytest
 from left_alone import snakemake
+
+from clipgraft.config import ConfigError
+from clipgraft.job import Job
 
 SCRIPT = '''"""Write a number."""
 import time
@@ -323,3 +328,57 @@ with stop_requests() as stop:
 def test_a_training_that_was_asked_to_leave_while_it_was_imported_saves_and_leaves():
     done = subprocess.run([sys.executable, "-c", DEAF_TRAINING], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# One of two processes fails, and the end of a group waits for the others, as NCCL's does.
+FAILS_ALONE = '''"""Fail in one of several processes."""
+import time
+import torch.distributed as torch_dist
+from clipgraft import dist
+from clipgraft.config import ConfigError
+from clipgraft.job import Job
+
+torch_dist.destroy_process_group = lambda: time.sleep(600)
+
+def main(job):
+    with dist.world() as world:
+        if world.rank == 1:
+            raise ConfigError("picture 5 is damaged")
+        dist.barrier()
+
+if __name__ == "__main__":
+    Job.run(main, __doc__)
+'''
+
+
+def test_one_process_that_fails_says_why_and_ends_all(tmp_path):
+    script = tmp_path / "fails.py"
+    script.write_text(FAILS_ALONE)
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--", str(script)]
+    words += ["--settings", "{}", "--out", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=180)
+    assert done.returncode == 1
+    assert "error: picture 5 is damaged" in done.stderr
+
+
+def test_a_share_of_the_work_has_the_same_words_for_a_full_disk(tmp_path):
+    job = Job("embed", "embed/0", {}, {}, tmp_path, 1, "")
+    full = OSError(errno.ENOSPC, "No space left on device", "image.npy")
+    with (
+        pytest.raises(ConfigError, match=r"image\.npy: no space left on device .* Hint"),
+        job.part(),
+    ):
+        raise full
+
+
+def test_a_disk_without_locks_is_named(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    job = Job("embed", "embed/0", {}, {}, tmp_path / "out", 1, "")
+    with (
+        pytest.raises(ConfigError, match=r"\.lock cannot be locked: Function .* Hint"),
+        job.outputs(),
+    ):
+        pytest.fail("written without a lock")

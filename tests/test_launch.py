@@ -146,7 +146,7 @@ def test_several_devices_mean_one_process_each():
 
 
 def test_slurm_is_given_the_whole_geometry(monkeypatch):
-    command = srun_command(2, 8, 64, ["x.py"])
+    command = srun_command(2, 8, 64, ["x.py"], has_devices=True)
     for word in ("--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=64"):
         assert word in command
     assert command[-2:] == ["8", "x.py"]
@@ -208,3 +208,15 @@ def test_no_devices_given_is_said_and_the_script_runs_without():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "''\n", done.stderr
     assert "launch: no GPUs: --resources gpu=0" in done.stderr
+
+
+def test_several_nodes_without_devices_see_none(tmp_path):
+    """One process for each of them, on this machine."""
+    script = tmp_path / "say.py"
+    script.write_text(
+        "import os; print(os.environ['RANK'], os.environ['CUDA_VISIBLE_DEVICES'] == '')"
+    )
+    command = [sys.executable, "-m", "clipgraft.launch", "--nodes", "2", "--", str(script)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0,1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert sorted(done.stdout.splitlines()) == ["0 True", "1 True"]

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipgraft.config import ConfigError, read_config
-from clipgraft.launch import find_devices, local_command
+from clipgraft.launch import local_command, visible_devices
 from clipgraft.planning import plan_run
 from clipgraft.provenance import MANIFEST, read_manifest
 from clipgraft.runs import RESULTS
@@ -91,7 +91,7 @@ class Trials:
         """
         with tempfile.TemporaryDirectory(prefix="clipgraft-batch-size-") as out:
             command = self.command(size, num_parts, Path(out))
-            said, peak_mb, is_over = watched(command, None if find_devices() else self.memory_mb)
+            said, peak_mb, is_over = watched(command, None if visible_devices() else self.memory_mb)
             ended = (Path(out) / MANIFEST).exists()
             if ended and (facts := read_manifest(Path(out))).get("device_mb"):
                 peak_mb = facts["peak_device_mb"]
@@ -122,7 +122,7 @@ class Trials:
         words += ["--settings", json.dumps({**self.job.settings, **changes})]
         for name, manifest in self.inputs.items():
             words += ["--input", f"{name}={manifest}"]
-        if not find_devices():
+        if not visible_devices():
             return local_command(self.num_processes, words)
         launch = [sys.executable, "-m", "clipgraft.launch", "--gpu", str(self.num_processes)]
         return [*launch, "--", *words]
@@ -259,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         job = find_job(given.run, given.job, given.configfile)
         check_processes(given.processes, job)
         memory_mb = None if given.memory is None else round(given.memory * 1000)
-        if memory_mb is None and not find_devices():
+        if memory_mb is None and not visible_devices():
             memory_mb = round(FILLED * free_mb())
         trials = Trials(job, finished_inputs(job, given.results), given.processes, memory_mb)
         print(advice(trials, trials.largest()))
@@ -273,13 +273,15 @@ def check_processes(num: int, job: PlannedJob) -> None:
     Raises:
         ConfigError: if they cannot.
     """
-    devices, batch_size = find_devices(), int(job.settings["batch_size"])
+    devices, batch_size = visible_devices(), int(job.settings["batch_size"])
     if num < 1 or batch_size % num:
         raise ConfigError(
             f"--processes {num}: {job.name}.batch_size = {batch_size:,} does not divide by it. Hint: a divisor"
         )
     if devices and num > len(devices):
-        raise ConfigError(f"--processes {num}: this machine has {len(devices)} devices")
+        raise ConfigError(
+            f"--processes {num}: this machine has {len(devices)} device{'s' * (len(devices) > 1)}"
+        )
 
 
 def advice(trials: Trials, size: int) -> str:

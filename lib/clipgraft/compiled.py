@@ -11,6 +11,7 @@ import logging
 import os
 import shlex
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from clipgraft.recipes import TrainSettings
 log = logging.getLogger(__name__)
 
 _COMPILERS = ("g++", "clang++", "c++")
+# Of the code that all blocks share: shapes, the last block's own, with gradients and without. Torch's 8 are too few, and
+# beyond them blocks would run as they are, without a word.
+_VARIANTS = 64
 
 
 def compile_blocks(model: Any, settings: TrainSettings, device: torch.device) -> None:
@@ -47,9 +51,31 @@ def compile_blocks(model: Any, settings: TrainSettings, device: torch.device) ->
         )
     if settings.cuda_graphs and device.type != "cuda":
         log.warning("cuda_graphs has no effect on %s", device.type)
-    has_graphs = settings.cuda_graphs and device.type == "cuda"
+    from torch._dynamo import config  # seconds, for those who compile
+
+    config.recompile_limit = _VARIANTS
     for block in plain:
-        block.compile(mode="reduce-overhead" if has_graphs else None)
+        block.compile(mode="reduce-overhead" if has_graphs(settings, device) else None)
+
+
+def has_graphs(settings: TrainSettings, device: torch.device) -> bool:
+    """Whether compiled blocks are CUDA graphs."""
+    return settings.cuda_graphs and device.type == "cuda"
+
+
+def begin_step(settings: TrainSettings, device: torch.device) -> None:
+    """Tell CUDA graphs that what the step before has made is no longer read.
+
+    Left to themselves they take each compiled block that wants no gradient for a step, and the output of the one before
+    it, which it reads, for free memory.
+    """
+    if has_graphs(settings, device):
+        torch.compiler.cudagraph_mark_step_begin()
+
+
+def uncompiled(settings: TrainSettings) -> AbstractContextManager[object]:
+    """A context in which blocks run as they are: a look at the model has other shapes, and compiles nothing for them."""
+    return torch.compiler.set_stance("force_eager") if settings.compile else nullcontext()
 
 
 def has_experts(block: nn.Module) -> bool:

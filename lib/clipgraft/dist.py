@@ -33,7 +33,11 @@ class World:
 
 @contextmanager
 def world() -> Iterator[World]:
-    """Join the processes that torchrun started (NCCL on devices, gloo on CPUs); alone without torchrun."""
+    """Join the processes that torchrun started (NCCL on devices, gloo on CPUs); alone without torchrun.
+
+    They part in good order if all leave together. NCCL would have one that fails alone wait for the others, who wait for it:
+    it leaves without a word, and torchrun ends them.
+    """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     has_device = torch.cuda.is_available()
     device = (
@@ -47,12 +51,17 @@ def world() -> Iterator[World]:
         # What hosts agree on goes through gloo, so that no device is waited for.
         backend = "cpu:gloo,cuda:nccl" if has_device else "gloo"
         torch_dist.init_process_group(backend, timeout=PATIENCE)
+    is_agreed = False
     try:
         if said_by_first(os.environ.get(NOTHING_TO_DO, "")):
             sys.exit(0)
         yield World(rank, size, device)
+        is_agreed = True
+    except SystemExit as left:
+        is_agreed = left.code in (os.EX_OK, os.EX_TEMPFAIL)
+        raise
     finally:
-        if torch_dist.is_initialized():
+        if is_agreed and torch_dist.is_initialized():
             torch_dist.destroy_process_group()
 
 

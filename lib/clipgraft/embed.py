@@ -100,7 +100,7 @@ def embed(
         if dist.part():
             filling.leave()
             return {}
-        filling.finish(out, world)
+        filling.finish(out, world, is_kept=resume is not None)
         if world.is_first:
             about = {"samples_id": data.shards.samples_id, "num_samples": num, "dim": dim}
             (out / "embed.json").write_text(json.dumps(about, indent=1) + "\n")
@@ -160,7 +160,7 @@ def embed_reference(
         if dist.part():
             filling.leave()
             return {}
-        filling.finish(out, world)
+        filling.finish(out, world, is_kept=resume is not None)
         about = settings.model_dump(mode="json") | {
             "samples_id": data.shards.samples_id,
             "num_samples": num,

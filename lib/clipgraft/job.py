@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel
 
@@ -42,7 +42,7 @@ S = TypeVar("S", bound=BaseModel)
 WRITING = ".writing"
 RESUME = ".resume"
 LEFT = ".left"  # has the manifest of a job that was done when its Snakemake was gone
-REQUEUE = 75  # EX_TEMPFAIL: stopped on request with its state saved; run it again
+REQUEUE = os.EX_TEMPFAIL  # stopped on request with its state saved; run it again
 
 
 @dataclass
@@ -87,12 +87,10 @@ class Job:
             main(job)
         except ConfigError as error:
             log.error("error: %s", error)
-            _look_for_the_cause(job)
-            sys.exit(1)
+            _fail(job)
         except Exception:
             sys.excepthook(*sys.exc_info())
-            _look_for_the_cause(job)
-            sys.exit(1)
+            _fail(job)
         except KeyboardInterrupt:
             sys.exit(128 + signal.SIGINT)
 
@@ -184,6 +182,12 @@ class Job:
             self.out,
             _size(self.out),
         )
+
+    @contextmanager
+    def part(self) -> Iterator[Path]:
+        """The output folder itself, for a job whose share of the work another one gathers."""
+        with disk_trouble(self.out):
+            yield self.out
 
     def _take_over(self) -> None:
         """End here if this was done by a job that had lost its Snakemake, before this one got the lock.
@@ -328,13 +332,19 @@ def _limit_threads(threads: int) -> None:
         os.environ[name] = str(threads)
 
 
-def _look_for_the_cause(job: Job | None) -> None:
-    """An input that is damaged explains a failure better."""
+def _fail(job: Job | None) -> NoReturn:
+    """Leave; an input that is damaged explains a failure better."""
     try:
         if job is not None and job.checked is not None:
             job.checked.finish()
     except ConfigError as error:
         log.error("error: %s", error)
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # at Python's own end NCCL may wait for the others
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+    sys.exit(1)
 
 
 def _duration(seconds: float) -> str:

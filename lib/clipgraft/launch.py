@@ -32,6 +32,9 @@ NODE_SCRIPT = (
     'exec "$PYTHON" -m torch.distributed.run --nnodes="$SLURM_NNODES" --node-rank="$SLURM_NODEID" --nproc-per-node="$0" '
     '--master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" -- "$@"'
 )
+HIDE_DEVICES = (
+    "export CUDA_VISIBLE_DEVICES="  # by each node itself: SLURM takes it off what it hands on
+)
 _QUESTIONS = 150
 SECONDS_TO_SAVE = 300  # torchrun kills workers this long after SIGTERM
 
@@ -54,7 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "MASTER_PORT": str(_free_port()),
         }
         processes = per_node(given.nodes, given.gpus_per_node, given.batch_size)
-        command = srun_command(given.nodes, processes, given.threads, given.command)
+        command = srun_command(
+            given.nodes,
+            processes,
+            given.threads,
+            given.command,
+            has_devices=given.gpus_per_node > 0,
+        )
     elif given.gpus_per_node or given.nodes == 1:
         if given.gpus_per_node and not given.gpu and not on_slurm:
             print(
@@ -65,8 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         wish = given.gpus_per_node if on_slurm else given.gpu
         devices = lease_wish(wish, given.batch_size)
         command = local_command(len(devices), given.command)
-    else:
-        command = local_command(given.nodes, given.command)  # the processes that SLURM would start
+    else:  # the processes that SLURM would start
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        command = local_command(given.nodes, given.command)
     os.execvp(command[0], command)
 
 
@@ -151,8 +161,10 @@ def _dividing(batch_size: int, most: int, nodes: int = 1) -> int:
     return next(num for num in range(most, -1, -1) if num < 2 or not batch_size % (nodes * num))
 
 
-def srun_command(nodes: int, per_node: int, threads: int, command: Sequence[str]) -> list[str]:
-    """One torchrun per node of the allocation."""
+def srun_command(
+    nodes: int, per_node: int, threads: int, command: Sequence[str], *, has_devices: bool
+) -> list[str]:
+    """One torchrun per node of the allocation; without devices it sees none, also where no cgroup hides them."""
     geometry = [
         f"--nodes={nodes}",
         f"--ntasks={nodes}",
@@ -165,7 +177,7 @@ def srun_command(nodes: int, per_node: int, threads: int, command: Sequence[str]
         "--kill-on-bad-exit=1",
         "bash",
         "-c",
-        NODE_SCRIPT,
+        NODE_SCRIPT if has_devices else f"{HIDE_DEVICES}; {NODE_SCRIPT}",
         str(per_node),
         *command,
     ]
@@ -188,8 +200,7 @@ def lease_wish(wish: int, batch_size: int = 0) -> list[str]:
     Returns:
         Device ids; empty where there are none, or none were wished for.
     """
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    present = find_devices() if listed is None else _named(listed)
+    present = visible_devices()
     most = min(wish, len(present))
     count = _dividing(batch_size, most)
     if 0 < count < wish:
@@ -198,7 +209,7 @@ def lease_wish(wish: int, batch_size: int = 0) -> list[str]:
             f"launch: {wish} GPUs wished for, {len(present)} here{why}: using {count}",
             file=sys.stderr,
         )
-    if listed is not None and is_on_slurm():
+    if "CUDA_VISIBLE_DEVICES" in os.environ and is_on_slurm():
         devices = present[:count]  # chosen for this job alone
     else:
         devices = lease(present, count, lease_folder())
@@ -206,8 +217,11 @@ def lease_wish(wish: int, batch_size: int = 0) -> list[str]:
     return devices
 
 
-def _named(listed: str) -> list[str]:
-    """The devices of CUDA_VISIBLE_DEVICES; as CUDA reads it, `-1` and what follows it is not seen."""
+def visible_devices() -> list[str]:
+    """Those of CUDA_VISIBLE_DEVICES, or all; as CUDA reads it, `-1` and what follows it is not seen."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is None:
+        return find_devices()
     names = (each.strip() for each in listed.split(","))
     return list(dict.fromkeys(takewhile(lambda name: name and name[0] != "-", names)))
 

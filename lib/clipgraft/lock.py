@@ -23,10 +23,22 @@ WAIT_SECONDS = float(os.environ.get("CLIPGRAFT_WAIT_SECONDS", "300"))
 
 
 def try_lock(path: Path) -> IO[str] | None:
-    """Lock a file, made if need be, until what is returned is closed; None if another process holds it."""
+    """Lock a file, made if need be, until what is returned is closed; None if another process holds it.
+
+    Raises:
+        ConfigError: if the file system has no locks.
+    """
     while True:
         file = path.open("a")
-        if not _is_free(file):
+        try:
+            is_free = _is_free(file)
+        except OSError as error:
+            file.close()
+            raise ConfigError(
+                f"{path} cannot be locked: {error.strerror}. Hint: mount the file system with locks (Lustre: -o flock), or "
+                "put results/ on another one"
+            ) from None
+        if not is_free:
             file.close()
             return None
         with suppress(FileNotFoundError):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from clipgraft import devices, dist, parallel
 from clipgraft.checkpoint import save_model
-from clipgraft.compiled import compile_blocks
+from clipgraft.compiled import begin_step, compile_blocks, uncompiled
 from clipgraft.config import ConfigError
 from clipgraft.data.augment import augments
 from clipgraft.data.cached import ReferenceCache
@@ -293,7 +293,8 @@ class Fit:
             return
         self.model.logit_scale.item()  # the step ends before the clock stops
         start = time.monotonic()
-        self.watch.look(self.model, step, meter.seconds)
+        with uncompiled(self.settings):
+            self.watch.look(self.model, step, meter.seconds)
         meter.pause(time.monotonic() - start)
 
     def _step(
@@ -303,6 +304,7 @@ class Fit:
         batch: Batch,
         step: int,
     ) -> tuple[Tensor, float, dict[str, Tensor]]:
+        begin_step(self.settings, self.world.device)
         parts.optimizer.zero_grad(set_to_none=True)
         loss, extras = self._backward(model, batch, step / self.sampler.num_batches)
         parallel.average_others(self.model, self.projections)

@@ -657,3 +657,19 @@ def test_ten_million_samples_take_the_memory_of_what_is_read(tmp_path):
     assert shape == [512, 2 * dim]
     # 5,120 rows of images and texts, each on one or two pages of 4 KB, and a page of sizes.
     assert grown < 5120 * 5 * 4096
+
+
+def test_what_is_gathered_is_there_for_a_start_after_a_kill(tmp_path):
+    """Between the last row and the manifest much time may pass: a large array is read once more for its checksum."""
+    world = dist.World(0, 1, torch.device("cpu"))
+    given = tmp_path / "resume", "a", {"a.npy": (2, 2)}, 1, world
+    first = filling.Filling(*given)
+    first.write("a.npy", 0, np.ones((2, 2)))
+    first.mark(0)
+    first.finish(folder(tmp_path / "killed"), world, is_kept=True)
+    again = filling.Filling(*given)
+    assert (again.num_done, len(again.own_todo)) == (1, 0)
+    again.finish(folder(tmp_path / "out"), world, is_kept=True)
+    files = [tmp_path / name / "a.npy" for name in ("resume", "killed", "out")]
+    assert len({path.stat().st_ino for path in files}) == 1  # and no room is taken twice
+    assert np.load(files[-1]).all()

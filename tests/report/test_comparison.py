@@ -18,6 +18,7 @@ from clipgraft.report.comparison import comparison
 HEAD = "model,samples_seen,minutes,samples_after,flops_after,flops_per_pair,renders/mean_R@1,renders/shape_acc1"
 SCORES = {"plain_0": (0.30, 0.8), "plain_1": (0.34, 0.7), "global_0": (0.42, 0.9)}
 STEPS = 4
+KINDS = {"plain": "contrastive", "global": "rgcl_g", "sigmoid": "siglip"}
 
 
 def job(store: Path, stage: str, version: str, settings: dict, **inputs: Path) -> Path:
@@ -39,7 +40,7 @@ def job(store: Path, stage: str, version: str, settings: dict, **inputs: Path) -
 def run(store: Path, name: str) -> None:
     """A run that pretrains with one loss, at lengths that differ between losses."""
     kind, seed = name.split("_")
-    loss = {"kind": kind, "rho": 8.0}
+    loss = {"kind": KINDS[kind], "rho": 8.0}
     folder = job(store, "pretrain", f"{kind}{seed}", {"loss": loss, "lr": 0.1, "seed": int(seed)})
     manifest = json.loads((folder / "manifest.json").read_text())
     tokens = {"image_tokens": 50 if kind == "plain" else 17, "text_tokens": 16}
@@ -48,7 +49,7 @@ def run(store: Path, name: str) -> None:
         for step in range(1, STEPS + 1):
             row = {"samples_seen": 100 * step, "seconds": 15.0 * step, "loss": 4.0 / step}
             row |= (
-                {"pair": row["loss"]} if kind == "plain" else {"gcl": -1.0, "infonce": 3.0 / step}
+                {"gcl": -1.0, "infonce": 3.0 / step} if kind == "global" else {"pair": row["loss"]}
             )
             file.write(json.dumps(row) + "\n")
     evaluated = job(store, "evaluate", f"e{kind}{seed}", {"task": "renders"}, model=folder)
@@ -57,7 +58,7 @@ def run(store: Path, name: str) -> None:
     lines = [
         HEAD,
         "chance,,,,,,0.01,0.25",
-        f"base,400,2.5,,,860,{SCORES[name][0]},{SCORES[name][1]}",
+        "base,400,2.5,,,860,{},{}".format(*SCORES.get(name, (0.2, 0.5))),
     ]
     (page / "results.csv").write_text("\n".join(lines) + "\n")
     if kind == "plain":  # reports of before did not say
@@ -107,7 +108,7 @@ def test_seeds_of_one_recipe_are_one_row_with_their_spread(page):
 
 def test_what_differs_is_shown_and_what_does_not_is_not(page):
     rows = rows_of(page, "What differs")
-    assert rows["pretrain/full: loss.kind"] == ["plain", "plain", "global"]
+    assert rows["pretrain/full: loss.kind"] == ["contrastive", "contrastive", "rgcl_g"]
     assert [name for name in rows if "rho" in name or "lr" in name or "seed" in name] == []
 
 
@@ -132,6 +133,12 @@ def test_losses_of_all_kinds_are_compared_by_infonce(page):
     rows = series(page, "compare_pretrain_infonce")
     last = {r["model"]: float(r["loss"]) for r in rows if r["samples_seen"] == "400"}
     assert last == {"plain_0: full": 1.0, "plain_1: full": 1.0, "global_0: full": 0.75}
+
+
+def test_the_sigmoid_loss_is_not_taken_for_infonce(store):
+    run(store, "sigmoid_0")
+    page = comparison(["global_0", "sigmoid_0"], store)
+    assert {r["model"] for r in series(page, "compare_pretrain_infonce")} == {"global_0: full"}
 
 
 def test_runs_of_different_lengths_are_held_against_their_tokens(page, store):

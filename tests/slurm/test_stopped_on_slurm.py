@@ -59,8 +59,10 @@ def test_a_preempted_training_saves_and_comes_back(sandbox, prepared, tmp_path):
 
 def test_a_failed_job_shows_its_log(sandbox, prepared, tmp_path):
     shutil.copytree(prepared / "site", tmp_path / "site")
-    path = tmp_path / "site/config.yaml"
-    path.write_text(path.read_text().replace("batch_size: 64", "batch_size: 63"))
+    (path,) = (tmp_path / "site/results/index").glob("*/tokens/ids.npy")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
     printed = Site(tmp_path / "site", sandbox).snakemake(*UNTIL, "--retries", "0", code=1)
-    assert "batch_size = 63 does not divide by 2 processes" in printed
-    assert "Hint: 62" in printed
+    assert "ids.npy is damaged: its sha256 is" in printed
+    assert "run snakemake again" in printed

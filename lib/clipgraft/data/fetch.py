@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from clipgraft.aside import written_aside
+from clipgraft.aside import link, written_aside
 from clipgraft.data import fetch_process
 from clipgraft.data.images import BadImage, shrink
 from clipgraft.data.outcomes import OUTCOMES, Outcome, read_outcomes, write_outcomes
@@ -126,14 +126,6 @@ def lay_aside(folder: Path, work: Path) -> None:
             link(folder / file, finished / file)
         write_outcomes(of_file, finished / Path(file).with_suffix(".parquet"))
     part.rename(work)
-
-
-def link(source: Path, target: Path) -> None:
-    """Give a file a second name; where the file system cannot, copy it."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def key_of(row: int) -> str:

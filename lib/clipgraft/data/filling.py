@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from clipgraft import dist
-from clipgraft.aside import write_json
+from clipgraft.aside import link, write_json
 from clipgraft.lock import locked
 
 SAVE_SECONDS = 60.0
@@ -107,11 +107,16 @@ class Filling:
         self.save()
         self._close()
 
-    def finish(self, out: Path, world: dist.World) -> None:
+    def finish(self, out: Path, world: dist.World, *, is_kept: bool = False) -> None:
         """Move the arrays, when all processes have filled theirs, to another folder of the same disk.
 
         Jobs of an older set, of other parts, may be at it still: they are waited for, or they would write into what is
         finished.
+
+        Args:
+            out: where to.
+            world: this process.
+            is_kept: they stay here, too, under a second name, for a start after a kill; the caller removes the folder.
 
         Raises:
             ConfigError: if they do not leave.
@@ -123,8 +128,9 @@ class Filling:
             with locked(self._folder / _DONE, f"filling {self._folder}", is_kept=True):
                 assert 0 not in (self._folder / _DONE).read_bytes()
                 for name in self._names:
-                    os.replace(self._folder / name, out / name)
-                shutil.rmtree(self._folder)
+                    (link if is_kept else os.replace)(self._folder / name, out / name)
+                if not is_kept:
+                    shutil.rmtree(self._folder)
 
 
 def _close(files: list[int]) -> None:

@@ -1,4 +1,4 @@
-"""Features of images that several tasks of one model ask for: encoded by the first, read by the others.
+"""Features of images or of names of classes that several tasks of one model ask for: encoded by the first, read by the others.
 
 A file is named by a hash of all that makes it: the files of the model, the code that this module reaches, the samples
 and the kind of device; so none is ever out of date, and all may be thrown away at any time. Whoever comes while another
@@ -34,19 +34,20 @@ LARGEST = LIMIT_BYTES // 4  # of one file: what is larger is encoded by every ta
 Arrays = Mapping[str, np.ndarray]
 
 
-def stored(path: Path, make: Callable[[], Arrays]) -> Arrays:
+def stored(path: Path, make: Callable[[], Arrays], what: str = "images") -> Arrays:
     """The arrays of a file if they are there and whole, else made and kept.
 
     Args:
         path: named by `key_of` what they are made of; its folder is made if need be.
         make: makes them.
+        what: they are of, for people.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    doing = f"encoding the images of {path} for another task"
+    doing = f"encoding the {what} of {path} for another task"
     with locked(path.with_suffix(".lock"), doing, patience=math.inf, silence=SILENCE_SECONDS):
-        found = _read(path)
+        found = _read(path, what)
         if found is not None:
-            log.info("images were encoded before, for another task: %s", path)
+            log.info("%s were encoded before, for another task: %s", what, path)
             return found
         arrays = make()
         if sum(array.nbytes for array in arrays.values()) <= LARGEST:
@@ -87,7 +88,7 @@ def identity_of(folders: Sequence[Path], code: Path) -> str:
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
 
 
-def _read(path: Path) -> Arrays | None:
+def _read(path: Path, what: str) -> Arrays | None:
     """What a file holds; its checksums are read with it."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
@@ -95,7 +96,7 @@ def _read(path: Path) -> Arrays | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        log.warning("%s is damaged, images are encoded again: %s", path, str(error)[:200])
+        log.warning("%s is damaged, %s are encoded again: %s", path, what, str(error)[:200])
         return None
     path.touch()  # the oldest go first
     return arrays

@@ -239,9 +239,13 @@ def _loss_figures(runs: Mapping[str, Run]) -> Iterator[Figure]:
     """Losses of each stage that trains, a line for each job that differs; what runs share is one line."""
     for stage, title in _TRAINED.items():
         lines: dict[Path, str] = {}
+        plain = set()  # lines whose own loss is InfoNCE
         for name, run in runs.items():
             for job, folder in run.of_stage(stage).items():
-                lines.setdefault(folder.resolve(), f"{name}: {job}" if job else name)
+                label = lines.setdefault(folder.resolve(), f"{name}: {job}" if job else name)
+                settings = run.manifest(stage, job)["settings"]
+                if settings.get("loss", {}).get("kind") == "contrastive":
+                    plain.add(label)
         metrics = {label: rows for folder, label in lines.items() if (rows := read_metrics(folder))}
         if not metrics:
             continue
@@ -249,7 +253,9 @@ def _loss_figures(runs: Mapping[str, Run]) -> Iterator[Figure]:
         yield plot_losses(stage, title, _loss_rows(metrics, "loss"), colours)
         if stage == "pretrain" and any(INFONCE in rows[0] for rows in metrics.values()):
             known = {
-                label: rows for label, rows in metrics.items() if _infonce(rows[0]) is not None
+                label: [{**row, INFONCE: row.get(INFONCE, row.get("pair"))} for row in rows]
+                for label, rows in metrics.items()
+                if INFONCE in rows[0] or (label in plain and "pair" in rows[0])
             }
             yield plot_infonce(_loss_rows(known, INFONCE), colours)
 
@@ -262,17 +268,11 @@ def _loss_rows(
             "model": label,
             "samples_seen": row["samples_seen"],
             "hours": row["seconds"] / 3600,
-            "loss": row["loss"] if key == "loss" else _infonce(row),
+            "loss": row[key],
         }
         for label, rows in metrics.items()
         for row in rows
     ]
-
-
-def _infonce(row: Mapping[str, Any]) -> float | None:
-    """The contrastive loss of a minibatch, which global losses keep an eye on; None where it was not recorded."""
-    plain = row.get("pair") if "gcl" not in row else None
-    return row.get(INFONCE, plain)
 
 
 def _token_figure(runs: Mapping[str, Run], rows: Sequence[Row], lead: str) -> list[Figure]:

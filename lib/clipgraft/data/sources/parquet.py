@@ -12,9 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipgraft.aside import written_aside
+from clipgraft.aside import link, written_aside
 from clipgraft.config import ConfigError
-from clipgraft.data.fetch import SHARD, link
+from clipgraft.data.fetch import SHARD
 from clipgraft.data.outcomes import (
     OUTCOMES,
     Outcome,

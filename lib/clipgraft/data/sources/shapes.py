@@ -9,7 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from clipgraft.data.fetch import Limits, fetch, link
+from clipgraft.aside import link
+from clipgraft.data.fetch import Limits, fetch
 from clipgraft.data.outcomes import Outcome
 from clipgraft.data.parallel import Progress, parallel_map
 from clipgraft.data.shapes import ATTRIBUTES, draw_sample

@@ -7,8 +7,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from clipgraft.aside import link
 from clipgraft.config import ConfigError
-from clipgraft.data.fetch import link
 from clipgraft.data.outcomes import Outcome, collect_captions
 from clipgraft.data.parallel import parallel_map
 from clipgraft.data.remote import copy_all, expand, is_remote

@@ -12,8 +12,9 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clipgraft.aside import link
 from clipgraft.config import ConfigError
-from clipgraft.data.fetch import Limits, fetch, key_of, lay_aside, link
+from clipgraft.data.fetch import Limits, fetch, key_of, lay_aside
 from clipgraft.data.outcomes import (
     OUTCOMES,
     Outcome,

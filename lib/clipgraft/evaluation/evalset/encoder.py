@@ -9,22 +9,18 @@ throw one away because something has changed, and all may be thrown away at any 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from clipgraft.aside import written_aside
 from clipgraft.data.tokens import Tokenizer
 from clipgraft.evaluation.encode import BATCH, check_finite, encode_images, encoder_of_texts
 from clipgraft.evaluation.ensemble import load_side_by_side
 from clipgraft.evaluation.evalset.pictures import Pictures
-from clipgraft.evaluation.stored import identity_of
+from clipgraft.evaluation.stored import Arrays, identity_of, key_of, stored
 from clipgraft.evaluation.zero_shot import zero_shot_weights
 from clipgraft.models.fused import fuse
 
@@ -86,16 +82,14 @@ class Encoder:
 
     def classifier(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
         """One direction per class, [C, D], from the cache where it is there."""
-        key = json.dumps([self.identity, self._device.type, list(classes), list(templates)])
-        path = self._cache / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
-        if path.is_file():
-            return torch.from_numpy(np.load(path, allow_pickle=False)).to(self._device)
-        weight_CD = self._finite(zero_shot_weights(self._encode_texts, classes, templates))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Jobs of one model may make the same one at the same time.
-        with written_aside(path, is_shared=True) as aside, aside.open("wb") as file:
-            np.save(file, weight_CD.cpu().numpy())
-        return weight_CD
+
+        def make() -> Arrays:
+            weight_CD = zero_shot_weights(self._encode_texts, classes, templates)
+            return {"weight_CD": self._finite(weight_CD).cpu().numpy()}
+
+        key = key_of(self.identity, self._device.type, list(classes), list(templates))
+        found = stored(self._cache / f"{key}.npz", make, "names of classes")
+        return torch.from_numpy(found["weight_CD"]).to(self._device)
 
     def _finite(self, feature_ND: Tensor) -> Tensor:
         check_finite(feature_ND, self._where)
