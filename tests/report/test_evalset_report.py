@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from clipgraft.report.evalset import EVALSET, write_evalset
+from clipgraft.report.costs import Cost
+from clipgraft.report.evalset import EVALSET, together, write_evalset
 from clipgraft.report.facts import run_section
 from clipgraft.report.figures_results import noise_of, plot_metrics
 from clipgraft.report.page import render
 from clipgraft.report.page_tables import evalset_table, results_table
 from clipgraft.report.read import Model, Run
-from clipgraft.report.sections import Section
+from clipgraft.report.sections import Section, results_section
 from clipgraft.report.tables import columns_of, results_csv, results_text
 
 
@@ -148,3 +149,59 @@ def test_the_public_files_stand_beside_the_page(models, tmp_path):
     assert [json.loads(line)["dataset"] for line in lines] == ["CIFAR-10", "FairFace", "own"]
     total = json.loads((tmp_path / "out" / "moe" / "aggregate.json").read_text())
     assert total["Average"] is None and total["mean_of_present"]["Average"] == 0.25
+
+
+FAILED = {"imagenet1k": {"task": "evalset/imagenet1k", "failed": "0.tar is damaged. Hint: x"}}
+FACES = {"fairness/fairface": result("fairness/fairface", "FairFace", None, None)}
+
+
+def on_a_folder(tasks: dict[str, dict]) -> list[Model]:
+    return [
+        Model(key, "#333333", Cost(5, 1.0), {EVALSET: {**together(), "tasks": dict(tasks)}})
+        for key in ("base", "moe")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "said", "cell"),
+    [
+        (
+            FAILED,
+            "evalset: 0/38 averaged tasks; failed: imagenet1k; 37 missing\n\n"
+            "failed: base, moe on evalset/imagenet1k: 0.tar is damaged. Hint: x\n",
+            "0.tar is damaged. Hint: x",
+        ),
+        (
+            FACES,
+            "evalset: 0/38 averaged tasks; 1 with partial data; 38 missing; no main metric, see "
+            "evalset/<model>/eval_results.jsonl\n",
+            "FairFace",
+        ),
+    ],
+)
+def test_a_folder_without_a_main_metric_is_told_of(tasks, said, cell):
+    models = on_a_folder(tasks)
+    columns = columns_of(models)
+    assert results_text(models, columns) == said
+    section = results_section(Run({}, {}), models, columns)
+    (table,) = section.tables
+    assert cell in [each.text for each in table.rows[0]] and not section.is_empty
+
+
+def test_a_folder_on_which_all_failed_is_told_of_beside_other_tasks(models):
+    for model in models:
+        if EVALSET in model.results:
+            model.results[EVALSET]["tasks"] = dict(FAILED)
+    text = results_text(models, columns_of(models))
+    assert "\nevalset: 0/38 averaged tasks; failed: imagenet1k; 37 missing\n" in text
+    assert "\nfailed: base, moe on evalset/imagenet1k: 0.tar is damaged" in text
+    assert text.startswith("renders: ") and "nothing" not in text
+
+
+def test_a_folder_of_data_sets_without_a_mean_has_their_metrics():
+    models = on_a_folder({"own": result("own", "own", 0.75, 0.25)})
+    columns = columns_of(models)
+    assert results_text(models, columns).splitlines()[3].split() == ["base", "5", "1.0", "75.0"]
+    section = results_section(Run({}, {}), models, columns)
+    assert section.tables[0].head[-1] == "own"
+    assert [figure.name for figure in section.figures] == ["results_metrics", "results_cost"]

@@ -10,6 +10,8 @@ from pages import Page, csv_rows
 from sklearn.metrics import normalized_mutual_info_score
 
 from clipgraft.data.samples import Samples
+from clipgraft.report.facts import run_section
+from clipgraft.report.read import Run
 
 
 def test_numbers_on_the_page_are_those_of_the_results(full, tree):
@@ -187,3 +189,21 @@ def test_neighbours_have_a_table_and_fewer_tokens_a_figure(full, tree):
         ("text", 18),
     ]
     assert float(own[1]["value"]) == result["robustness"][1]["metrics"]["mean_R@1"]
+
+
+@pytest.mark.parametrize(
+    ("devices", "num_processes", "hours"),
+    [
+        (["NVIDIA H200"] * 8, 16, 16 * 120 / 3600),  # two nodes: hardware is that of the first
+        (["NVIDIA H200"] * 8, None, 8 * 120 / 3600),
+        ([], 4, 120 / 3600),  # four processes of one CPU
+    ],
+)
+def test_device_hours_are_those_of_all_nodes(bare_tree, devices, num_processes, hours):
+    run = Run.open(bare_tree)
+    phase = run.manifests["pretrain/full"]
+    phase["hardware"] = {**phase["hardware"], "devices": devices}
+    phase["num_processes"] = num_processes
+    (costs,) = (table for table in run_section(run).tables if table.title == "What it cost")
+    (row,) = (row for row in costs.rows if row[0].text == "pretrain")
+    assert float(row[3].text) == pytest.approx(hours, abs=1e-3)

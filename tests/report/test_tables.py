@@ -8,8 +8,15 @@ import pytest
 from clipgraft.compare import human
 from clipgraft.report.costs import Cost
 from clipgraft.report.page_tables import failures_table, results_table
-from clipgraft.report.read import Model
-from clipgraft.report.tables import PROBE, columns_of, results_csv, results_text, to_csv
+from clipgraft.report.read import UNTRAINED, Model
+from clipgraft.report.tables import (
+    PROBE,
+    columns_of,
+    lead_column,
+    results_csv,
+    results_text,
+    to_csv,
+)
 
 
 def result(i2t: float, t2i: float, shape: float) -> dict:
@@ -144,3 +151,15 @@ def test_the_protocol_is_named_beside_the_size(models):
     for model in models:
         model.results["renders"]["retrieval"]["protocol"] = "five_captions"
     assert "100 captions (five of each image)" in results_text(models, columns_of(models))
+
+
+def test_random_weights_which_have_the_probed_tasks_alone_do_not_say_which_task_leads(models):
+    probe = {"shape": {"acc": 0.5, "chance": 0.25, "spread": 0.1, "num_samples": 20}}
+    for model in models:
+        model.results["probed"] = result(0.9, 0.9, 0.9) | {"probe": probe}
+    untrained = Model(UNTRAINED, "", Cost(0, 0.0))
+    untrained.results["probed"] = {"retrieval": None, "zero_shot": {}, "probe": probe}
+    columns = columns_of([untrained, *models])
+    assert lead_column(columns).task == "renders"
+    probed = next(column for column in columns if column.group == PROBE)
+    assert list(probed.values) == [UNTRAINED, "base", "moe"]

@@ -220,8 +220,6 @@ def moe_section(run: Run) -> Section:
 def results_section(run: Run, models: Sequence[Model], columns: Sequence[Column]) -> Section:
     """5 Results: tables, figures, confusion and examples of the final model."""
     section = Section("results", "Results")
-    if not columns:
-        return section
     tasks = list(dict.fromkeys(column.task for column in columns))
     section.tables = [
         results_table(
@@ -231,6 +229,8 @@ def results_section(run: Run, models: Sequence[Model], columns: Sequence[Column]
     ]
     by_task = evalset_table(models)
     section.tables += [] if by_task is None else [by_task]
+    if not columns:
+        return section
     main = [column for column in columns if column.is_main]
     section.figures.append(figures_results.plot_metrics(models, main))
     section.figures.append(figures_results.plot_cost(models, lead_column(columns)))

@@ -10,8 +10,8 @@ from typing import Any
 
 from clipgraft.compare import aligned, human, or_dash
 from clipgraft.report.costs import Cost
-from clipgraft.report.evalset import EACH_TASK, mains_of, means_of, size_of_evalset
-from clipgraft.report.read import Model
+from clipgraft.report.evalset import EACH_TASK, EVALSET, mains_of, means_of, size_of_evalset
+from clipgraft.report.read import UNTRAINED, Model
 
 WAYS = {"image_to_text": "image to text", "text_to_image": "text to image"}
 _SHORT_WAYS = {"image_to_text": "i2t", "text_to_image": "t2i"}
@@ -64,7 +64,9 @@ def displayed(value: float) -> float:
 
 def columns_of(models: Sequence[Model]) -> list[Column]:
     """All metrics of all tasks, in the order of the tasks."""
-    tasks = list(dict.fromkeys(task for model in models for task in model.results))
+    # Random weights, which come first, are measured on some tasks alone.
+    in_order = sorted(models, key=lambda model: model.key == UNTRAINED)
+    tasks = list(dict.fromkeys(task for model in in_order for task in model.results))
     columns = []
     for task in tasks:
         results = {model.key: model.results[task] for model in models if task in model.results}
@@ -104,7 +106,8 @@ def results_text(models: Sequence[Model], columns: Sequence[Column]) -> str:
         found = (model.results[task] for model in models if task in model.results)
         about = size_of_task(max(found, key=num_images_of))
         blocks.append(f"{task}: {about}\n{aligned([head, *rows])}")
-    failures = [f"failed: {title} on {task}: {why}\n" for title, task, why in failures_of(models)]
+    rest = _without_numbers(models, columns)
+    rest += [f"failed: {titles} on {task}: {why}\n" for titles, task, why in failures_of(models)]
     note = (
         "per cent; * best of its column; + best expert; "
         if len(spent) > 2
@@ -112,19 +115,38 @@ def results_text(models: Sequence[Model], columns: Sequence[Column]) -> str:
     )
     note += "cost: all training that led to the model"
     note += "; after: after the base, embeddings for clusters counted\n" if len(spent) > 2 else "\n"
-    return "\n".join([*blocks, *failures, note] if blocks else [_nothing(models), *failures])
+    return "\n".join([*blocks, *rest, note] if blocks else [*_nothing(models), *rest])
 
 
-def _nothing(models: Sequence[Model]) -> str:
-    """Why there is no table."""
-    if any(model.results for model in models):
-        return "no retrieval, no classification; probes and neighbours are in results.csv\n"
-    return "nothing was evaluated\n"
+def _nothing(models: Sequence[Model]) -> list[str]:
+    """Why there is no table; an evaluation folder is told of beside it."""
+    tasks = {task for model in models for task in model.results}
+    if tasks - {EVALSET}:
+        return ["no retrieval, no classification; probes and neighbours are in results.csv\n"]
+    return [] if tasks else ["nothing was evaluated\n"]
+
+
+def _without_numbers(models: Sequence[Model], columns: Sequence[Column]) -> list[str]:
+    """What became of an evaluation folder of which no task has a main metric."""
+    found = [model.results[EVALSET] for model in models if EVALSET in model.results]
+    if not found or any(column.task == EVALSET for column in columns):
+        return []
+    most = max(found, key=num_images_of)
+    where = "; no main metric, see evalset/<model>/eval_results.jsonl"
+    return [f"{EVALSET}: {size_of_task(most)}{where if num_images_of(most) else ''}\n"]
 
 
 def failures_of(models: Sequence[Model]) -> list[tuple[str, str, str]]:
-    """Title of the model, task and message, of every task that failed."""
-    return [(each.title, task, why) for each in models for task, why in each.failed.items()]
+    """Titles of the models, task and message, of every task that failed."""
+    titles: dict[tuple[str, str], list[str]] = {}
+    for model in models:
+        tasks = model.results.get(EVALSET, {}).get("tasks", {})
+        of_folder = {
+            f"{EVALSET}/{k}": each["failed"] for k, each in tasks.items() if "failed" in each
+        }
+        for failure in (model.failed | of_folder).items():
+            titles.setdefault(failure, []).append(model.title)
+    return [(", ".join(those), *failure) for failure, those in titles.items()]
 
 
 @dataclass(frozen=True)
@@ -272,13 +294,17 @@ def _learnt_columns(task: str, results: Mapping[str, dict[str, Any]]) -> list[Co
 
 
 def _evalset_columns(task: str, results: Mapping[str, dict[str, Any]]) -> list[Column]:
-    """Main metrics of the tasks of an evaluation folder, and the means that are the same for all models."""
+    """Main metrics of the tasks of an evaluation folder, and the means that are the same for all models.
+
+    Where no mean can be had, as of own data sets alone, the tasks stand for themselves.
+    """
     tasks = {model: result["tasks"] for model, result in results.items() if "tasks" in result}
     columns = []
     for name, values, chance in means_of(tasks):
         columns.append(Column(task, name, "mean of tasks", name, name, True, values, chance))
+    group, is_main = (EACH_TASK, False) if columns else ("main metric", True)
     for key, values, chance in mains_of(tasks):
-        columns.append(Column(task, key, EACH_TASK, key, key, False, values, chance))
+        columns.append(Column(task, key, group, key, key, is_main, values, chance))
     return columns
 
 
