@@ -121,7 +121,7 @@ AGGREGATES = {
 
 
 def chosen(root: Path, names: Sequence[str] | None = None) -> list[EvalsetTask]:
-    """The tasks whose data are in a folder, in the order of the table.
+    """The tasks whose data are in a folder, in the order of the table; whether they can be read is its own matter.
 
     Args:
         root: the folder.
@@ -136,23 +136,23 @@ def chosen(root: Path, names: Sequence[str] | None = None) -> list[EvalsetTask]:
             f"evaluation folder {root} does not exist. Hint: {Path().resolve()} is here"
         )
     known = TASKS | {task.key: task for task in _further(root)}
-    there = [task for task in known.values() if is_there(root, task)]
-    if not there:
+    wanted = known if names is None else names
+    there = [task for task in known.values() if task.key in wanted and is_there(root, task)]
+    absent = [name for name in names or () if name not in {task.key for task in there}]
+    if there and not absent:
+        return there
+    every = [task.key for task in known.values() if is_there(root, task)]
+    if not every:
         raise ConfigError(
             f"{root} is no evaluation folder: it has neither wds_<task>_test/test/nshards.txt nor hf_cache nor MMVP_VLM. "
             "Hint: the folder that DataComp's download_evalsets.py has filled"
         )
-    if names is None:
-        return there
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"unknown evaluation task {name!r}{hint(name, known)}")
-        if known[name] not in there:
-            raise ConfigError(
-                f"evaluation task {name}: its data are not in {root}. Hint: {_expected(name)}; "
-                f"there are {', '.join(task.key for task in there)}"
-            )
-    return [task for task in there if task.key in names]
+    if absent[0] not in known:
+        raise ConfigError(f"unknown evaluation task {absent[0]!r}{hint(absent[0], known)}")
+    raise ConfigError(
+        f"evaluation task {absent[0]}: its data are not in {root}. Hint: {_expected(absent[0])}; "
+        f"there are {', '.join(every)}"
+    )
 
 
 def missing(keys: Sequence[str]) -> list[str]:
@@ -169,15 +169,16 @@ def is_there(root: Path, task: EvalsetTask) -> bool:
     """Whether a folder holds data of a task."""
     return (
         tars_of(root, task.key) is not None
-        or bool(hub_files(root, task.key))
+        or bool(_hub_copies(root, task.key))
         or (task.key == MMVP and mmvp_folder(root).is_dir())
     )
 
 
 def data_folder(root: Path, key: str) -> Path:
-    """The folder with the data of a task that is there."""
-    files = hub_files(root, key)
-    return tars_of(root, key) or (files[0].parent if files else mmvp_folder(root))
+    """The folder with the data of a task that is there; of several copies the one that holds them."""
+    copies = _hub_copies(root, key)
+    in_cache = Path(os.path.commonpath(copies)) if copies else None
+    return tars_of(root, key) or in_cache or mmvp_folder(root)
 
 
 def tars_of(root: Path, key: str) -> Path | None:
@@ -204,20 +205,27 @@ def hub_files(root: Path, key: str) -> list[Path]:
     Raises:
         ConfigError: if there are several copies.
     """
+    copies = _hub_copies(root, key)
+    if len(copies) > 1:
+        folders = ", ".join(sorted(map(str, copies)))
+        name = key.partition("/")[2]
+        raise ConfigError(f"{name} is in {len(copies)} folders: {folders}. Hint: keep one")
+    return sorted(*copies.values()) if copies else []
+
+
+def _hub_copies(root: Path, key: str) -> dict[Path, list[Path]]:
+    """Those files by their folders; more than one where the cache has several versions."""
     if not key.startswith(("retrieval/", "misc/")):
-        return []
+        return {}
     name = key.partition("/")[2]
     for suffix in ("arrow", "parquet"):
         copies: dict[Path, list[Path]] = {}
         for path in _cached_files(root / "hf_cache", suffix):
             if name in str(path.relative_to(root)).lower():
                 copies.setdefault(path.parent, []).append(path)
-        if len(copies) > 1:
-            folders = ", ".join(sorted(map(str, copies)))
-            raise ConfigError(f"{name} is in {len(copies)} folders: {folders}. Hint: keep one")
         if copies:
-            return sorted(*copies.values())
-    return []
+            return copies
+    return {}
 
 
 _TEST = re.compile(r"(^|[-_.])test(-\d+-of-\d+)?(-[0-9a-f]{8,})?\.(arrow|parquet)$")
@@ -236,17 +244,18 @@ def _cached_files(folder: Path, suffix: str) -> list[Path]:
 
 
 def _further(root: Path) -> list[EvalsetTask]:
-    """Data sets in tars that the table does not know."""
+    """Data sets in tars that the table does not know; those of an unknown type have no main metric, nor any other."""
     taken = {tars_of(root, key) for key in TASKS}
     tasks = []
     for marker in sorted(root.glob("wds_*/test/nshards.txt")):
         folder = marker.parent.parent
         if folder not in taken:
             key = folder.name.removeprefix("wds_").removesuffix("_test")
-            tasks.append(EvalsetTask(key, key, None, None, _MAIN[type_of(folder)], False))
+            tasks.append(EvalsetTask(key, key, None, None, _MAIN.get(_said_type(folder)), False))
     return tasks
 
 
+_TYPE = "dataset_type.txt"
 _MAIN: Mapping[str, str] = {
     "classification": "acc1",
     "retrieval": "mean_recall@1",
@@ -260,11 +269,19 @@ def type_of(folder: Path) -> str:
     Raises:
         ConfigError: if it is none of the three that there are.
     """
-    path = folder / "dataset_type.txt"
-    kind = path.read_text().strip().lower() if path.is_file() else "classification"
+    kind = _said_type(folder)
     if kind not in _MAIN:
-        raise ConfigError(f"{path}: {kind!r} is none of {', '.join(_MAIN)}{hint(kind, _MAIN)}")
+        raise ConfigError(
+            f"{folder / _TYPE}: {kind!r} is none of {', '.join(_MAIN)}{hint(kind, _MAIN)}"
+        )
     return kind
+
+
+def _said_type(folder: Path) -> str:
+    path = folder / _TYPE
+    if not path.is_file():
+        return "classification"
+    return path.read_text(errors="replace").strip().lower()
 
 
 def _expected(key: str) -> str:

@@ -559,12 +559,12 @@ def test_a_tar_that_is_missing_is_told(tmp_path, encoder):
     assert result["partial"] == ["1 of 2 tars missing: 0.tar", "3 samples instead of 10,000"]
 
 
-def test_several_copies_in_the_cache_are_refused(tmp_path):
+def test_several_copies_in_the_cache_are_refused(tmp_path, encoder):
     rows = [{"image": cell(evalsets.picture(0)), "caption": ["red"]}]
     for version in ("a", "b"):
         write_arrow(tmp_path / "hf_cache" / "nlphuji___winogavil" / version / "x-test.arrow", rows)
     with pytest.raises(ConfigError, match="winogavil is in 2 folders"):
-        chosen(tmp_path)
+        run(tmp_path, "misc/winogavil", encoder)
 
 
 def test_columns_of_another_data_set_are_refused(tmp_path, encoder):

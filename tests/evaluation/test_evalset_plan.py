@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from evalsets import pictures, write_classes, write_mmvp
+from evalsets import pictures, write_arrow, write_classes, write_mmvp
 
 from clipgraft.config import ConfigError, load_config, merge
 from clipgraft.evalset_tasks import AGGREGATES, AVERAGED, TASKS, chosen
@@ -182,3 +182,27 @@ def test_further_data_sets_are_tasks_by_the_name_of_their_folder(root):
     assert (own.main_metric, own.is_averaged, own.size) == ("acc1", False, None)
     (root / "wds_own_test" / "dataset_type.txt").write_text("retrieval")
     assert chosen(root, ["own"])[0].main_metric == "mean_recall@1"
+
+
+def test_trouble_with_one_task_is_that_of_its_job_alone(root):
+    """A type that is none, and two versions in the cache: each job will say so; a plan is made of all."""
+    whole = set(planned({"folder": str(root)}))
+    (root / "wds_own_test" / "dataset_type.txt").write_text("retrievals")
+    for version in ("a", "b"):
+        place = root / "hf_cache" / "nlphuji___winogavil" / version
+        write_arrow(place / "winogavil-test.arrow", [{"image": b"", "caption": ["red"]}])
+    jobs = planned({"folder": str(root)})
+    new = {name.partition("/evalset/")[2] for name in jobs.keys() - whole}
+    assert new == {"misc/winogavil"} and whole < jobs.keys()
+    (place / "winogavil-test.arrow").unlink()  # mends it, so that the job must run again
+    after = planned({"folder": str(root)})
+    name = "evaluate/base/evalset/misc/winogavil"
+    assert jobs[name].sources != after[name].sources
+
+
+def test_of_named_tasks_the_others_are_not_looked_for(root, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "clipgraft.evalset_tasks.is_there", lambda root, task: asked.append(task.key) or True
+    )
+    assert [task.key for task in chosen(root, ["own", "cifar10"])] == ["cifar10", "own"] == asked
