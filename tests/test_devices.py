@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from clipgraft.devices import fetch_later, precision
+from clipgraft.evaluation.encode import true_float32
 
 PAGES = """
 import resource, sys, torch
@@ -69,3 +70,22 @@ def test_a_number_on_a_gpu_that_is_read_late_is_as_it_was():
     read = fetch_later(value)
     value.fill_(3.0)
     assert read() == 2.0
+
+
+def test_evaluation_computes_in_float32_whatever_was_set_before():
+    """As by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1, which torch takes for `high`."""
+
+    def now() -> tuple[str, bool]:
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    before = now()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with true_float32():
+            assert now() == ("highest", False)
+        assert now() == ("high", before[1])
+        with pytest.raises(ZeroDivisionError), true_float32():
+            _ = 1 / 0
+        assert now() == ("high", before[1])
+    finally:
+        torch.set_float32_matmul_precision(before[0])

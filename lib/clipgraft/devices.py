@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,20 @@ def precision(device: torch.device, wish: str | None = None) -> torch.dtype:
     except OSError:
         return torch.float32
     return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else torch.float32
+
+
+@contextmanager
+def float32_products() -> Iterator[None]:
+    """A context in which products of float32 matrices are not rounded to TF32, whatever holds outside.
+
+    NVIDIA's images set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1, which torch takes for the precision `high`.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def device_name(device: torch.device) -> str:

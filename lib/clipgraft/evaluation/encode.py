@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from clipgraft.config import ConfigError
 from clipgraft.data.images import prepare
 from clipgraft.data.tokens import Tokenizer
+from clipgraft.devices import float32_products
 from clipgraft.evaluation.rows import Rows, collect
 from clipgraft.lean import open_clip
 from clipgraft.models.build import normalize, trimmed
@@ -183,10 +185,12 @@ def check_finite(features_ND: Rows, model_folder: Path) -> None:
         )
 
 
-def true_float32() -> Any:
+@contextmanager
+def true_float32() -> Iterator[None]:
     """A context in which float32 is that."""
     # cuDNN rounds convolutions (the patch embedding) to TF32 unless told otherwise.
-    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    with float32_products(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
 
 
 def _waited(rows: range, futures: Sequence[Any]) -> tuple[range, np.ndarray]:

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from clipgraft.devices import float32_products
+
 TILES = {"cpu": (256, 2048), "cuda": (1024, 8192)}
 # Similarity of a masked pair: exp gives 0, and unlike -inf it never makes a NaN.
 NOT_COMPARED = -1e4
@@ -117,14 +119,9 @@ def _beside(features: Tensor, others: list[Tensor], factor: float) -> Tensor:
 @contextmanager
 def exact() -> Iterator[None]:
     """No gradient, no autocast, no TF32: at tau = 0.01 rounding a similarity to bfloat16 moves its logit by 0.2."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.no_grad(), torch.autocast("cuda", enabled=False):
-            with torch.autocast("cpu", enabled=False):
-                yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with float32_products(), torch.no_grad(), torch.autocast("cuda", enabled=False):
+        with torch.autocast("cpu", enabled=False):
+            yield
 
 
 def row_statistics(
