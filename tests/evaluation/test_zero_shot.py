@@ -86,6 +86,15 @@ def test_blocks_change_nothing(monkeypatch):
     assert evaluate_zero_shot(images, weights, labels, list("abcdefg")) == whole
 
 
+def test_of_many_classes_all_but_the_confusion_is_kept(monkeypatch):
+    images, weights = features(40, 5, seed=1), features(7, 5, seed=2)
+    labels = torch.arange(40) % 6  # class 6 does not occur
+    whole = evaluate_zero_shot(images, weights, labels, list("abcdefg"))
+    monkeypatch.setattr(zero_shot, "MAX_CONFUSION", 6)
+    many = evaluate_zero_shot(images, weights, labels, list("abcdefg"))
+    assert many == whole | {"confusion": None} and whole["confusion"] is not None
+
+
 def test_images_without_the_label_do_not_count():
     images, weights = features(6, 4), features(3, 4, seed=1)
     labels = torch.tensor([0, -1, 2, -1, 1, -1])

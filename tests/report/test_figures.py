@@ -8,7 +8,7 @@ from clipgraft.report.costs import Cost
 from clipgraft.report.figures import MAX_SIZES, plot_caption_lengths, plot_rejects, size_counts
 from clipgraft.report.figures_attributes import plot_probes
 from clipgraft.report.figures_experts import plot_router, plot_router_layers
-from clipgraft.report.figures_results import noise_of, plot_metrics
+from clipgraft.report.figures_results import noise_of, plot_metrics, worst_classes
 from clipgraft.report.figures_rounds import _blocks, effective_number, flow_rows, plot_label_flow
 from clipgraft.report.figures_training import loss_panels
 from clipgraft.report.read import Model
@@ -163,3 +163,9 @@ def test_rows_are_as_high_as_the_models_in_them_need():
 
     for plot in (plot_metrics, plot_probes):
         assert height(plot, 24) > height(plot, 17) + 10  # three lines of legend, both
+
+
+def test_of_labels_without_a_confusion_no_class_is_the_worst():
+    few = {"classes": ["a", "b"], "confusion": [[9, 1], [4, 6]], "num_classes": 2}
+    many = {"classes": ["c", "d"], "confusion": None, "num_classes": 2}
+    assert [row["class"] for row in worst_classes({"many": many, "few": few})] == ["b", "a"]

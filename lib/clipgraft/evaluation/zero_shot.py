@@ -21,6 +21,7 @@ from clipgraft.evaluation.retrieval import recall_at
 from clipgraft.evaluation.rows import Rows
 
 BLOCK = 8192  # images whose scores are held at a time
+MAX_CONFUSION = 2_000  # classes; of 10,000 each result would have 300 MB
 
 
 def zero_shot_weights(
@@ -43,7 +44,7 @@ def zero_shot_weights(
 def evaluate_zero_shot(
     image_ND: Rows, weight_CD: Tensor, label_N: Tensor, classes: Sequence[str]
 ) -> dict[str, Any]:
-    """Accuracy, recall per class, confusion, and what guessing would give.
+    """Accuracy, recall per class, confusion (None of more than `MAX_CONFUSION` classes), and what guessing would give.
 
     Args:
         image_ND: L2-normalised features of all images.
@@ -55,12 +56,7 @@ def evaluate_zero_shot(
     cutoffs = (1, 5) if len(classes) > 5 else (1,)
     rows, label_N = known_N.nonzero().squeeze(1), label_N[known_N]
     hit_NK = recall_at(image_ND, weight_CD, rows, label_N, cutoffs=cutoffs)[known_N]
-    # Only here the first of equal classes wins: a table of counts cannot hold halves.
-    blocks = (image_ND[start : start + BLOCK] for start in range(0, len(image_ND), BLOCK))
-    predicted_N = torch.cat([(each @ weight_CD.T).argmax(1).cpu() for each in blocks])[known_N]
-    pair_N = label_N * len(classes) + predicted_N
-    confusion = torch.bincount(pair_N, minlength=len(classes) ** 2).view(len(classes), -1)
-    count_C = confusion.sum(dim=1)
+    count_C = torch.bincount(label_N, minlength=len(classes))
     hits_C = torch.zeros(len(classes), dtype=torch.float64).scatter_add_(0, label_N, hit_NK[:, 0])
     recall_C = hits_C[count_C > 0] / count_C[count_C > 0]
     return {
@@ -73,8 +69,22 @@ def evaluate_zero_shot(
         "chance5": 5 / len(classes) if len(cutoffs) > 1 else None,
         "majority": _rounded(count_C.max() / len(label_N)),
         "classes": list(classes),
-        "confusion": confusion.tolist(),
+        "confusion": _confusion(image_ND, weight_CD, rows, label_N),
     }
+
+
+def _confusion(
+    image_ND: Rows, weight_CD: Tensor, rows: Tensor, label_N: Tensor
+) -> list[list[int]] | None:
+    """How many images of each class are taken for each."""
+    num_classes = len(weight_CD)
+    if num_classes > MAX_CONFUSION:
+        return None
+    # Only here the first of equal classes wins: a table of counts cannot hold halves.
+    blocks = (image_ND[start : start + BLOCK] for start in range(0, len(image_ND), BLOCK))
+    predicted_N = torch.cat([(each @ weight_CD.T).argmax(1).cpu() for each in blocks])[rows]
+    pair_N = label_N * num_classes + predicted_N
+    return torch.bincount(pair_N, minlength=num_classes**2).view(num_classes, -1).tolist()
 
 
 def check_templates(templates: Sequence[str], where: str) -> None:

@@ -145,13 +145,15 @@ def plot_confusions(task: str, model: Model) -> Figure | None:
 def worst_classes(zero_shot: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The classes that are recognised least, the worst first, with what they are taken for most.
 
+    Labels of so many classes that their confusion was not kept are left out.
+
     Args:
         zero_shot: label to its result.
     """
     rows = []
     for label, about in zero_shot.items():
-        for i, name in enumerate(about["classes"]):
-            counts = np.array(about["confusion"][i])
+        for i, confused in enumerate(about["confusion"] or []):
+            name, counts = about["classes"][i], np.array(confused)
             wrong = np.where(np.arange(len(counts)) == i, 0, counts)
             if counts.sum() < _FEWEST or not wrong.any():
                 continue
