@@ -17,7 +17,8 @@ from PIL import Image
 from clipgraft.config import ConfigError
 from clipgraft.data.download import download
 from clipgraft.data.index import build_index
-from clipgraft.data.samples import Samples
+from clipgraft.data.sampler import Visits
+from clipgraft.data.samples import Captions, Samples, picture_sizes, read_columns
 from clipgraft.data.shards import write_shards
 from clipgraft.data.tars import read_range
 from clipgraft.data.tokens import Tokens
@@ -348,6 +349,34 @@ def test_folders_are_indexed_in_place(tmp_path):
     samples = Samples.open(tmp_path / "index")
     assert (samples.uids(), samples.captions(1)) == (["a", "sub/b"], ["caption of sub/b.png"])
     assert samples.image_bytes(1) == (pictures / "sub/b.png").read_bytes()
+
+
+def test_a_table_in_chunks_tells_what_one_in_a_piece_does(tmp_path, monkeypatch):
+    files = {}
+    for number in range(7):
+        about = {"captions": [f"{number}.{i}" for i in range(1 + number % 3)]}
+        files |= {f"{number}.jpg": jpeg(seed=number), f"{number}.json": about, f"{number}.cls": "0"}
+    tables = []
+    for rows in (100, 2):
+        monkeypatch.setattr("clipgraft.data.samples.ROWS", rows)
+        monkeypatch.setattr("clipgraft.data.index.ROWS", rows)
+        (base := tmp_path / f"{rows}").mkdir()
+        index = indexed(base, files, classes=["cat", "dog"])
+        assert read_columns(index / "samples.parquet")["captions"].num_chunks == -(-7 // rows)
+        samples, captions = Samples.open(index), Captions(index)
+        assert len(samples) == 7
+        of_rows = [
+            (samples.captions(row), samples.image_bytes(row), samples.checksum(row),
+             samples.pixels(row).tolist(), samples.image(row).size, samples.place(row)[1:])
+            for row in range(7)
+        ]  # fmt: skip
+        whole = (samples.uids(), samples.all_captions(), samples.all_caption_kinds())
+        read = [captions.of_rows(first, stop) for first, stop in ((0, 7), (1, 4), (6, 7))]
+        numbers = (samples.labels("class").tolist(), picture_sizes(index).tolist())
+        visits = Visits.of_index(index, 7, {"": 2}, 0)._source_N.tolist()
+        tables.append((of_rows, whole, read, numbers, visits, samples.samples_id))
+    assert tables[0] == tables[1]
+    assert tables[0][1][1][5] == ["5.0", "5.1", "5.2"]
 
 
 def test_an_index_finds_its_download_after_both_have_moved(tmp_path):

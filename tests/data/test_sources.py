@@ -25,6 +25,7 @@ from clipgraft.data.download import download
 from clipgraft.data.index import build_index
 from clipgraft.data.outcomes import read_outcomes
 from clipgraft.data.samples import Samples
+from clipgraft.data.sources import tables
 from clipgraft.data.sources.annotations import first_sentence
 from clipgraft.data.sources.tables import read_tables
 from clipgraft.local_files import listing
@@ -249,6 +250,19 @@ def test_tables_are_several_files_with_different_columns_and_remote_ones_too(sit
         assert indexed(tmp_path, source).all_captions() == [["one"], ["two"]]
     finally:
         remote.rm("/tables", recursive=True)
+
+
+def test_a_table_may_have_more_in_its_lists_than_an_array_holds(tmp_path, monkeypatch):
+    names = [str(tmp_path / f"{number}.parquet") for number in range(2)]
+    full = pa.ListArray.from_arrays(pa.array([0, 2**31 - 1], pa.int32()), pa.nulls(2**31 - 1))
+    for name in names:
+        Path(name).touch()
+    monkeypatch.setattr(
+        tables, "_read_file", lambda name, *_: pa.table({"url": [name], "caption": full})
+    )
+    source = UrlSource(**urls(tmp_path / "*.parquet", captions={"caption": "caption"}))
+    table, _ = read_tables(source)
+    assert table["url"].to_pylist() == names and table["caption"].num_chunks == 2
 
 
 def test_a_missing_header_is_recognised(tmp_path):

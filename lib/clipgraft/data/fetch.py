@@ -38,6 +38,7 @@ from clipgraft.data import fetch_process
 from clipgraft.data.images import BadImage, shrink
 from clipgraft.data.outcomes import OUTCOMES, Outcome, read_outcomes, write_outcomes
 from clipgraft.data.parallel import Progress, worker_pool
+from clipgraft.data.samples import read_columns
 from clipgraft.data.tars import add_member, list_samples, read_range
 from clipgraft.versions import LIBRARY
 
@@ -145,7 +146,7 @@ def last_outcomes(finished: Path) -> dict[int, Outcome]:
 def _run_round(current: Path, finished: Path, threads: int, limits: Limits) -> None:
     shards = current / "shards"  # img2dataset's alone: a foreign JSON in it would crash it
     first = int((current / "first_shard").read_text())
-    table = pq.read_table(current / "rows.parquet")
+    table = read_columns(current / "rows.parquet")
     num_shards = -(-table.num_rows // SHARD)
 
     def stem_of(shard: str) -> str:

@@ -37,7 +37,7 @@ from clipgraft.data.found import (
 )
 from clipgraft.data.images import SUFFIXES, BadImage, decode_whole, open_image
 from clipgraft.data.parallel import Progress, parallel_map
-from clipgraft.data.samples import REJECTS, SCHEMA, Accepted, Rejected, samples_id_of
+from clipgraft.data.samples import REJECTS, ROWS, SCHEMA, Accepted, Rejected, samples_id_of
 from clipgraft.data.tars import read_range, too_large
 from clipgraft.data.wordpiece import WordPieces
 from clipgraft.data.words import load_tagger
@@ -251,7 +251,7 @@ def _write_samples(
 
 def _write_table(rows: list[Accepted] | list[Rejected], schema: pa.Schema, path: Path) -> None:
     columns = {name: [getattr(row, name) for row in rows] for name in schema.names}
-    pq.write_table(pa.table(columns, schema=schema), path)
+    pq.write_table(pa.table(columns, schema=schema), path, row_group_size=ROWS)
 
 
 def _nothing_left(download: Path, rejected: list[Rejected], reasons: Counter[str]) -> str:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipgraft.config import ConfigError
+from clipgraft.data.samples import read_columns
 from clipgraft.data.utf8 import clean
 
 OUTCOMES = "outcomes.parquet"
@@ -75,7 +76,7 @@ def requested_of(path: Path) -> str:
 
 def read_outcomes(path: Path) -> list[Outcome]:
     """Read what `write_outcomes` wrote."""
-    return [Outcome(**row) for row in pq.read_table(path).to_pylist()]
+    return [Outcome(**row) for row in read_columns(path).to_pylist()]
 
 
 def failures(outcomes: Iterable[Outcome]) -> Counter[str]:

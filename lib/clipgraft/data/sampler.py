@@ -101,7 +101,7 @@ class Visits:
         if not weights:
             return cls(num_samples, seed)
         table = read_columns(Path(index_folder) / "samples.parquet", ["source"])
-        column = table["source"].combine_chunks().dictionary_encode()
+        column = table["source"].dictionary_encode().combine_chunks()
         names, source_N = column.dictionary.to_pylist(), column.indices.to_numpy()
         unknown = ", ".join(sorted(weights.keys() - set(names)))
         if unknown:

@@ -46,6 +46,8 @@ REJECTS = pa.schema(
     }
 )
 
+ROWS = 2**16  # read and written at once: an Arrow array of lists holds no more than 2 GiB of text
+
 
 @dataclass(frozen=True)
 class Rejected:
@@ -97,7 +99,7 @@ class Samples:
         self.samples_id: str = about["samples_id"]
         self.label_names: dict[str, list[str]] = about["label_names"]
         self.download = folder / about["download"]
-        self._table = read_columns(folder / "samples.parquet").combine_chunks()
+        self._table = read_columns(folder / "samples.parquet")
         self._tar = self._table["tar"]
         self._captions = self._table["captions"]
         self._offset = self._table["image_offset"].to_numpy()
@@ -216,7 +218,14 @@ class Captions:
 def read_columns(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """Columns of one file, or all; `pq.read_table` would import pandas first, a quarter of a second for each job."""
     with pq.ParquetFile(path) as file:
-        return file.read(columns)
+        return read_whole(file, columns)
+
+
+def read_whole(file: pq.ParquetFile, columns: Sequence[str] | None = None) -> pa.Table:
+    """Columns of an open file, or all, in chunks of `ROWS`; `ParquetFile.read` makes lists one array, if it can."""
+    fields = [field for field in file.schema_arrow if columns is None or field.name in columns]
+    schema = pa.schema(fields, file.schema_arrow.metadata)
+    return pa.Table.from_batches(file.iter_batches(ROWS, columns=columns), schema)
 
 
 def picture_sizes(index_folder: Path) -> np.ndarray:

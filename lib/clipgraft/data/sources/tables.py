@@ -17,6 +17,7 @@ import pyarrow.csv
 from clipgraft.config import ConfigError
 from clipgraft.data.outcomes import texts_of
 from clipgraft.data.remote import expand, is_remote, open_file
+from clipgraft.data.samples import read_whole
 from clipgraft.data.unpacked import open_parquet
 from clipgraft.data.utf8 import clean, clean_bytes, clean_table, is_utf8
 from clipgraft.sources import UrlSource
@@ -43,9 +44,12 @@ def read_tables(source: UrlSource) -> tuple[pa.Table, list[str]]:
         _check_columns(name, table, source)
         parts.append(table)
     try:
-        table = pa.concat_tables(parts, promote_options="permissive").combine_chunks()
+        table = pa.concat_tables(parts, promote_options="permissive")
     except pa.ArrowException as error:
         raise ConfigError(f"the files of {source.table} do not go together: {error}") from None
+    # In one piece, as chunks would show in what names the table (`urls._hash`).
+    with suppress(pa.ArrowInvalid):  # lists of more than 2 GiB of text stay in chunks
+        table = table.combine_chunks()
     if not table.num_rows:
         reason = f"; {len(bad):,} lines are no rows, e.g. {bad[0]}" if bad else ""
         raise ConfigError(f"{source.table} has no rows{reason}. Hint: it needs one row per image")
@@ -88,7 +92,7 @@ def _read_file(name: str, source: UrlSource, bad: list[str]) -> pa.Table:
         with open_file(name, packing) as file:
             if kind == "parquet":
                 whole = io.BytesIO(file.read()) if packing else file  # it is read from its end
-                return clean_table(open_parquet(whole, name).read())
+                return clean_table(read_whole(open_parquet(whole, name)))
             if kind in ("csv", "tsv"):
                 return _read_lines(file, kind, source.columns, bad)
             return _read_json_lines(file, name, source, bad)
