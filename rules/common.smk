@@ -178,7 +178,7 @@ def batch_size(stage):
 
 
 def sources(stage):
-    """Names and sizes of the files that a job reads, of ours or of the user."""
+    """Names, sizes and hashes of the files that a job reads, of ours or of the user."""
     return lambda wildcards: list(planned(stage, wildcards).sources)
 
 

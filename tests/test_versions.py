@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -18,7 +22,8 @@ from clipgraft.config import ConfigError, load_config, merge, sweep_points
 from clipgraft.job import Job
 from clipgraft.local_files import local_files, sampled, spelled_out
 from clipgraft.planning import plan_run, plan_runs
-from clipgraft.settings import IndexJob
+from clipgraft.settings import DownloadJob, IndexJob
+from clipgraft.sources import TarSource, UrlSource
 from clipgraft.versions import deciding, sources_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -577,6 +582,32 @@ def test_a_change_of_every_64th_part_of_large_weights_is_seen(tmp_path):
     places = [None, *(2**21 * part // 64 for part in range(64))]
     assert len(set(map(identity_with, places))) == 65
     assert identity_with(2**21 * 7 // 8 + 4095) != identity_with(None)
+
+
+@pytest.mark.parametrize("kind", ["tars", "urls"])
+def test_large_files_with_other_captions_of_the_same_length_are_other_sources(tmp_path, kind):
+    """Nothing but their first and last bytes is looked at: times of a tar, statistics of a parquet file."""
+    path = tmp_path / "data.parquet"
+
+    def told(word: str, time: int) -> list[str]:
+        if kind == "urls":
+            table = pa.table({"url": ["x" * 64] * 2**15, "caption": [word * 8] * 2**15})
+            pq.write_table(table, path, compression="none", use_dictionary=False)
+            source = UrlSource(kind="urls", table=str(path))
+        else:
+            with tarfile.open(path, "w") as tar:
+                for name, content in (("0.jpg", bytes(2**21)), ("0.txt", word.encode())):
+                    member = tarfile.TarInfo(name)
+                    member.size, member.mtime = len(content), time
+                    tar.addfile(member, io.BytesIO(content))
+            source = TarSource(kind="tars", tars=str(path))
+        assert path.stat().st_size > 2**20
+        return list(sources_of(DownloadJob(source=source)))
+
+    before = told("one", 1)
+    path.touch()
+    assert told("one", 1) == before
+    assert told("two", 2) != before
 
 
 def test_replaced_weights_that_a_run_starts_from_are_another_source_of_its_first_phase(tmp_path):

@@ -160,9 +160,9 @@ def seed_for(seed: int, *words: object) -> int:
 
 
 def sources_of(settings: Settings, is_start: bool = True) -> Iterator[str]:
-    """What tells that the local files of a job have changed: their names and sizes.
+    """What tells that the local files of a job have changed: their names, sizes and some of their content.
 
-    A changed file re-runs the job that reads it, a touched one does not; small files are hashed.
+    A changed file re-runs the job that reads it, a touched one does not.
 
     Args:
         settings: of the job.
