@@ -6,6 +6,7 @@ import ssl
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -20,13 +21,14 @@ class Site:
         delay_seconds: before each answer.
         ranges: whether parts of files are served.
         held: paths that are answered once `released` is set.
+        endless: path of a redirect -> what its body has a hundred times, and seconds after each.
     """
 
     def __init__(self, ranges=False, certificate=None):
         self.files, self.asked, self.sent = {}, Counter(), 0
         self.delay_seconds, self.ranges = 0.0, ranges
         self.cut_at = None
-        self.held, self.released = set(), threading.Event()
+        self.held, self.released, self.endless = set(), threading.Event(), {}
         site = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -68,6 +70,11 @@ class Site:
             request.send_response(302)
             request.send_header("Location", content)
             request.end_headers()
+            block, seconds = self.endless.get(path, (b"", 0))
+            with suppress(OSError):  # until the client has had enough; or tests would not end
+                for _ in range(100 if block else 0):
+                    request.wfile.write(block)
+                    time.sleep(seconds)
             return
         start, size = 0, len(content)
         wanted = request.headers.get("Range", "")

@@ -170,6 +170,18 @@ def test_answers_that_are_too_large_too_slow_or_cut_are_failures(site, out, tmp_
     assert "more than 64 MB" in large and "took more than 6 s" in slow and "IncompleteRead" in cut
 
 
+def test_redirects_whose_body_has_no_end_are_failures(site, out, tmp_path):
+    site.files["/a.jpg"] = jpeg()
+    site.files |= {"/large.jpg": f"{site.address}/a.jpg", "/slow.jpg": f"{site.address}/a.jpg"}
+    site.files["/plain.jpg"] = f"{site.address}/a.jpg"
+    site.endless = {"/large.jpg": (bytes(2**20), 0.0), "/slow.jpg": (b"x", 0.2)}
+    names = [f"{site.address}/{name}.jpg" for name in ("large", "slow", "plain")]
+    download(source_of(tmp_path, names, timeout_seconds=1), out, 1)
+    (_, large), (_, slow), plain = told(out)
+    assert "more than 64 MB" in large and "took more than 6 s" in slow and plain == ("ok", "")
+    assert site.asked["/a.jpg"] == 1
+
+
 def test_a_small_file_that_claims_to_be_a_huge_picture_is_a_failure(site, out, tmp_path):
     site.files |= {
         "/bomb.png": encoded(Image.new("1", (15_000, 15_000)), "PNG"),

@@ -101,8 +101,9 @@ def _checked(original: Callable[..., Any], check: Callable[[int, Any], None]) ->
 
 
 def _guard_urls(schemes: set[str], allow_private: bool, seconds: float) -> None:
-    """Check each URL that is opened, redirects too, and bound the size of the answer and its time."""
+    """Check each URL that is opened, redirects too, and bound the size of each answer and its time."""
     original = urllib.request.OpenerDirector.open
+    read = http.client.HTTPResponse.read
     has_proxy = bool(urllib.request.getproxies().keys() - {"no"})
 
     def open_checked(self: Any, fullurl: Any, data: Any = None, timeout: Any = None) -> Any:
@@ -116,13 +117,16 @@ def _guard_urls(schemes: set[str], allow_private: bool, seconds: float) -> None:
         if has_proxy and not allow_private:
             _check_behind_proxy(urlsplit(request.full_url).hostname or "")
         response = original(self, request, data, timeout)
-        if isinstance(response, http.client.HTTPResponse):
-            response.read = functools.partial(_read, response, seconds)  # type: ignore[method-assign]
-        else:
+        if not isinstance(response, http.client.HTTPResponse):
             response.read = functools.partial(_read_file, response.read)
         return response
 
+    def read_bounded(self: http.client.HTTPResponse, amt: int | None = None) -> bytes:
+        return _read(self, seconds) if amt is None else read(self, amt)
+
     urllib.request.OpenerDirector.open = open_checked  # type: ignore[method-assign]
+    # Of the class: what answers with a redirect is read by urllib itself, before the next URL is opened.
+    http.client.HTTPResponse.read = read_bounded  # type: ignore[method-assign]
 
 
 def _check_behind_proxy(host: str) -> None:
