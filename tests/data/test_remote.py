@@ -1,5 +1,8 @@
 """Laws of remote files: a real S3 server and a real web server of this machine, memory, and what breaks."""
 
+import gzip
+import io
+import json
 import logging
 import os
 import signal
@@ -11,6 +14,9 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import fsspec
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
 import pytest
 from pictures import jpeg, write_tar
 from server import Hub, Site
@@ -21,8 +27,9 @@ from clipgraft.data.index import build_index
 from clipgraft.data.outcomes import read_outcomes
 from clipgraft.data.remote import copy_all, expand, open_file
 from clipgraft.data.samples import Samples
+from clipgraft.data.sources.tables import read_tables
 from clipgraft.settings import IndexJob
-from clipgraft.sources import TarSource, UrlSource
+from clipgraft.sources import ParquetSource, TarSource, UrlSource
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +219,7 @@ def test_https_is_read_where_the_certificate_is_trusted_and_refused_elsewhere(
 @pytest.mark.parametrize("ranges", [True, False])
 def test_tars_come_from_a_web_server(ranges, site, tmp_path):
     site.ranges = ranges
-    site.files["/t/0.tar"] = tar_bytes(tmp_path, 0, size=5_000_000)
+    site.files["/t/0.tar"] = tar_bytes(tmp_path, 0, size=12_000_000)  # several blocks of fsspec's
     samples = indexed(tmp_path, TarSource(kind="tars", tars=f"{site.address}/t/0.tar"))
     assert samples.all_captions() == [["number 0"]]
     assert (tmp_path / "out/0.tar").read_bytes() == site.files["/t/0.tar"]
@@ -222,6 +229,31 @@ def test_tars_come_from_a_web_server(ranges, site, tmp_path):
             fresh(tmp_path / "again"),
             1,
         )
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_tables_and_parquet_files_come_from_a_web_server(ranges, site, tmp_path):
+    site.ranges = ranges
+    rows = {"url": [f"http://x/{row}" for row in range(9)], "caption": [os.urandom(500_000).hex()] * 9}  # fmt: skip
+    table = pa.table(rows)
+    lines = "".join(json.dumps(row) + "\n" for row in table.to_pylist()).encode()
+    packed = gzip.compress(lines, 0)
+    for name, write in {"t.parquet": pq.write_table, "t.csv": pa.csv.write_csv}.items():
+        sink = io.BytesIO()
+        write(table, sink, **({"use_dictionary": False} if "parquet" in name else {}))
+        site.files[f"/{name}"] = sink.getvalue()
+    site.files |= {"/t.jsonl": lines, "/t.jsonl.gz": packed}
+    for name, data in site.files.items():
+        assert len(data) > 5 * 2**20, name  # a block of fsspec's
+        read, _ = read_tables(UrlSource(kind="urls", table=site.address + name))
+        assert read.to_pydict() == rows
+    image = {"image": [os.urandom(3_000_000), jpeg(seed=1), jpeg(seed=2)], "caption": ["no", "one", "two"]}  # fmt: skip
+    pq.write_table(pa.table(image), tmp_path / "i.parquet", row_group_size=1)
+    site.files["/i.parquet"] = (tmp_path / "i.parquet").read_bytes()
+    source = ParquetSource(
+        kind="parquet", files=f"{site.address}/i.parquet", captions={"caption": "caption"}
+    )
+    assert indexed(tmp_path, source).all_captions() == [["one"], ["two"]]
 
 
 def test_addresses_that_differ_in_their_query_or_name_no_tar_are_copied_apart(site, tmp_path):

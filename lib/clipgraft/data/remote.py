@@ -12,14 +12,16 @@ import hashlib
 import io
 import logging
 import os
+import shutil
 import socket
+import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 import fsspec
@@ -209,20 +211,29 @@ def _identity(about: Mapping[str, Any]) -> str:
 
 
 def _append(system: Any, path: str, part: Path, progress: _Megabytes) -> None:
-    with system.open(path, "rb", block_size=_CHUNK) as source, part.open("ab") as file:
-        start = file.tell()
-        if start:
-            try:
-                source.seek(start)
-            except ValueError:  # a server that sends whole files only
-                file.truncate(0)
-        while data := source.read(_CHUNK):
-            if progress.stopped.is_set():
-                raise InterruptedError("another copy failed")
-            file.write(data)
-            progress.add(len(data))
+    with part.open("ab") as file:
+        try:
+            with system.open(path, "rb", block_size=_CHUNK) as source:
+                if file.tell():
+                    source.seek(file.tell())
+                _write(source, file, progress)
+        except (
+            ValueError
+        ):  # a server that sends whole files only; fsspec may find out at the second block
+            progress.add(-file.tell())
+            file.truncate(0)
+            with system.open(path, "rb", block_size=0) as source:  # as it comes
+                _write(source, file, progress)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _write(source: Any, file: BinaryIO, progress: _Megabytes) -> None:
+    while data := source.read(_CHUNK):
+        if progress.stopped.is_set():
+            raise InterruptedError("another copy failed")
+        file.write(data)
+        progress.add(len(data))
 
 
 def _names(urls: Sequence[str], suffix: str) -> list[str]:
@@ -255,7 +266,24 @@ def _open(name: str) -> Any:
     if not is_remote(name):
         return fsspec.open(name, "rb", compression=None).open()
     system, path = _system(name)
+    if name.startswith(("http://", "https://")) and not _sends_parts(system, path):
+        whole = tempfile.TemporaryFile()
+        with system.open(path, "rb", block_size=0) as source:  # as it comes
+            shutil.copyfileobj(source, whole, _CHUNK)
+        whole.seek(0)
+        return whole
     return system.open(path, "rb")
+
+
+def _sends_parts(system: Any, path: str) -> bool:
+    """Whether a web server sends the part of a file that is asked for; fsspec seeks anywhere, and then cannot read."""
+    with system.open(path, "rb", block_size=1, cache_type="none") as file:
+        try:
+            file.seek(1)
+            file.read(1)
+        except ValueError:
+            return False
+    return True
 
 
 def _system(url: str) -> tuple[Any, str]:
