@@ -163,6 +163,18 @@ def test_in_a_tsv_quotes_open_nothing_unless_all_are_of_whole_cells(cells, capti
         assert read["caption"].to_pylist() == captions and not bad
 
 
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+@pytest.mark.parametrize("columns", [None, ["url", "caption"]])
+def test_a_line_that_is_no_row_is_told_once(kind, columns, tmp_path):
+    cells = [["url", "caption"], ["http://a/0", "one"], ["http://a/1"], ["http://a/2", "two"]]
+    end = {"csv": ",", "tsv": "\t"}[kind]
+    path = tmp_path / f"t.{kind}"
+    path.write_text("".join(end.join(row) + "\n" for row in cells[1 if columns else 0 :]))
+    table, bad = read_tables(UrlSource(**urls(path, columns=columns, captions={"caption": "caption"})))  # fmt: skip
+    assert table["caption"].to_pylist() == ["one", "two"]
+    assert bad == ["1 columns, not 2: 'http://a/1'"]
+
+
 def test_columns_of_views_are_those_of_their_texts(site, tmp_path):
     url, view = f"{site.address}/0.jpg", pa.string_view()
     table = pa.table(

@@ -7,6 +7,7 @@ import json
 import re
 from collections import Counter
 from contextlib import suppress
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
@@ -115,16 +116,16 @@ def _read_lines(file: BinaryIO, kind: str, columns: list[str] | None, bad: list[
         return "skip"
 
     is_raw = kind == "tsv" and bool(columns or _OPEN_QUOTE.search(data))
-    parse = pa.csv.ParseOptions(
+    parse = partial(
+        pa.csv.ParseOptions,
         delimiter="\t" if kind == "tsv" else ",",
         quote_char=False if is_raw else '"',
         newlines_in_values=not is_raw,
-        invalid_row_handler=note,
     )
-    names = columns or _header(data, parse)
+    names = columns or _header(data, parse(invalid_row_handler=lambda _: "skip"))
     table = pa.csv.read_csv(
         pa.BufferReader(data),
-        parse_options=parse,
+        parse_options=parse(invalid_row_handler=note),
         read_options=pa.csv.ReadOptions(column_names=columns),
         convert_options=pa.csv.ConvertOptions(
             column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False
