@@ -177,6 +177,7 @@ def disk_rows(presets: Sequence[Preset]) -> Rows:
     for dim, config in dims:
         yield _per_sample(f"embeddings of a model of {dim} dimensions", fp.embedding_bytes(config))
     yield _per_sample("index, with tokens", fp.index_bytes())
+    yield _per_sample("index, in memory of the machine that makes it", fp.INDEXING)
     yield _per_sample("labels of a round", fp.LABEL)
     yield _per_sample("u, in memory of each machine and in each saved state", fp.LOG_U)
     yield _per_sample("u and tau of each sample (rgcl), likewise", 4 * fp.LOG_U)
@@ -255,6 +256,7 @@ def data_needs(preset: Preset, pairs: int) -> dict[str, float]:
     day, seen = 24 * 3600 * DAYS, sum(phase.samples_seen for phase in preset.phases)
     return {
         "disk": pairs * on_disk / DISK,
+        "index in memory": pairs * fp.INDEXING / NODE_MEMORY,
         "order of an epoch": pairs * fp.NODE * fp.ORDER / NODE_MEMORY,
         "u in saved state": pairs * remembers / (fp.WRITE * fp.SAVE_SHARE * fp.LOST),
         "download": pairs / fp.DOWNLOAD / day,

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from pictures import encoded, jpeg, write_tar
 from PIL import Image
 
+from clipgraft import footprint
 from clipgraft.config import ConfigError
 from clipgraft.data.download import download
 from clipgraft.data.index import build_index
@@ -377,6 +379,29 @@ def test_a_table_in_chunks_tells_what_one_in_a_piece_does(tmp_path, monkeypatch)
         tables.append((of_rows, whole, read, numbers, visits, samples.samples_id))
     assert tables[0] == tables[1]
     assert tables[0][1][1][5] == ["5.0", "5.1", "5.2"]
+
+
+def test_an_index_is_made_in_the_memory_that_scale_says(tmp_path):
+    """Of Python's objects, which are most of it; samples that are found are not kept beside those that are accepted."""
+    peaks, images = [], [jpeg(seed=seed) for seed in range(9)]
+    for number in (10, 300, 900):  # the first loads what is loaded once
+        (base := tmp_path / f"{number}").mkdir()
+        for first in range(0, number, 50):
+            files = {}
+            for row in range(first, min(first + 50, number)):
+                key, text = f"{row:09d}", f"caption {row:020d}"
+                files |= {f"{key}.jpg": images[row % 9], f"{key}.txt": text, f"{key}.json": "{}"}
+            write_tar(base / f"{first}.tar", files)
+        out, index, tars = base / "out", base / "index", str(base / "*.tar")
+        out.mkdir()
+        index.mkdir()
+        download(TarSource(kind="tars", tars=tars, captions={"caption": "txt"}), out, 1)
+        tracemalloc.start()
+        build_index(TEST, out, index, 1)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    per_sample = (peaks[2] - peaks[1]) / 600
+    assert 0.6 * footprint.INDEXING < per_sample < footprint.INDEXING
 
 
 def test_an_index_finds_its_download_after_both_have_moved(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ ClassNames = dict[str, list[str]]
 _CAPTION = "caption"  # kind of a caption that says nothing else
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Found:
     """A sample as the download left it.
 
@@ -74,15 +75,12 @@ def find(downloads: Mapping[str, Path], threads: int) -> list[Found]:
     for source, download in downloads.items():
         samples = _with_unique_uids(_find_one(download, threads))
         prefix = f"{source}/" if source else ""
+        from_root = {
+            file: file if os.path.isabs(file) else os.path.relpath(download / file, root)
+            for file in {each.file for each in samples}
+        }
         found += [
-            replace(
-                each,
-                uid=prefix + each.uid,
-                source=source,
-                file=each.file
-                if os.path.isabs(each.file)
-                else os.path.relpath(download / each.file, root),
-            )
+            replace(each, uid=prefix + each.uid, source=source, file=from_root[each.file])
             for each in samples
         ]
     return sorted(found, key=lambda each: each.uid)
@@ -127,7 +125,7 @@ def read_captions(found: Found) -> tuple[list[str], list[str]]:
     if not isinstance(kinds, list) or len(kinds) != len(captions):
         kinds = [_CAPTION] * len(captions)
     kept = [
-        (caption, clean(str(kind)))
+        (caption, sys.intern(clean(str(kind))))
         for text, kind in zip(captions, kinds, strict=True)
         if isinstance(text, str) and (caption := clean_caption(text))
     ]

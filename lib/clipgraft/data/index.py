@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,11 +81,12 @@ def build_index(
     downloads = {"": download} if isinstance(download, Path) else dict(download)
     class_names = read_class_names(downloads)
     found, rejected = _without_repeats(find(downloads, threads))
-    log.info("%s samples to look at", f"{len(found):,}")
+    num_found = len(found)
+    log.info("%s samples to look at", f"{num_found:,}")
     accepted: list[Accepted] = []
-    progress = Progress("decoded", len(found))
-    tasks = ((settings, class_names, found[i : i + _CHUNK]) for i in range(0, len(found), _CHUNK))
-    for results in parallel_map(_check_chunk, tasks, min(threads, len(found) // 512)):
+    progress = Progress("decoded", num_found)
+    tasks = ((settings, class_names, chunk) for chunk in _taken(found))
+    for results in parallel_map(_check_chunk, tasks, min(threads, num_found // 512)):
         accepted += [each for each in results if isinstance(each, Accepted)]
         rejected += [each for each in results if isinstance(each, Rejected)]
         progress.add(len(results), f"   {len(rejected):,} rejected")
@@ -112,6 +114,14 @@ def build_index(
             wordpiece,
         )
     return {**facts, "rejected": dict(reasons.most_common())}
+
+
+def _taken(found: list[Found]) -> Iterator[list[Found]]:
+    """The samples in chunks; the list is empty in the end, as what is accepted of them takes as much memory again."""
+    found.reverse()
+    while found:
+        yield found[: -_CHUNK - 1 : -1]
+        del found[-_CHUNK:]
 
 
 def _without_repeats(found: list[Found]) -> tuple[list[Found], list[Rejected]]:
@@ -199,7 +209,7 @@ def _check(settings: IndexJob, class_names: ClassNames, found: Found) -> Accepte
         zlib.crc32(data),
         pixels.shape[1],
         pixels.shape[0],
-        json.dumps(labels, sort_keys=True),
+        sys.intern(json.dumps(labels, sort_keys=True)),
         pixel_hash_of(pixels),
         perceptual_hash_of(pixels),
     )

@@ -30,7 +30,7 @@ SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What became of one requested image.
 
@@ -76,7 +76,8 @@ def requested_of(path: Path) -> str:
 
 def read_outcomes(path: Path) -> list[Outcome]:
     """Read what `write_outcomes` wrote."""
-    return [Outcome(**row) for row in read_columns(path).to_pylist()]
+    batches = read_columns(path).to_batches()
+    return [Outcome(**row) for batch in batches for row in batch.to_pylist()]
 
 
 def failures(outcomes: Iterable[Outcome]) -> Counter[str]:

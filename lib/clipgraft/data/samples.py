@@ -49,7 +49,7 @@ REJECTS = pa.schema(
 ROWS = 2**16  # read and written at once: an Arrow array of lists holds no more than 2 GiB of text
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Rejected:
     """A row of `rejects.parquet`; where its image is, if it has one."""
 
@@ -61,7 +61,7 @@ class Rejected:
     image_bytes: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Accepted:
     """A row of `samples.parquet`."""
 

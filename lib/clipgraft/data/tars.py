@@ -10,6 +10,7 @@ nowhere. A name is a key and no more.
 from __future__ import annotations
 
 import io
+import sys
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -76,7 +77,7 @@ def list_samples(path: Path) -> list[tuple[str, Members]]:
             continue
         stem, _, extension = base.partition(".")
         key = f"{folder}/{stem}".removeprefix("./").removeprefix("/")
-        extension = extension.lower()
+        extension = sys.intern(extension.lower())  # one of a few, in memory once
         if not samples or samples[-1][0] != key or extension in samples[-1][1]:
             samples.append((key, {}))
         samples[-1][1][extension] = (offset, size)
