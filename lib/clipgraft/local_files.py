@@ -69,7 +69,7 @@ def listing(name: str) -> str:
     """Names and sizes of all files of a folder, hashed; remembered, since runs share folders.
 
     Raises:
-        ConfigError: if there is no such folder.
+        ConfigError: if there is no such folder, or one in it cannot be read.
     """
     folder = local_path(name)
     if not folder.is_dir():
@@ -85,23 +85,36 @@ def files_below(folder: Path) -> list[Path]:
     """All files of a folder and its subfolders, sorted; links to folders are followed, and each folder is entered once.
 
     Folders come before links to them: a link to another place of the same tree adds nothing.
+
+    Raises:
+        ConfigError: if one of the folders cannot be read.
     """
     files: list[Path] = []
     entered: set[str] = set()
     starts = [str(folder)]  # and the links that are met
-    for start in starts:
-        for place, folders, names in os.walk(start):
-            folders.sort()
-            real = os.path.realpath(place)
-            if real in entered:
-                folders.clear()
-                continue
-            entered.add(real)
-            starts += [
-                link for name in folders if os.path.islink(link := os.path.join(place, name))
-            ]
-            files += [path for name in names if (path := Path(place, name)).is_file()]
+    try:
+        for start in starts:
+            for place, folders, names in os.walk(start, onerror=_raise):
+                folders.sort()
+                real = os.path.realpath(place)
+                if real in entered:
+                    folders.clear()
+                    continue
+                entered.add(real)
+                starts += [
+                    link for name in folders if os.path.islink(link := os.path.join(place, name))
+                ]
+                files += [path for name in names if (path := Path(place, name)).is_file()]
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename!r} in the folder {str(folder)!r} cannot be read: {error.strerror}. Hint: see to its "
+            "permissions (`ls -ld`), or move it elsewhere"
+        ) from None
     return sorted(files)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def identity(path: Path, places: int = 1) -> str:

@@ -1,5 +1,6 @@
 """Each form of data, from the form in which people have it to the captions and labels of the index."""
 
+import errno
 import gzip
 import io
 import json
@@ -28,7 +29,7 @@ from clipgraft.data.samples import Samples
 from clipgraft.data.sources import tables
 from clipgraft.data.sources.annotations import first_sentence
 from clipgraft.data.sources.tables import read_tables
-from clipgraft.local_files import listing
+from clipgraft.local_files import files_below, listing
 from clipgraft.settings import IndexJob, IndexSettings
 from clipgraft.sources import SOURCE_KINDS, OneSource, Source, UrlSource
 
@@ -390,6 +391,26 @@ def test_linked_folders_are_entered_once_each_and_a_loop_ends(tmp_path):
     (kept / "cat" / "deep" / "2.jpg").write_bytes(jpeg(seed=4))
     listing.cache_clear()
     assert before.startswith("3 files") and listing(str(chosen)).startswith("4 files")
+
+
+def test_a_folder_that_cannot_be_read_is_named_and_not_passed_over(tmp_path, monkeypatch):
+    closed = tmp_path / "photos" / "closed"
+    closed.mkdir(parents=True)
+    (tmp_path / "photos/a.jpg").write_bytes(jpeg())
+    scandir = os.scandir
+
+    def refusing(place):  # root, who may run tests, may read anything
+        if str(place) == str(closed):
+            raise PermissionError(errno.EACCES, "Permission denied", str(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    message = (
+        rf"{closed}' in the folder '{tmp_path}/photos' cannot be read: Permission denied. Hint"
+    )
+    for read in (files_below, lambda folder: listing(str(folder))):
+        with pytest.raises(ConfigError, match=message):
+            read(tmp_path / "photos")
 
 
 def test_class_names_and_templates_that_cannot_be_meant_are_refused(tmp_path):
