@@ -1,6 +1,7 @@
 """Laws of hashes and of the search for duplicates. Oracle: every pair compared."""
 
 import io
+import logging
 
 import cv2
 import numpy as np
@@ -112,19 +113,39 @@ def test_the_first_of_equal_ones_is_named():
 
 @pytest.mark.parametrize("max_bits", [0, 1, 3, 4, 7, 8, 13])
 @pytest.mark.parametrize("banded", [False, True])
-def test_what_is_found_is_what_all_pairs_give(max_bits, banded, monkeypatch):
+@pytest.mark.parametrize("block", [7, 64])
+def test_what_is_found_is_what_all_pairs_give(max_bits, banded, block, monkeypatch):
     if banded:
         monkeypatch.setattr(
             duplicates, "comb", lambda *_: 0
         )  # as if there were too many to compare
         monkeypatch.setattr(duplicates, "_MAX_PAIRS", 50)
-    monkeypatch.setattr(duplicates, "_BLOCK", 64)
+    monkeypatch.setattr(duplicates, "_BLOCK", block)
     hashes, others = crowd(300), np.concatenate([crowd(200), crowd(50, seed=1)])
     as_ints = [[int(each) for each in of] for of in (hashes, others)]
     expected = nearest_by_hand(*as_ints, max_bits)
     assert find_near(hashes, others, max_bits).tolist() == expected
     assert first_near(hashes, max_bits).tolist() == kept_by_hand(as_ints[0], max_bits)
     assert -1 in expected and len({*expected}) > 8
+
+
+def test_rows_are_sorted_as_often_as_they_can_be_doubled_and_progress_is_told(monkeypatch, caplog):
+    num_sorted, argsort = [], np.argsort
+    monkeypatch.setattr(duplicates, "comb", lambda *_: 0)
+    monkeypatch.setattr(duplicates, "_BLOCK", 16)
+    monkeypatch.setattr("clipgraft.data.parallel.LOG_SECONDS", 0.0)
+    hashes = np.random.default_rng(0).integers(0, 2**64, 2048, dtype=np.uint64)
+
+    def counted(values, **settings):
+        num_sorted.append(len(values))
+        return argsort(values, **settings)
+
+    monkeypatch.setattr(np, "argsort", counted)
+    with caplog.at_level(logging.INFO):
+        assert first_near(hashes, 3).tolist() == list(range(2048))
+    doublings = np.log2(2048 / 16)
+    assert 4 * 2048 <= sum(num_sorted) <= 4 * 2048 * (doublings + 1)
+    assert "compared 1,024/2,048 images  50%" in caplog.text
 
 
 def test_nothing_is_near_where_there_is_nothing():

@@ -8,11 +8,14 @@ depends on the order of rows alone: the first one, and then each that resembles 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from itertools import combinations
 from math import comb
 
 import cv2
 import numpy as np
+
+from clipgraft.data.parallel import Progress
 
 # Shapes: N rows in question, M rows to look in, P pairs that may be alike
 
@@ -63,20 +66,27 @@ def first_near(hash_N: np.ndarray, max_bits: int) -> np.ndarray:
         max_bits: bits that may differ.
     """
     kept_N = np.arange(len(hash_N))
-    kept: list[np.ndarray] = [np.zeros(0, np.int64)]
+    # Kept rows in order, in parts at least twice as large as the next: a row is sorted again with twice as many alone.
+    parts: list[tuple[np.ndarray, _Sorted]] = []
+    progress = Progress("compared", len(hash_N))
     for start in range(0, len(hash_N), _BLOCK):
         rows = np.arange(start, min(start + _BLOCK, len(hash_N)))
-        before = np.concatenate(kept)
-        match = find_near(hash_N[rows], hash_N[before], max_bits)
-        kept_N[rows[match >= 0]] = before[match[match >= 0]]
-        rows = rows[match < 0]
+        progress.add(len(rows))
+        for before, among in parts:
+            match = _find(hash_N[rows], among, max_bits)
+            kept_N[rows[match >= 0]] = before[match[match >= 0]]
+            rows = rows[match < 0]
         is_near = np.bitwise_count(hash_N[rows, None] ^ hash_N[rows]) <= max_bits
         is_kept = np.ones(len(rows), bool)
         for i in np.flatnonzero(np.tril(is_near, -1).any(1)):
             earlier = np.flatnonzero(is_near[i, :i] & is_kept[:i])
             if len(earlier):
                 is_kept[i], kept_N[rows[i]] = False, rows[earlier[0]]
-        kept.append(rows[is_kept])
+        kept = rows[is_kept]
+        while parts and len(parts[-1][0]) <= 2 * len(kept):
+            kept = np.concatenate([parts.pop()[0], kept])
+        parts.append((kept, _sorted(hash_N[kept], max_bits)))
+    progress.done()
     return kept_N
 
 
@@ -91,29 +101,55 @@ def find_near(hash_N: np.ndarray, among_M: np.ndarray, max_bits: int) -> np.ndar
         among_M: uint64.
         max_bits: bits that may differ.
     """
-    if not len(among_M):
+    return _find(hash_N, _sorted(among_M, max_bits), max_bits)
+
+
+@dataclass(frozen=True)
+class _Sorted:
+    """Hashes to look in; few are compared with all, and have no bands.
+
+    Attributes:
+        hash_M: as they are.
+        bands: for each, the order by its value, the hashes in it, and where each value begins.
+    """
+
+    hash_M: np.ndarray
+    bands: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+
+def _sorted(hash_M: np.ndarray, max_bits: int) -> _Sorted:
+    num_masks = sum(comb(16, count) for count in range(max_bits // _BANDS + 1))
+    if len(hash_M) <= 64 * num_masks:  # fewer than the bands would name
+        return _Sorted(hash_M, [])
+    bands = []
+    for band in range(_BANDS):
+        value_M = _band(hash_M, band)
+        order = np.argsort(value_M, kind="stable")
+        start = np.searchsorted(value_M[order], np.arange(1 << 16, dtype=np.uint16), "left")
+        bands.append((order, hash_M[order], np.append(start, len(order))))
+    return _Sorted(hash_M, bands)
+
+
+def _band(hashes: np.ndarray, band: int) -> np.ndarray:
+    return (hashes >> np.uint64(16 * band)).astype(np.uint16)
+
+
+def _find(hash_N: np.ndarray, among: _Sorted, max_bits: int) -> np.ndarray:
+    if not len(among.hash_M):
         return np.full(len(hash_N), -1)
-    radius = max_bits // _BANDS
-    num_masks = sum(comb(16, count) for count in range(radius + 1))
-    found_N = np.full(len(hash_N), len(among_M))
-    if len(among_M) <= 64 * num_masks:  # fewer than the bands would name
-        _compare_all(hash_N, among_M, max_bits, found_N)
-    else:
-        masks = [
-            sum(1 << bit for bit in bits)
-            for count in range(radius + 1)
-            for bits in combinations(range(16), count)
-        ]
-        for band in range(_BANDS):
-            shift = np.uint64(16 * band)
-            ours, theirs = ((each >> shift).astype(np.uint16) for each in (hash_N, among_M))
-            order = np.argsort(theirs, kind="stable")
-            start = np.searchsorted(theirs[order], np.arange(1 << 16, dtype=np.uint16), "left")
-            start = np.append(start, len(order))
-            for mask in masks:
-                bucket = ours ^ np.uint16(mask)
-                _compare(hash_N, among_M, max_bits, found_N, order, start, bucket)
-    return np.where(found_N < len(among_M), found_N, -1)
+    found_N = np.full(len(hash_N), len(among.hash_M))
+    if not among.bands:
+        _compare_all(hash_N, among.hash_M, max_bits, found_N)
+    masks = [
+        sum(1 << bit for bit in bits)
+        for count in range(max_bits // _BANDS + 1)
+        for bits in combinations(range(16), count)
+    ]
+    for band, sorted_M in enumerate(among.bands):
+        for mask in masks:
+            bucket_N = _band(hash_N, band) ^ np.uint16(mask)
+            _compare(hash_N, bucket_N, sorted_M, max_bits, found_N)
+    return np.where(found_N < len(among.hash_M), found_N, -1)
 
 
 def _compare_all(
@@ -129,24 +165,24 @@ def _compare_all(
 
 def _compare(
     hash_N: np.ndarray,
-    among_M: np.ndarray,
+    bucket_N: np.ndarray,
+    sorted_M: tuple[np.ndarray, np.ndarray, np.ndarray],
     max_bits: int,
     found_N: np.ndarray,
-    order: np.ndarray,
-    start: np.ndarray,
-    bucket: np.ndarray,
 ) -> None:
     """Compare each row with the hashes of its bucket; lowers `found_N`."""
-    num_N = start[bucket.astype(np.int64) + 1] - start[bucket]
+    order, hash_M, start = sorted_M
+    begin_N = start[bucket_N]
+    num_N = start[bucket_N.astype(np.int64) + 1] - begin_N
     ends = np.cumsum(num_N)
     first = 0
     while first < len(hash_N):
         done = int(ends[first - 1]) if first else 0
         last = max(first + 1, int(np.searchsorted(ends, done + _MAX_PAIRS, "right")))
-        num = num_N[first:last]
-        row_P = np.repeat(np.arange(first, last), num)
-        within = np.arange(len(row_P)) - np.repeat(np.cumsum(num) - num, num)
-        other_P = order[start[bucket[row_P]] + within]
-        is_near = np.bitwise_count(hash_N[row_P] ^ among_M[other_P]) <= max_bits
-        np.minimum.at(found_N, row_P[is_near], other_P[is_near])
+        num, stop = num_N[first:last], ends[first:last] - done
+        place_P = np.arange(stop[-1]) + np.repeat(begin_N[first:last] - (stop - num), num)
+        differing_P = np.bitwise_count(np.repeat(hash_N[first:last], num) ^ hash_M[place_P])
+        near = np.flatnonzero(differing_P <= max_bits)
+        row = first + np.searchsorted(stop, near, "right")
+        np.minimum.at(found_N, row, order[place_P[near]])
         first = last
