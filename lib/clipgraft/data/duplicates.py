@@ -66,7 +66,7 @@ def first_near(hash_N: np.ndarray, max_bits: int) -> np.ndarray:
         max_bits: bits that may differ.
     """
     kept_N = np.arange(len(hash_N))
-    # Kept rows in order, in parts at least twice as large as the next: a row is sorted again with twice as many alone.
+    # Kept rows in order, in parts more than twice as large as the next: a row is sorted again only with half as many more.
     parts: list[tuple[np.ndarray, _Sorted]] = []
     progress = Progress("compared", len(hash_N))
     for start in range(0, len(hash_N), _BLOCK):
