@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import runpy
@@ -141,9 +142,19 @@ def copy_to() -> Callable[[Path], Workflow]:
 
 @pytest.fixture(scope="session")
 def _finished_once(tmp_path_factory: pytest.TempPathFactory) -> Workflow:
-    finished = copy_workflow(tmp_path_factory.mktemp("finished"))
-    finished.snakemake("--cores", "2")
-    return finished
+    """A copy for this process of what the first process to ask has run for all; the others wait for it meanwhile."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # that of all processes of these tests
+    with (base / "finished.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (base / "finished").exists():
+            made = copy_workflow(tmp_path_factory.mktemp("making"))
+            made.snakemake("--cores", "2")
+            made.root.rename(base / "finished")
+    mine = tmp_path_factory.mktemp("finished_copy") / "workflow"
+    shutil.copytree(base / "finished", mine, symlinks=True)
+    return Workflow(mine)
 
 
 @pytest.fixture
