@@ -299,3 +299,24 @@ def test_the_average_of_a_part_of_an_evaluation_folder_is_shown_and_leads(store)
     assert rows["model"][4:] == ["evalset/Average (3/38)", "over base"]
     assert rows["chance"] == ["20.0"]
     assert rows["moe"][4:] == ["80.0 +- 0.0*", "+20.0 +- 0.0"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (["evalset/own", "evalset/mmvp_vlm"], ["evalset/own", "evalset/mmvp_vlm"]),
+        (["evalset/VTAB (2/13)", "evalset/vtab/dtd"], ["evalset/VTAB (2/13)"]),
+        (["evalset/Average", "evalset/VTAB", "evalset/cifar10"], ["evalset/Average"]),
+    ],
+)
+def test_of_a_folder_without_an_average_its_own_metrics_are_shown(store, columns, shown):
+    for path in store.glob("runs/*/report/results.csv"):
+        lines = [line.split(",")[:6] for line in path.read_text().splitlines()]
+        scores = [columns, ["0.1"] * 3, ["0.3", "0.2", "0.4"], ["0.5", "0.4", "0.6"]]
+        with_scores = [
+            [*line, *own[: len(columns)]] for line, own in zip(lines, scores, strict=True)
+        ]
+        path.write_text("".join(",".join(line) + "\n" for line in with_scores))
+    rows = lines_of(compare(["routers_0"], store))
+    assert rows["model"][4:] == [*shown, "over base"]
+    assert rows["moe"][4] == "50.0*" and rows["moe"][-1] == "+20.0"

@@ -21,13 +21,18 @@ from statistics import mean, stdev
 from typing import Any, TypeAlias
 
 from clipgraft.config import ConfigError
+from clipgraft.evalset_tasks import AGGREGATES
 from clipgraft.provenance import MANIFEST, read_manifest
 from clipgraft.versions import deciding
 
 LOCK = "versions.json"
 BEST = "best_expert"
-# How the metrics of the table end; of a folder that is not whole, `Average (3/38)`.
-_SHOWN = [re.compile(end) for end in (r"/mean_R@1$", r"_acc1$", r"^evalset/Average( \(.+\))?$")]
+_SHOWN = [re.compile(end) for end in (r"/mean_R@1$", r"_acc1$")]  # how the metrics of the table end
+# Of an evaluation folder: the average, else other means, else each task; if it is not whole, `Average (3/38)`.
+_OF_EVALSET = [
+    re.compile(rf"^evalset/({names})$")
+    for names in (r"Average( \(.+\))?", rf"({'|'.join(AGGREGATES)})( \(.+\))?", ".+")
+]
 _ATTRIBUTES = ("/probe_", "/given_")  # what the metrics of the second table have in their names
 _LAST = "best_expert upcycled moe"
 Version: TypeAlias = tuple[Path, ...]  # of a model: the folders of all its evaluations
@@ -145,14 +150,22 @@ def _evaluations_of(run: str, results: Path) -> dict[str, dict[str, Path]]:
 
 
 def lead_metric(chance: Mapping[str, str]) -> str:
-    """The metric that stands for all: the first mean R@1, or else the first accuracy; empty without any."""
+    """The metric that stands for all: the first mean R@1, accuracy or metric of a folder; empty without any."""
     found = [name for end in _SHOWN for name in chance if end.search(name)]
-    return next(iter(found), "")
+    return next(iter([*found, *_metrics_of_evalset(chance)]), "")
 
 
 def main_metrics(chance: Mapping[str, str]) -> list[str]:
-    """Those of the table: mean R@1 of tasks, accuracy of labels, the average of an evaluation folder."""
-    return [name for name in chance if any(end.search(name) for end in _SHOWN)]
+    """Those of the table: mean R@1 of tasks, accuracy of labels, what stands for an evaluation folder."""
+    of_evalset = _metrics_of_evalset(chance)
+    return [
+        name for name in chance if name in of_evalset or any(end.search(name) for end in _SHOWN)
+    ]
+
+
+def _metrics_of_evalset(chance: Mapping[str, str]) -> list[str]:
+    kinds = ([name for name in chance if kind.match(name)] for kind in _OF_EVALSET)
+    return next(filter(None, kinds), [])
 
 
 def short_name(metric: str) -> str:
