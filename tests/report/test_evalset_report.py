@@ -5,17 +5,21 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from clipgraft.evalset_tasks import AVERAGED
 from clipgraft.report.costs import Cost
 from clipgraft.report.evalset import EVALSET, together, write_evalset
 from clipgraft.report.facts import run_section
-from clipgraft.report.figures_results import noise_of, plot_metrics
+from clipgraft.report.figures_results import plot_metrics
 from clipgraft.report.page import render
 from clipgraft.report.page_tables import evalset_table, results_table
 from clipgraft.report.read import Model, Run
+from clipgraft.report.report import _headline
 from clipgraft.report.sections import Section, results_section
 from clipgraft.report.tables import columns_of, results_csv, results_text
 
@@ -117,7 +121,7 @@ def test_the_page_has_a_line_per_task(models):
     )
     assert "partial: 100 samples instead of 10,000" in page and "FairFace" in page
     assert plot_metrics(models, [c for c in columns if c.is_main]).rows
-    assert noise_of(models[0].results[EVALSET]) > 0
+    assert "Differences below about 10.0 points" in means.caption  # of the 100 images of CIFAR-10
 
 
 def test_a_model_that_failed_everywhere_leaves_the_others_their_numbers(models):
@@ -205,3 +209,36 @@ def test_a_folder_of_data_sets_without_a_mean_has_their_metrics():
     section = results_section(Run({}, {}), models, columns)
     assert section.tables[0].head[-1] == "own"
     assert [figure.name for figure in section.figures] == ["results_metrics", "results_cost"]
+
+
+def whole(task, value: float) -> dict:
+    return {**result(task.key, task.name, value, 0.1), "size": task.size, "partial": []}
+
+
+def test_the_noise_of_a_mean_is_that_of_its_own_tasks():
+    """Against draws, not by adding up images of tasks."""
+    models = on_a_folder({task.key: whole(task, 0.5) for task in AVERAGED})
+    caption = results_table(EVALSET, models, columns_of(models), is_first=False).caption
+    rng = np.random.default_rng(0)
+    groups = {
+        "ImageNet": [50_000],
+        "Retrieval": [1_000, 5_000, 3_563],
+        "Average": [task.size for task in AVERAGED],
+    }
+    for title, sizes in groups.items():
+        mean = np.mean([rng.binomial(size, 0.5, 20_000) / size for size in sizes], axis=0)
+        (said,) = re.findall(rf"([\d.]+) \([^)]*\b{title}[,)]", caption)
+        assert float(said) == pytest.approx(200 * mean.std(), abs=0.06)
+    assert "1.3 (Retrieval)" in caption
+
+
+def test_a_difference_within_the_noise_of_the_leading_metric_is_said_to_mean_little():
+    """However many images other tasks have."""
+    sizes = {task.key: task for task in AVERAGED}
+    models = on_a_folder({})
+    for model, value in zip(models, (0.5, 0.503), strict=True):
+        model.results[EVALSET]["tasks"] = {
+            key: whole(sizes[key], value) for key in ("imagenet1k", "sun397")
+        }
+    said = _headline(models, columns_of(models))
+    assert "0.3 points above" in said and "differences below 0.4 points mean little" in said

@@ -110,11 +110,12 @@ def test_the_figure_of_layers_has_the_least_and_the_most_used_expert_of_each():
     assert "layer 3" in figure.svg and "Bad:" in figure.caption
 
 
-def test_noise_is_two_standard_errors_of_a_share():
-    result = {"retrieval": {"num_images": 400}}
-    hits = np.random.default_rng(0).binomial(400, 0.5, 100_000) / 400
-    assert abs(noise_of(result) - 200 * hits.std()) < 0.05
-    assert noise_of(result, 0.1) < noise_of(result)
+def test_noise_is_two_standard_errors_of_a_mean_of_shares():
+    rng = np.random.default_rng(0)
+    shares = [(0.5, 400), (0.1, 90), (0.8, 2_000)]
+    hits = np.mean([rng.binomial(num, p, 100_000) / num for p, num in shares], axis=0)
+    assert abs(noise_of(shares) - 200 * hits.std()) < 0.05
+    assert abs(noise_of(shares[:1]) - 5) < 1e-9
 
 
 def test_every_sample_flows_through_one_block_of_each_round_however_small_its_label():

@@ -88,8 +88,10 @@ def mains_of(models: Mapping[str, Tasks]) -> Iterator[tuple[str, dict[str, float
             yield key, values, float("nan") if chances[0] is None else chances[0]
 
 
-def means_of(models: Mapping[str, Tasks]) -> Iterator[tuple[str, dict[str, float], float]]:
-    """Name, mean by model and chance of each of DataComp's averages of which there is a task."""
+def means_of(
+    models: Mapping[str, Tasks],
+) -> Iterator[tuple[str, dict[str, float], float, tuple[str, ...]]]:
+    """Name, mean by model, chance and keys of the tasks of each of DataComp's averages of which there is a task."""
     totals = {model: aggregate(tasks) for model, tasks in models.items()}
     chances = {key: chance for key, _, chance in mains_of(models)}
     for name, keys in AGGREGATES.items():
@@ -103,7 +105,7 @@ def means_of(models: Mapping[str, Tasks]) -> Iterator[tuple[str, dict[str, float
             continue
         is_whole = all(totals[model][name] is not None for model in values)
         title = name if is_whole else f"{name} ({len(there)}/{len(keys)})"
-        yield title, values, sum(chances[key] for key in there) / len(there)
+        yield title, values, sum(chances[key] for key in there) / len(there), tuple(there)
 
 
 def size_of_evalset(result: Mapping[str, Any], *, with_names: bool = False) -> str:

@@ -210,9 +210,19 @@ def _has_moe(models: Sequence[Model]) -> bool:
     return any(model.key == "moe" for model in models)
 
 
-def noise_of(result: Mapping[str, Any], share: float = 0.5) -> float:
-    """Two standard errors, in points, of a share of the images of a result."""
-    return 200 * math.sqrt(share * (1 - share) / num_images_of(result))
+def shares_of(model: Model, column: Column) -> list[tuple[float, int]]:
+    """What a metric of a model is the mean of, each with its number of images."""
+    result = model.results[column.task]
+    if not column.parts:
+        return [(column.values[model.key], num_images_of(result))]
+    tasks = [result["tasks"][key] for key in column.parts]
+    return [(float(task["metrics"]["main_metric"]), int(task["size"])) for task in tasks]
+
+
+def noise_of(shares: Sequence[tuple[float, int]]) -> float:
+    """Two standard errors, in points, of the mean of shares, each of a number of images."""
+    variance = sum(share * (1 - share) / num for share, num in shares)
+    return 200 * math.sqrt(variance) / len(shares)
 
 
 def draw_tasks(models: Sequence[Model], columns: Sequence[Column]) -> Canvas:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from pyarrow.dataset import dataset
 
 from clipgraft.report.evalset import EACH_TASK, EVALSET, rows_of, size_of_evalset
-from clipgraft.report.figures_results import noise_of
+from clipgraft.report.figures_results import noise_of, shares_of
 from clipgraft.report.read import Model, Run, read_json, sides_of
 from clipgraft.report.tables import (
     Column,
@@ -146,10 +146,7 @@ def results_table(
         costs = (Cell(each.cells[model.key]) for each in spent)
         rows.append([Cell(title, colour=model.colour), *costs, *scores])
     result = max((model.results[task] for model in measured), key=num_images_of)
-    caption = (
-        f"Differences below about {noise_of(result):.1f} points are within two standard errors of "
-        "a number near 50 %."
-    )
+    caption = _noise_text(measured, shown)
     if is_first:
         caption = f"{_HOW_TO_READ} {caption}" + (_COST_CAPTION if len(spent) > 2 else "")
     head = ["model", *(each.title for each in spent), *(column.title for column in shown)]
@@ -231,6 +228,22 @@ def _download_cells(run: Run, data: str) -> list[str]:
     came = sum(dataset(path).count_rows(filter=pc.field("status") == "ok") for path in paths)
     kinds = [run.manifest("download", name)["settings"]["source"]["kind"] for name in parts]
     return [", ".join(dict.fromkeys(kinds)), f"{asked:,}", f"{came:,}"]
+
+
+def _noise_text(models: Sequence[Model], columns: Sequence[Column]) -> str:
+    """Which differences mean little, told apart where columns rest upon different numbers of images."""
+    noises: dict[str, list[str]] = {}
+    for column in columns:
+        model = next(model for model in models if model.key in column.values)
+        even = [(0.5, num) for _, num in shares_of(model, column)]
+        noises.setdefault(f"{noise_of(even):.1f}", []).append(column.title)
+    said = list(noises)
+    if len(noises) > 1:
+        said = [f"{noise} ({', '.join(titles)})" for noise, titles in noises.items()]
+    text = f"Differences below about {', '.join(said)} points are within two standard errors of a number near 50 %"
+    if any(column.parts for column in columns):
+        text += ", each metric taken for a share of the images of its task"
+    return f"{text}."
 
 
 def score_cell(column: Column, model: str, blank: str = "-") -> Cell:

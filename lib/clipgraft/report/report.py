@@ -18,7 +18,7 @@ from clipgraft.report.attributes import attributes_section
 from clipgraft.report.choices import choices_figures
 from clipgraft.report.evalset import EVALSET, write_evalset
 from clipgraft.report.facts import run_section, subtitle, write_figures
-from clipgraft.report.figures_results import noise_of
+from clipgraft.report.figures_results import noise_of, shares_of
 from clipgraft.report.page import render
 from clipgraft.report.page_tables import failures_table
 from clipgraft.report.read import UNTRAINED, Model, Run
@@ -138,12 +138,11 @@ def _headline(models: Sequence[Model], columns: Sequence[Column]) -> str:
 
 
 def _verdict(lead: Column, final: Model, best: str, title: str) -> str:
-    value = lead.values[final.key]
-    points = 100 * (value - lead.values[best])
+    points = 100 * (lead.values[final.key] - lead.values[best])
     if abs(points) < 0.05:
         return f"{title.capitalize()} is as good."
     rank = f"{title}, the next best" if points > 0 else f"{title}, the best model of the run"
-    noise = noise_of(final.results[lead.task], value)
+    noise = noise_of(shares_of(final, lead))
     text = f"That is {abs(points):.1f} points {'above' if points > 0 else 'below'} {rank}"
     if abs(points) < noise:
         return f"{text}; with so few images, differences below {noise:.1f} points mean little."

@@ -38,6 +38,7 @@ class Column:
         is_main: whether it belongs into a short table.
         values: model key to value, 0..1.
         chance: what guessing gives.
+        parts: of an evaluation folder, keys of the tasks that it is the mean of.
     """
 
     task: str
@@ -48,6 +49,7 @@ class Column:
     is_main: bool
     values: dict[str, float]
     chance: float
+    parts: tuple[str, ...] = ()
 
     def is_best(self, model: str) -> bool:
         """Whether a model has the highest value, as displayed; of equal ones none is best."""
@@ -300,11 +302,11 @@ def _evalset_columns(task: str, results: Mapping[str, dict[str, Any]]) -> list[C
     """
     tasks = {model: result["tasks"] for model, result in results.items() if "tasks" in result}
     columns = []
-    for name, values, chance in means_of(tasks):
-        columns.append(Column(task, name, "mean of tasks", name, name, True, values, chance))
+    for name, values, chance, keys in means_of(tasks):
+        columns.append(Column(task, name, "mean of tasks", name, name, True, values, chance, keys))
     group, is_main = (EACH_TASK, False) if columns else ("main metric", True)
     for key, values, chance in mains_of(tasks):
-        columns.append(Column(task, key, group, key, key, is_main, values, chance))
+        columns.append(Column(task, key, group, key, key, is_main, values, chance, (key,)))
     return columns
 
 
