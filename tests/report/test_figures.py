@@ -3,13 +3,27 @@
 import re
 
 import numpy as np
+import pytest
+import torch
 
+from clipgraft.losses.balance import RoutingMeans, balance_loss, routing_sums
+from clipgraft.report import figures_training
 from clipgraft.report.costs import Cost
 from clipgraft.report.figures import MAX_SIZES, plot_caption_lengths, plot_rejects, size_counts
 from clipgraft.report.figures_attributes import plot_probes
-from clipgraft.report.figures_experts import plot_router, plot_router_layers
+from clipgraft.report.figures_experts import (
+    MAX_RANKS,
+    plot_cluster_sizes,
+    plot_router,
+    plot_router_layers,
+)
 from clipgraft.report.figures_results import noise_of, plot_metrics, worst_classes
-from clipgraft.report.figures_rounds import _blocks, effective_number, flow_rows, plot_label_flow
+from clipgraft.report.figures_rounds import (
+    effective_number,
+    flow_rows,
+    mean_splits,
+    plot_label_flow,
+)
 from clipgraft.report.figures_training import loss_panels
 from clipgraft.report.read import Model
 from clipgraft.report.style import INK, draw, themed
@@ -57,7 +71,60 @@ def test_dollars_are_drawn_as_they_are_written():
 
 
 def test_a_router_without_numbers_has_no_figure():
-    assert plot_router([{"samples_seen": 1, "loss": 2.0}], 4) is None
+    assert plot_router([{"samples_seen": 1, "loss": 2.0}], 4, 2) is None
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(4, 2), (4, 1), (8, 3)])
+def test_the_balance_of_experts_that_take_all_is_the_one_that_the_caption_warns_of(
+    num_experts, top_k
+):
+    logits_TE = torch.full((5, num_experts), -50.0)
+    logits_TE[:, 0] = 50.0
+    topk_TK = torch.arange(top_k).expand(5, top_k)
+    sums_S = routing_sums(logits_TE, logits_TE.softmax(1), topk_TK)
+    worst = float(balance_loss(RoutingMeans.of(sums_S[None])))
+    figure = plot_router([{"samples_seen": 1, "balance": 1.0}], num_experts, top_k)
+    (said,) = re.findall(r"rising towards (\S+) ", figure.caption)
+    assert float(said) == pytest.approx(worst, abs=0.005)
+    assert f"({top_k} of {num_experts} experts take all)" in figure.caption
+
+
+def drawn(monkeypatch, losses: list[float], candidates: dict[str, int]):
+    """Caption and figure of two phases, half of the losses in each."""
+    half = len(losses) // 2
+    rows = [
+        {"phase": "short" if i < half else "full", "samples_seen": i, "hours": i / 10, "loss": loss}
+        | dict.fromkeys(("tau", "lr", "samples_per_second", "tokens_per_second"), 1.0)
+        for i, loss in enumerate(losses)
+    ]
+    middle, end = half - 1, len(losses) - 1
+    spans = {
+        name: {"samples_seen": (a, b), "hours": (a / 10, b / 10)}
+        for name, a, b in (("short", 0, middle), ("full", middle, end))
+    }
+    monkeypatch.setattr(figures_training, "draw", lambda *about: (about[2], about[4]()))
+    return figures_training.plot_pretraining(rows, spans, candidates)
+
+
+def test_a_loss_below_zero_is_inside_its_panels(monkeypatch):
+    """As global losses are, once anything is learnt."""
+    losses = [0.01, -0.3, -0.5, -0.6]
+    caption, figure = drawn(monkeypatch, losses, {})
+    for axis in figure.axes[:2]:
+        low, high = axis.get_ylim()
+        assert low < min(losses) and max(losses) < high
+        assert [line for line in axis.lines if line.get_linestyle() == "--"] == []
+    assert "dashed" not in caption.lower() and "guessing" not in caption
+
+
+def test_the_loss_of_guessing_is_that_of_each_phase_over_its_own_span(monkeypatch):
+    caption, figure = drawn(monkeypatch, [9.0, 5.0, 6.0, 4.0], {"short": 65_536, "full": 8_192})
+    for axis, scale in zip(figure.axes[:2], (1, 6), strict=True):  # samples, minutes
+        levels = [line for line in axis.lines if line.get_linestyle() == "--"]
+        assert [line.get_ydata()[0] for line in levels] == pytest.approx(np.log([65_536, 8_192]))
+        assert [list(line.get_xdata()) for line in levels] == [[0, scale], [scale, 3 * scale]]
+        assert axis.get_ylim()[0] == 0 and axis.get_ylim()[1] > np.log(65_536)
+    assert "ln 65,536 = 11.09 in short, ln 8,192 = 9.01 in full" in caption
 
 
 def test_as_many_lines_as_there_are_have_a_line_in_the_legend():
@@ -126,19 +193,55 @@ def test_every_sample_flows_through_one_block_of_each_round_however_small_its_la
         1
     ]
     third_N = np.unique(second_N * 9 + rng.integers(0, 9, 5000), return_inverse=True)[1]
-    rows = flow_rows({"1": first_N, "2": second_N, "3": third_N})
-    home: dict = {}
+    labels = {"1": first_N, "2": second_N, "3": third_N}
+    rows = flow_rows(labels)
     before = {""}
-    for name in ("1", "2", "3"):
-        blocks, home = _blocks([row for row in rows if row["round"] == name], home)
-        assert sum(block.samples for block in blocks) == 5000
-        assert {block.parent for block in blocks} <= before
-        assert any(block.label is None for block in blocks) and set(home.values()) == {
-            block.name for block in blocks
-        }
-        before = {block.name for block in blocks}
-    figure = plot_label_flow(rows, {0: "0 x 1"})
+    for name, label_N in labels.items():
+        blocks = [row for row in rows if row["round"] == name]
+        assert sum(block["samples"] for block in blocks) == 5000
+        assert sum(block["labels"] for block in blocks) == len(np.unique(label_N))
+        assert {block["parent"] for block in blocks} <= before
+        assert any(block["first"] == "" for block in blocks)
+        before = {block["block"] for block in blocks}
+    splits = mean_splits(labels)
+    parts = [np.bincount(second_N[first_N == label]) for label in range(4)]
+    numbers = [effective_number(each[each > 0].tolist()) for each in parts]
+    assert abs(splits["2"] - np.average(numbers, weights=np.bincount(first_N))) < 1e-9
+    figure = plot_label_flow(rows, splits, {0: "0 x 1"})
     assert "0 x 1" in figure.svg and "Bad:" in figure.caption
+
+
+def test_figures_of_very_many_labels_stay_small_and_say_so():
+    rng = np.random.default_rng(0)
+    first_N = rng.integers(0, 9, 60_000)
+    second_N = np.unique(first_N * 9_000 + rng.integers(0, 9_000, 60_000), return_inverse=True)[1]
+    sizes = {"1": np.bincount(first_N).tolist(), "2": np.bincount(second_N).tolist()}
+    num = len(sizes["2"])
+    assert num > 10 * MAX_RANKS
+    figure = plot_cluster_sizes({name: {"sizes": of} for name, of in sizes.items()}, 2)
+    listed = [row for row in figure.rows if row["round"] == "2"]
+    assert [row["rank"] for row in listed][:: MAX_RANKS - 1] == [1, num]
+    assert len(listed) == MAX_RANKS and len(figure.rows) == MAX_RANKS + 9
+    ordered = sorted(sizes["2"], reverse=True)
+    assert all(
+        row["size"] == sizes["2"][row["label"]] == ordered[row["rank"] - 1] for row in listed
+    )
+    assert f"more than {MAX_RANKS:,} labels" in figure.caption and f"{num:,} labels" in figure.svg
+    labels = {"1": first_N, "2": second_N}
+    flow = plot_label_flow(flow_rows(labels), mean_splits(labels), {})
+    assert len(flow.rows) == 18 and f"{num:,} labels" in flow.svg
+    assert len(figure.svg) + len(flow.svg) < 300_000
+    assert "more than" not in plot_cluster_sizes({"1": {"sizes": sizes["1"]}}, 2).caption
+
+
+def test_what_becomes_of_small_labels_is_said_as_it_is():
+    rounds = {"1": {"sizes": [70, 20, 10]}}
+    packed = plot_cluster_sizes(rounds, 32).caption
+    assert (
+        "share one, with fewer negatives (samples in labels below the line: round 1 30 %)" in packed
+    )
+    lost = plot_cluster_sizes(rounds, 32, loses_small=True).caption
+    assert "are never seen" in lost and "round 1 30 %" in lost and "share one" not in lost
 
 
 def test_the_effective_number_of_labels_of_one_size_is_their_number():

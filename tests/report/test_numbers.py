@@ -9,9 +9,11 @@ import pytest
 from pages import Page, csv_rows
 from sklearn.metrics import normalized_mutual_info_score
 
+from clipgraft.data.reduce import room_for_text
 from clipgraft.data.samples import Samples
 from clipgraft.report.facts import run_section
 from clipgraft.report.read import Run
+from clipgraft.report.sections import _caption_lengths, experts_section, pretraining_section
 
 
 def test_numbers_on_the_page_are_those_of_the_results(full, tree):
@@ -133,13 +135,16 @@ def test_labels_of_a_round_are_split_into_those_of_the_next(full, tree):
     before_N = None
     for name in ("1", "2", "3"):
         label_N = np.load(tree[f"cluster/{name}"] / "labels.npy")
-        mine = {int(r["label"]): r for r in rows if r["round"] == name}
-        assert {label: int(r["samples"]) for label, r in mine.items()} == {
-            int(label): int((label_N == label).sum()) for label in np.unique(label_N)
-        }
+        mine = {r["block"]: r for r in rows if r["round"] == name}
+        own = {int(block): r for block, r in mine.items() if block.isdigit()}
+        assert sum(int(r["samples"]) for r in mine.values()) == len(label_N)
+        assert sum(int(r["labels"]) for r in mine.values()) == len(np.unique(label_N))
+        assert own and all(
+            int(r["samples"]) == (label_N == label).sum() for label, r in own.items()
+        )
         if before_N is not None:
             assert all(
-                set(before_N[label_N == label]) == {int(r["parent"])} for label, r in mine.items()
+                set(before_N[label_N == label]) == {int(r["parent"])} for label, r in own.items()
             )
         before_N = label_N
 
@@ -207,3 +212,51 @@ def test_device_hours_are_those_of_all_nodes(bare_tree, devices, num_processes, 
     (costs,) = (table for table in run_section(run).tables if table.title == "What it cost")
     (row,) = (row for row in costs.rows if row[0].text == "pretrain")
     assert float(row[3].text) == pytest.approx(hours, abs=1e-3)
+
+
+CONTRASTIVE = {"kind": "contrastive", "weight": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("loss", "distillation", "has_level"),
+    [
+        (CONTRASTIVE, {}, True),
+        (CONTRASTIVE, {"affinity": 0.5}, False),
+        ({**CONTRASTIVE, "weight": 0.5}, {}, False),
+        ({"kind": "siglip"}, {}, False),
+        ({"kind": "gcl"}, {}, False),
+        ({"kind": "rgcl_g"}, {}, False),
+    ],
+)
+def test_a_phase_has_a_loss_of_guessing_where_its_loss_is_contrastive_alone(
+    tree, loss, distillation, has_level
+):
+    run = Run.open(tree)
+    short, full = (run.manifest("pretrain", name)["settings"] for name in ("short", "full"))
+    short["batch_size"] = 256
+    full |= {"loss": loss, "distillation": distillation}
+    curves = pretraining_section(run).figures[0]
+    assert "ln 256 = 5.55 in short" in curves.caption
+    assert ("ln 64 = 4.16 in full" in curves.caption) == has_level
+
+
+@pytest.mark.parametrize("end_id", [49_407, None])
+def test_a_caption_counts_as_cut_where_its_tokens_have_no_room(tmp_path, end_id):
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / "tokens.json").write_text(json.dumps({"end_id": end_id}))
+    length_C = np.arange(1, 12)
+    np.save(tmp_path / "tokens" / "caption_offsets.npy", np.cumsum([0, *length_C]))
+    shown_C, unit = _caption_lengths(Run({"index/train": tmp_path}, {}), None)
+    is_cut_C = length_C > room_for_text(8, end_id)
+    assert unit == "tokens" and (shown_C > 8).tolist() == is_cut_C.tolist()
+
+
+def test_experts_that_lose_small_labels_are_said_to(tree):
+    def caption(order: str) -> str:
+        run = Run.open(tree)
+        run.manifest("finetune_expert", "2")["settings"]["batch_order"] = order
+        shown = experts_section(run, run.samples("train"), []).figures
+        return next(each.caption for each in shown if each.name == "experts_cluster_sizes")
+
+    assert "are never seen" in caption("round_robin")
+    assert "are never seen" not in caption("shuffled")

@@ -34,7 +34,7 @@ def plot_caption_lengths(length_C: np.ndarray, unit: str, limits: Mapping[str, i
 
     Args:
         length_C: of each caption.
-        unit: `tokens` (with start and end) or `words`.
+        unit: `tokens` (with start, and end if there is one) or `words`.
         limits: phase to its text length; only for tokens.
     """
     count = np.bincount(length_C)

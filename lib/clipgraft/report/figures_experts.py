@@ -28,34 +28,35 @@ Rows = Sequence[Mapping[str, Any]]
 # From the first layer to the last; all can be seen on white and on black.
 _LAYERS = LinearSegmentedColormap.from_list("layers", ["#56B4E9", "#7B6FD0", "#CC4C9A"])
 MAX_BARS = 60  # more labels than this are drawn as an outline
+MAX_RANKS = 2_000  # more labels than this nobody can tell apart, and the page would carry each
 
 
-def plot_cluster_sizes(rounds: Mapping[str, Mapping[str, Any]], batch: int) -> Figure:
+def plot_cluster_sizes(
+    rounds: Mapping[str, Mapping[str, Any]], batch: int, *, loses_small: bool = False
+) -> Figure:
     """Sizes of the accumulated labels, round by round, largest first.
 
     Args:
         rounds: round to the content of `clusters.json`.
         batch: global batch size of the experts.
+        loses_small: whether experts leave out what does not fill a batch of its label (`batch_order: round_robin`).
     """
-    rows = [
-        {"round": name, "label": label, "size": size}
-        for name, about in rounds.items()
-        for label, size in enumerate(about["sizes"])
-    ]
+    rows = [row for name, about in rounds.items() for row in _size_rows(name, about["sizes"])]
 
     def plot() -> Canvas:
         columns = min(3, len(rounds))
         lines = math.ceil(len(rounds) / columns)
         figure, axes = canvas(2.5 * lines, lines, columns)
         for axis, (name, about) in zip(hide_unused(axes, len(rounds)), rounds.items(), strict=True):
-            sizes = sorted(about["sizes"], reverse=True)
+            own = [row for row in rows if row["round"] == name]
+            sizes, ranks = [row["size"] for row in own], [row["rank"] for row in own]
             if len(sizes) <= MAX_BARS:
-                axis.bar(range(1, len(sizes) + 1), sizes, color=BLUE, width=0.8)
+                axis.bar(ranks, sizes, color=BLUE, width=0.8)
             else:
-                edges = np.arange(len(sizes) + 1) + 0.5
+                edges = np.array([*ranks, ranks[-1] + 1]) - 0.5
                 axis.stairs(sizes, edges, fill=True, color=BLUE)
             axis.axhline(batch, color=ORANGE, linewidth=1.2)
-            axis.set_title(f"round {name}: {len(sizes)} labels")
+            axis.set_title(f"round {name}: {len(about['sizes']):,} labels")
             axis.set(xlabel="label, by size", ylim=(0, None))
             axis.grid(axis="x", visible=False)
             counts_on(axis.xaxis)
@@ -68,12 +69,30 @@ def plot_cluster_sizes(rounds: Mapping[str, Mapping[str, Any]], batch: int) -> F
         for name, about in rounds.items()
     }
     shares = ", ".join(f"round {name} {100 * share:.0f} %" for name, share in small.items())
+    if loses_small:
+        fate = (
+            "are never seen; of larger ones, what does not fill a batch is left out of each epoch"
+        )
+    else:
+        fate = "share one, with fewer negatives"
     caption = (
         f"The line is the batch size, {batch:,}. Labels below it cannot fill a batch of their own and "
-        f"share one, with fewer negatives (samples in such labels: {shares}). Bad: one label that holds "
+        f"{fate} (samples in labels below the line: {shares}). Bad: one label that holds "
         "nearly everything, or most samples below the line."
     )
+    if any(len(about["sizes"]) > MAX_RANKS for about in rounds.values()):
+        caption += f" Rounds of more than {MAX_RANKS:,} labels are drawn and listed at as many ranks, evenly spaced."
     return draw("experts_cluster_sizes", "Samples per pseudo label", caption, rows, plot)
+
+
+def _size_rows(name: str, sizes: Sequence[int]) -> list[dict[str, Any]]:
+    """Labels of a round, the largest first; of very many some, the first and the last among them."""
+    order = np.argsort(-np.array(sizes), kind="stable")
+    places = np.linspace(0, len(order) - 1, min(len(order), MAX_RANKS)).round().astype(int)
+    return [
+        {"round": name, "rank": place + 1, "label": label, "size": sizes[label]}
+        for place, label in zip(places.tolist(), order[places].tolist(), strict=True)
+    ]
 
 
 def plot_agreement(rows: Rows) -> Figure:
@@ -110,12 +129,13 @@ def plot_agreement(rows: Rows) -> Figure:
     return draw("experts_agreement", "What the clusters are about", caption, rows, plot)
 
 
-def plot_router(rows: Rows, num_experts: int) -> Figure | None:
+def plot_router(rows: Rows, num_experts: int, top_k: int) -> Figure | None:
     """Loss, balance and entropy while the routers are trained; None if none was recorded.
 
     Args:
         rows: of metrics.
         num_experts: for the entropy of a router without an opinion.
+        top_k: experts per token, for the largest balance loss.
     """
     panels = {
         "contrastive": "contrastive loss",
@@ -142,8 +162,8 @@ def plot_router(rows: Rows, num_experts: int) -> Figure | None:
     caption = (
         f"Dashed: the least balance loss (1, all experts used alike) and the entropy of a router without "
         f"an opinion (ln {num_experts} = {math.log(num_experts):.2f}). Entropy should fall below its line "
-        "while balance stays near its own. Bad: balance rising towards the number of experts (one expert "
-        "takes all), or entropy that never leaves its line (nothing is routed)."
+        f"while balance stays near its own. Bad: balance rising towards {num_experts / top_k:.3g} ({top_k} of "
+        f"{num_experts} experts take all), or entropy that never leaves its line (nothing is routed)."
     )
     return draw(
         "moe_router", "Router training", caption, [{k: r[k] for k in kept} for r in rows], plot

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from matplotlib.path import Path
 
 from clipgraft.report.style import INK, PAPER, Figure, canvas, draw
 
+_REST = "rest of "  # what the name of a block of small labels begins with
 SMALLEST = 0.006  # share of all samples that gets a block of its own
 _BAR = 0.09  # width of a block, where rounds are 1 apart
 _ROOM = 0.16  # of the height, between blocks
@@ -29,33 +30,58 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def flow_rows(labels: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-    """Labels of each round, with the label of the round before that each came from and the first ancestor.
+    """Blocks of each round, large before small: labels, and what is too small of the labels of one parent together.
 
     Args:
         labels: round to the accumulated label of each sample, `[N]`; each round splits those of the round before.
+
+    Returns:
+        `round`; `block`, a label or `rest of <block of the round before>`; `parent`, that block; `first`, the label of
+        the first round that a label came from; `labels` and `samples`, how many there are. Empty where there is none.
     """
     rows: list[dict[str, Any]] = []
     before_N: np.ndarray | None = None
-    first_of: dict[int, int] = {}
+    home: dict[int, str] = {}  # the block that a label of the round before is in
+    first_of: dict[str, int] = {}
     for name, label_N in labels.items():
-        found, place, size = np.unique(label_N, return_index=True, return_counts=True)
-        parent_S = np.full(len(found), -1) if before_N is None else before_N[place]
-        first_of = {
-            int(label): int(label) if before_N is None else first_of[int(parent)]
-            for label, parent in zip(found, parent_S, strict=True)
-        }
-        rows += [
-            {
-                "round": name,
-                "label": int(label),
-                "parent": int(parent) if before_N is not None else "",
-                "first": first_of[int(label)],
-                "samples": int(count),
-            }
-            for label, parent, count in zip(found, parent_S, size, strict=True)
-        ]
-        before_N = label_N
+        found_S, place_S, size_S = np.unique(label_N, return_index=True, return_counts=True)
+        parent_S = np.full(len(found_S), -1) if before_N is None else before_N[place_S]
+        blocks: dict[str, dict[str, Any]] = {}
+        homes: dict[int, str] = {}
+        for label, before, size in zip(
+            found_S.tolist(), parent_S.tolist(), size_S.tolist(), strict=True
+        ):
+            parent = home.get(before, "")
+            is_own = size >= SMALLEST * len(label_N) and not parent.startswith(_REST)
+            block = str(label) if is_own else f"{_REST}{parent or 'all'}"
+            first = first_of.get(parent, label) if is_own else ""
+            about = {"round": name, "block": block, "parent": parent, "first": first}
+            row = blocks.setdefault(block, {**about, "labels": 0, "samples": 0})
+            row["labels"] += 1
+            row["samples"] += size
+            homes[label] = block
+        rows += sorted(blocks.values(), key=lambda row: (row["first"] == "", -row["samples"]))
+        first_of = {block: row["first"] for block, row in blocks.items()}
+        before_N, home = label_N, homes
     return rows
+
+
+def mean_splits(labels: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Effective number of parts of a label, mean over samples, of each round after the first.
+
+    Args:
+        labels: as for `flow_rows`.
+    """
+    means = {}
+    for (_, before_N), (name, label_N) in pairwise(labels.items()):
+        _, place_S, size_S = np.unique(label_N, return_index=True, return_counts=True)
+        parts: dict[int, list[int]] = {}
+        for parent, size in zip(before_N[place_S].tolist(), size_S.tolist(), strict=True):
+            parts.setdefault(parent, []).append(size)
+        weights = [sum(sizes) for sizes in parts.values()]
+        numbers = [effective_number(sizes) for sizes in parts.values()]
+        means[name] = float(np.average(numbers, weights=weights))
+    return means
 
 
 def effective_number(sizes: Sequence[int]) -> float:
@@ -64,35 +90,34 @@ def effective_number(sizes: Sequence[int]) -> float:
     return float(np.exp(-(share * np.log(share)).sum()))
 
 
-def plot_label_flow(rows: Rows, names: Mapping[int, str]) -> Figure:
+def plot_label_flow(rows: Rows, splits: Mapping[str, float], names: Mapping[int, str]) -> Figure:
     """Labels as blocks, rounds from left to right, with a band from each label to those it is split into.
 
     Args:
         rows: from `flow_rows`.
+        splits: from `mean_splits`.
         names: of the labels of the first round, such as `0 x 2`.
     """
     rounds = list(dict.fromkeys(row["round"] for row in rows))
-    sizes = {name: [r["samples"] for r in rows if r["round"] == name] for name in rounds}
 
     def plot() -> Canvas:
         figure, axes = canvas(5.2)
         axis = axes[0, 0]
         places: dict[str, tuple[float, float]] = {}
-        home: dict[Any, str] = {}
         for column, name in enumerate(rounds):
-            blocks, home = _blocks([row for row in rows if row["round"] == name], home)
+            blocks = [row for row in rows if row["round"] == name]
             places = _draw_round(axis, column, blocks, places, names)
-            head = f"round {name}\n{len(sizes[name])} labels"
+            head = f"round {name}\n{sum(row['labels'] for row in blocks):,} labels"
             axis.text(column + _BAR / 2, -0.015, head, ha="center", va="bottom", color=INK)
         axis.set(xlim=(-0.02, len(rounds) - 1 + _BAR + 0.02), ylim=(1 + _ROOM, -0.1))
         axis.axis("off")
         return figure
 
-    splits = _splits(rows, rounds)
     each = ", ".join(f"round {name} into {number:.1f}" for name, number in splits.items())
     caption = (
         "Heights are samples; a colour is a label of the first round (its image x text cluster), followed through the "
-        "rounds; small labels of one parent are put together in grey. As if all parts were of one size, labels are split "
+        f"rounds; labels with less than {100 * SMALLEST:.1f} % of the samples, and what they are split into, are put "
+        "together in grey, parent by parent, here and in the numbers. As if all parts were of one size, labels are split "
         f"on average by {each} parts. Look for blocks that are split into a few parts of like size. Bad: bands that pass on "
         "whole (the round found again what the rounds before had found), or that end in grey (labels too small for a "
         "batch of their own)."
@@ -101,63 +126,10 @@ def plot_label_flow(rows: Rows, names: Mapping[int, str]) -> Figure:
     return draw("experts_label_flow", title, caption, rows, plot)
 
 
-def _splits(rows: Rows, rounds: Sequence[str]) -> dict[str, float]:
-    """Effective number of parts of a label, mean over samples, of each round after the first."""
-    means = {}
-    for name in rounds[1:]:
-        parts: dict[int, list[int]] = {}
-        for row in rows:
-            if row["round"] == name:
-                parts.setdefault(row["parent"], []).append(row["samples"])
-        weights = [sum(sizes) for sizes in parts.values()]
-        numbers = [effective_number(sizes) for sizes in parts.values()]
-        means[name] = float(np.average(numbers, weights=weights))
-    return means
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Labels drawn as one.
-
-    Attributes:
-        name: a label, or what is left of a block of the round before, as `rest of <its name>`.
-        parent: name of the block of the round before; empty in the first round.
-        first: label of the first round, which gives the colour; None for what is left.
-        label: itself, None for what is left.
-        samples: in it.
-    """
-
-    name: str
-    parent: str
-    first: int | None
-    label: int | None
-    samples: int
-
-
-def _blocks(rows: Rows, home: Mapping[Any, str]) -> tuple[list[_Block], dict[Any, str]]:
-    """Blocks of one round, large before small, and the block that each label is in.
-
-    Args:
-        rows: labels of the round.
-        home: the block of the round before that each of its labels was in.
-    """
-    total = sum(row["samples"] for row in rows)
-    found: dict[str, _Block] = {}
-    homes: dict[Any, str] = {}
-    for row in rows:
-        parent = home.get(row["parent"], "")
-        is_own = row["samples"] >= SMALLEST * total and not parent.startswith("rest of")
-        name = str(row["label"]) if is_own else f"rest of {parent}"
-        count = row["samples"] + (found[name].samples if name in found else 0)
-        first, label = (row["first"], row["label"]) if is_own else (None, None)
-        found[name], homes[row["label"]] = _Block(name, parent, first, label, count), name
-    return sorted(found.values(), key=lambda each: (each.label is None, -each.samples)), homes
-
-
 def _draw_round(
     axis: Axes,
     column: int,
-    blocks: Sequence[_Block],
+    blocks: Rows,
     before: Mapping[str, tuple[float, float]],
     names: Mapping[int, str],
 ) -> dict[str, tuple[float, float]]:
@@ -172,27 +144,27 @@ def _draw_round(
     Returns:
         Place of each block, from and to.
     """
-    total = sum(block.samples for block in blocks)
+    total = sum(block["samples"] for block in blocks)
     # What comes from one block stays together, in the order of the round before: bands do not cross.
     order = list(before)
-    ordered = sorted(blocks, key=lambda each: order.index(each.parent) if order else 0)
+    ordered = sorted(blocks, key=lambda each: order.index(each["parent"]) if order else 0)
     gap = _ROOM / max(len(ordered) - 1, 1)
     left = {name: top for name, (top, _) in before.items()}
     places: dict[str, tuple[float, float]] = {}
     y = 0.0
     for block in ordered:
-        height = block.samples / total
-        colour = _GREY if block.first is None else _COLOURS[block.first % len(_COLOURS)]
+        height, is_rest = block["samples"] / total, block["first"] == ""
+        colour = _GREY if is_rest else _COLOURS[block["first"] % len(_COLOURS)]
         if before:
-            start = left[block.parent]
+            start = left[block["parent"]]
             _band(axis, column, (start, start + height), (y, y + height), colour)
-            left[block.parent] = start + height
+            left[block["parent"]] = start + height
         look: dict[str, Any] = {"facecolor": colour, "edgecolor": PAPER, "linewidth": 0.5}
         axis.add_patch(Rectangle((column, y), _BAR, height, **look))
-        if not before and height > _NAMED and block.label is not None:
-            text = names.get(block.label, "")
+        if not before and height > _NAMED and not is_rest:
+            text = names.get(block["first"], "")
             axis.text(column + _BAR + 0.012, y + height / 2, text, va="center", color=INK)
-        places[block.name] = (y, y + height)
+        places[block["block"]] = (y, y + height)
         y += height + gap
     return places
 

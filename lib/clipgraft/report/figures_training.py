@@ -32,13 +32,15 @@ COMMON = {
 }  # fmt: skip
 
 
-def plot_pretraining(rows: Rows, phases: Mapping[str, Mapping[str, Span]], batch: int) -> Figure:
+def plot_pretraining(
+    rows: Rows, phases: Mapping[str, Mapping[str, Span]], candidates: Mapping[str, int]
+) -> Figure:
     """Loss, tau, learning rate and speed over all phases.
 
     Args:
         rows: of metrics, with `phase`, and with `samples_seen` and `hours` counted from the first phase on.
         phases: name to `samples_seen` and `hours` at its start and end.
-        batch: global batch size, for the loss of guessing.
+        candidates: phase to its global batch size, of those whose loss is the log of it where a model guesses.
     """
     panels = [
         ("loss", "samples_seen", "loss"),
@@ -48,7 +50,8 @@ def plot_pretraining(rows: Rows, phases: Mapping[str, Mapping[str, Span]], batch
         ("samples_per_second", "samples_seen", "samples per second"),
         ("tokens_per_second", "samples_seen", "tokens per second"),
     ]
-    guessing = math.log(batch)
+    guessing = {phase: math.log(number) for phase, number in candidates.items()}
+    losses = [row["loss"] for row in rows]
 
     def plot() -> Canvas:
         figure, axes = canvas(5.0, 2, 3)
@@ -65,21 +68,27 @@ def plot_pretraining(rows: Rows, phases: Mapping[str, Mapping[str, Span]], batch
             if against == "samples_seen":
                 counts_on(axis.xaxis)
             if name == "loss":
-                axis.axhline(guessing, color=ORANGE, linewidth=1, linestyle="--")
-                axis.set_ylim(0, 1.12 * max(guessing, *(row["loss"] for row in rows)))
+                for phase, level in guessing.items():
+                    span = [scale * place for place in phases[phase][against]]
+                    axis.plot(span, [level, level], color=ORANGE, linewidth=1, linestyle="--")
+                low, high = min(0, 1.1 * min(losses)), max(*guessing.values(), *losses, 0)
+                axis.set_ylim(low, high + 0.12 * (high - low))  # room for the names of phases
             elif name.endswith("_per_second"):
                 axis.set_ylim(0, 1.12 * max(row[name] for row in rows))
                 counts_on(axis.yaxis)
         return figure
 
     wait = float(np.mean([row.get("data_wait", 0.0) for row in rows]))
-    caption = (
-        f"The dashed line is the loss of guessing, ln {batch:,} = {guessing:.2f}; a jump where "
-        "a phase begins is normal and should be gone soon. Against time, a phase of short sequences should be steeper "
-        "than one of full length. tau should fall and settle. Tokens are those of the image and of the text together. "
-        "Bad: a loss that stays at the line or jumps up within a phase; tau at 0.01, where it is held; tokens per second "
-        "that fall with short sequences (the device waits for something else); waiting for data more than a few per cent "
-        f"of the time ({100 * wait:.0f} % here)."
+    levels = ", ".join(
+        f"ln {number:,} = {guessing[phase]:.2f} in {phase}" for phase, number in candidates.items()
+    )
+    caption = f"Dashed is the loss of guessing: {levels}. " if levels else ""
+    caption += (
+        "A jump where a phase begins is normal and should be gone soon. Against time, a phase of short sequences should "
+        "be steeper than one of full length. tau should fall and settle. Tokens are those of the image and of the text "
+        f"together. Bad: a loss that stays {'at its line' if levels else 'where it began'} or jumps up within a phase; tau "
+        "at 0.01, where it is held; tokens per second that fall with short sequences (the device waits for something "
+        f"else); waiting for data more than a few per cent of the time ({100 * wait:.0f} % here)."
     )
     title = "Loss, temperature, learning rate, speed"
     return draw("pretraining_curves", title, caption, rows, plot)

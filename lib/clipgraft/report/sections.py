@@ -16,10 +16,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipgraft.data.samples import Samples
+from clipgraft.loss_settings import DistillationSettings, LossSettings
 from clipgraft.report import figures, figures_experts, figures_results, figures_training
 from clipgraft.report.agreement import agreement_figure, cluster_rows
 from clipgraft.report.figures_robustness import plot_robustness
-from clipgraft.report.figures_rounds import flow_rows, plot_label_flow
+from clipgraft.report.figures_rounds import flow_rows, mean_splits, plot_label_flow
 from clipgraft.report.figures_watch import plot_looks
 from clipgraft.report.page_tables import (
     Table,
@@ -112,7 +113,8 @@ def pretraining_section(run: Run) -> Section:
     rows: list[dict[str, Any]] = []
     spans: dict[str, dict[str, tuple[float, float]]] = {}
     looks: dict[str, list[dict[str, Any]]] = {}
-    seen, hours, batch = 0, 0.0, 2
+    candidates: dict[str, int] = {}
+    seen, hours = 0, 0.0
     for phase, folder in run.of_stage("pretrain").items():
         manifest = run.manifest("pretrain", phase)
         looks[phase] = [
@@ -135,10 +137,12 @@ def pretraining_section(run: Run) -> Section:
                 "hours": (hours, ends["hours"]),
             }
             seen, hours = ends["samples_seen"], ends["hours"]
-            batch = manifest["settings"]["batch_size"]
+            if _guesses_by_batch(manifest["settings"]):
+                candidates[phase] = manifest["settings"]["batch_size"]
         rows += mine
     if rows:
-        section.figures.append(figures_training.plot_pretraining(_same_keys(rows), spans, batch))
+        curves = figures_training.plot_pretraining(_same_keys(rows), spans, candidates)
+        section.figures.append(curves)
         parts = figures_training.plot_loss_parts(rows, spans)
         section.figures += [] if parts is None else [parts]
     _add_looks(section, "pretraining_watch", looks, dict.fromkeys(looks, BLUE))
@@ -152,15 +156,19 @@ def experts_section(run: Run, samples: Samples, models: Sequence[Model]) -> Sect
     tuned = run.of_stage("finetune_expert")
     if rounds:
         section.tables.append(rounds_table(rounds))
-        batches = [
-            run.manifest("finetune_expert", name)["settings"]["batch_size"] for name in tuned
-        ]
-        section.figures.append(figures_experts.plot_cluster_sizes(rounds, max(batches, default=1)))
+        trained = [run.manifest("finetune_expert", name)["settings"] for name in tuned]
+        batch = max((settings["batch_size"] for settings in trained), default=1)
+        # Baselines are trained on ordinary batches, whatever the order of the experts'.
+        loses_small = any(settings["batch_order"] == "round_robin" for settings in trained)
+        section.figures.append(
+            figures_experts.plot_cluster_sizes(rounds, batch, loses_small=loses_small)
+        )
         if len(rounds) > 1:
             labels = {
                 name: np.load(f / "labels.npy") for name, f in run.of_stage("cluster").items()
             }
-            section.figures.append(plot_label_flow(flow_rows(labels), _label_names(rounds)))
+            flow = plot_label_flow(flow_rows(labels), mean_splits(labels), _label_names(rounds))
+            section.figures.append(flow)
         known = cluster_rows(run, samples)
         if known:
             section.figures.append(figures_experts.plot_agreement(known))
@@ -207,7 +215,8 @@ def moe_section(run: Run) -> Section:
         if name.startswith("load_")
     }
     layers = {tower: _layers(about, tower, len(load)) for tower, load in loads.items()}
-    figure = figures_experts.plot_router(_same_keys(rows), about["num_experts"])
+    experts, choices = about["num_experts"], about["top_k"]
+    figure = figures_experts.plot_router(_same_keys(rows), experts, choices)
     section.figures += [figure] if figure else []
     if loads:
         bounds = run.manifest("finetune_router", "moe")["healthy_loads"]
@@ -262,10 +271,19 @@ def _add_looks(
         section.figures.append(plot_looks(name, series, titles, colours))
 
 
+def _guesses_by_batch(settings: Mapping[str, Any]) -> bool:
+    """Whether the loss of a phase, its whole sum, is the log of the batch size where all pairs look alike."""
+    loss = LossSettings.model_validate(settings["loss"])
+    taught = DistillationSettings.model_validate(settings["distillation"])
+    return loss.kind == "contrastive" and loss.weight == 1 and not taught.is_on
+
+
 def _caption_lengths(run: Run, samples: Samples) -> tuple[np.ndarray, str]:
-    offsets = run.folders[f"index/{TRAIN}"] / "tokens" / "caption_offsets.npy"
-    if offsets.exists():
-        return np.diff(np.load(offsets)) + 2, "tokens"  # with start and end
+    tokens = run.folders[f"index/{TRAIN}"] / "tokens"
+    if tokens.exists():
+        has_end = read_json(tokens / "tokens.json")["end_id"] is not None  # WordPiece has none
+        offsets = np.load(tokens / "caption_offsets.npy")
+        return np.diff(offsets) + 1 + has_end, "tokens"
     return np.array(
         [len(text.split()) for texts in samples.all_captions() for text in texts]
     ), "words"
