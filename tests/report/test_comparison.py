@@ -168,3 +168,16 @@ def test_a_run_without_the_last_task_of_another_is_on_the_page(tmp_path):
     page = tmp_path / "runs/plain_0/report/results.csv"
     page.write_text(page.read_text().replace(",0.8\n", ",\n"))  # it is in the head alone
     assert rows_of(comparison(["plain_0"], tmp_path), "All models")["base"][5] == "-"
+
+
+def test_runs_on_own_data_sets_of_a_folder_have_their_results_on_the_page(tmp_path):
+    for name in ("plain_0", "plain_1"):
+        run(tmp_path, name)
+        path = tmp_path / f"runs/{name}/report/results.csv"
+        own = path.read_text().replace("renders/mean_R@1,renders/shape_acc1", "evalset/a,evalset/b")
+        path.write_text(own)
+    page = comparison(["plain_0", "plain_1"], tmp_path)
+    means = 100 * np.mean([SCORES["plain_0"], SCORES["plain_1"]], axis=0)
+    cells = rows_of(page, "All models")["base"][4:6]
+    assert [cell.split(" ")[0] for cell in cells] == [f"{each:.1f}" for each in means]
+    assert "The highest evalset/a is that of base" in page
