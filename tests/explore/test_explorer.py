@@ -114,7 +114,7 @@ def test_experts_are_those_that_the_evaluation_has_recorded(explorer, run, store
     some = set()
     for each in recorded["image"]:
         look = explorer.look("moe", "renders", np.asarray(samples.image(each["row"])), 1)
-        assert look.choices.of_item(0)[1].T.tolist() == each["experts"]
+        assert look.choices.shown[0][1].T.tolist() == each["experts"]
         assert look.grid == tuple(recorded["grid"]) and look.choices.layers == [0, 1]
         some |= set(np.ravel(each["experts"]).tolist())
     assert len(some) > 1  # else nothing was compared
@@ -123,7 +123,7 @@ def test_experts_are_those_that_the_evaluation_has_recorded(explorer, run, store
     ):
         answer = explorer.search("moe", "renders", samples.captions(row)[0], 1)
         assert answer.words == each["words"]
-        assert answer.choices.of_item(0)[1].T.tolist() == each["experts"]
+        assert answer.choices.shown[0][1].T.tolist() == each["experts"]
         assert answer.choices.layers == [1]
 
 

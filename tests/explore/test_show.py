@@ -29,6 +29,12 @@ class Elements(HTMLParser):
         return [attributes for tag, attributes in self.tags if tag == name]
 
 
+def chosen(layers, num_experts, expert_RM):
+    """Choices of the tokens of one item; counts are not shown."""
+    count = np.zeros((1, len(layers), num_experts), int)
+    return TowerChoices(layers, count, count, {0: (np.arange(len(expert_RM)), expert_RM)})
+
+
 @pytest.mark.parametrize(
     "html",
     [
@@ -36,7 +42,7 @@ class Elements(HTMLParser):
         show_classes({EVIL: [(EVIL, 0.5)]}),
         show_words(
             [EVIL],
-            TowerChoices([0], 2, np.zeros(1, int), np.zeros(1, int), np.ones((1, 1), int)),
+            chosen([0], 2, np.ones((1, 1), int)),
             EVIL,
         ),
         show_words([], None, EVIL),
@@ -50,7 +56,7 @@ def test_texts_stay_texts(html):
 
 def test_every_patch_of_every_layer_has_its_expert_in_its_place():
     expert_PM = np.array([[0, 2], [1, 2], [2, 0], [0, 1], [1, 1], [2, 2]])
-    choices = TowerChoices([3, 7], 3, np.zeros(6, int), np.arange(6), expert_PM)
+    choices = chosen([3, 7], 3, expert_PM)
     elements = Elements(show_patches(np.zeros((8, 8, 3), np.uint8), (2, 3), choices, "moe"))
     tints = elements.all("rect")
     assert len(tints) == 12 and len(elements.all("svg")) == 3
@@ -64,7 +70,7 @@ def test_every_patch_of_every_layer_has_its_expert_in_its_place():
 
 def test_words_stand_over_their_experts():
     expert_RM = np.array([[0, 1], [2, 2]])
-    choices = TowerChoices([0, 5], 3, np.zeros(2, int), np.arange(2), expert_RM)
+    choices = chosen([0, 5], 3, expert_RM)
     elements = Elements(show_words(["red", "star"], choices, "moe"))
     cells = [text for text in elements.text if text in ("red", "star", "0", "1", "2")]
     assert cells == ["red", "star", "0", "2", "1", "2"]

@@ -351,7 +351,13 @@ def _choices(folder: Path, samples: Samples, captions: Captions, labels: dict) -
         key_R = np.concatenate([np.arange(length) for length in length_I])
         noise_R = rng.integers(0, 4, len(item_R))
         columns = [label_N[item_R % len(label_N)] % 4, key_R % 4, noise_R]
-        towers[tower] = TowerChoices([0, 1, 2], 4, item_R, key_R, np.stack(columns, 1))
+        expert_RM = np.stack(columns, 1)
+        counts = []
+        for row_R in (item_R, key_R):
+            counts.append(np.zeros((max(row_R) + 1, 3, 4), np.int64))
+            np.add.at(counts[-1], (row_R[:, None], np.arange(3), expert_RM), 1)
+        shown = {item: (key_R[item_R == item], expert_RM[item_R == item]) for item in (0, 3, 7, 9)}
+        towers[tower] = TowerChoices([0, 1, 2], *counts, shown)
     pieces = ["small", "red-", "star", "on", "mint"] * 4
     maps = examples(towers, [0, 7, 9], [0, 3], (4, 4), pieces)
     maps |= {"resize_mode": "shortest", "interpolation": "bicubic"}

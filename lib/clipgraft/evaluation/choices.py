@@ -6,7 +6,8 @@ entropy of the choice: 0 if the choice knows nothing of the attribute, 1 if it f
 are not independent, so even labels dealt out at random get a small share; it stands beside (`shuffled`).
 """
 
-# Shapes: B batch, L sequence, R recorded tokens, I items (images or texts), M layers, E experts, P pairs, K keys
+# Shapes: B batch, L sequence, R tokens, I items (images or texts), S images shown, M layers, E experts, P pairs or patches,
+# K keys, C classes
 
 from __future__ import annotations
 
@@ -25,44 +26,52 @@ NUM_WORDS = 30
 
 @dataclass(frozen=True)
 class TowerChoices:
-    """First choices of all tokens of one tower.
+    """First choices of the tokens of one tower, counted.
 
     Attributes:
         layers: numbers of the blocks with experts.
-        num_experts: E.
-        item_R: image or text of each token.
-        key_R: what the token is: its place among the patches, or its id.
-        expert_RM: its first choice in each layer.
+        count_IME: tokens of each image or text, by layer and expert.
+        count_KME: tokens of each key, what a token is: its place among the patches, or its id.
+        shown: keys [R] and choices [R, M] of all tokens, in order, of the few items that are shown.
     """
 
     layers: list[int]
-    num_experts: int
-    item_R: np.ndarray
-    key_R: np.ndarray
-    expert_RM: np.ndarray
+    count_IME: np.ndarray
+    count_KME: np.ndarray
+    shown: dict[int, tuple[np.ndarray, np.ndarray]]
 
-    def of_item(self, item: int) -> tuple[np.ndarray, np.ndarray]:
-        """Keys [R] and choices [R, M] of the tokens of one image or text, in order."""
-        own = slice(*np.searchsorted(self.item_R, [item, item + 1]))
-        return self.key_R[own], self.expert_RM[own]
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return int(self.count_KME.shape[2])
 
 
 class Recorder:
-    """Reads the routing of a model after each batch."""
+    """Reads the routing of a model after each batch, and counts: all tokens of a large data set are too many to keep."""
 
-    def __init__(self, model: nn.Module, special_ids: Sequence[int | None]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        special_ids: Sequence[int | None],
+        num_items: Mapping[str, int],
+        shown: Mapping[str, Sequence[int]],
+    ) -> None:
         """Begin with nothing recorded.
 
         Args:
             model: whose routing is read.
             special_ids: of the start token and, if there is one, of the end token.
+            num_items: how many there are of `image` and of `text`.
+            shown: of which of them every choice is kept.
         """
         self._model = model
         self._special_ids = [number for number in special_ids if number is not None]
-        self._parts: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
+        self._num_items = num_items
+        self._shown = shown
+        self._num_seen = {"image": 0, "text": 0}
         self._layers: dict[str, list[int]] = {}
         self._num_experts = 0
-        self._num_items = {"image": 0, "text": 0}
+        self._towers: dict[str, TowerChoices] = {}
 
     def see_images(self, num_images: int) -> None:
         """Record the patches of the images that have just been encoded."""
@@ -76,21 +85,26 @@ class Recorder:
             ]  # after the class token
             key_R = np.tile(np.arange(num_patches), num_images)
             length_B = np.full(num_images, num_patches)
-            self._keep("image", length_B, key_R, patches_BLM.reshape(len(key_R), -1))
+            expert_RM = patches_BLM.reshape(len(key_R), -1)
+            self._count("image", length_B, key_R, expert_RM, num_patches, num_patches)
 
     def of_images(self) -> dict[str, np.ndarray]:
         """What was recorded of images, as arrays; none without experts."""
-        if "image" not in self._parts:
+        if "image" not in self._towers:
             return {}
-        item_R, key_R, expert_RM = map(np.concatenate, zip(*self._parts["image"], strict=True))
-        about = np.array([self._num_experts, *self._layers["image"]])
-        return {"item_R": item_R, "key_R": key_R, "expert_RM": expert_RM, "about": about}
+        found = self._towers["image"]
+        shown_SPM = np.stack([found.shown[item][1] for item in self._shown["image"]])
+        counts = {"count_IME": found.count_IME, "count_KME": found.count_KME}
+        return {**counts, "shown_SPM": shown_SPM, "layers": np.array(found.layers)}
 
     def see_again(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Take over what `of_images` gave before."""
-        if "about" in arrays:
-            self._num_experts, *self._layers["image"] = arrays["about"].tolist()
-            self._parts["image"] = [(arrays["item_R"], arrays["key_R"], arrays["expert_RM"])]
+        """Take over what `of_images` gave before, of the same images shown."""
+        if "layers" in arrays:
+            key_P = np.arange(len(arrays["count_KME"]))
+            items = zip(self._shown["image"], arrays["shown_SPM"], strict=True)
+            shown = {item: (key_P, expert_PM) for item, expert_PM in items}
+            counts = (arrays["count_IME"], arrays["count_KME"])
+            self._towers["image"] = TowerChoices(arrays["layers"].tolist(), *counts, shown)
 
     def see_texts(self, text_BL: Tensor) -> None:
         """Record the tokens of the texts that have just been encoded; padding, start, end and class are left out."""
@@ -107,17 +121,13 @@ class Recorder:
             taken = taken[real_BL.reshape(-1)]
         assert len(taken) == real_BL.sum(), "routed tokens are not those of the texts"
         own_BL = real_BL & ~np.isin(ids_BL, self._special_ids)
-        self._keep("text", own_BL.sum(1), ids_BL[own_BL], taken[own_BL[real_BL]])
+        tokens = (own_BL.sum(1), ids_BL[own_BL], taken[own_BL[real_BL]])
+        sizes = (self._model.vocab_size, self._model.context_length)
+        self._count("text", *tokens, *map(int, sizes))  # type: ignore[arg-type]
 
     def towers(self) -> dict[str, TowerChoices]:
         """All that was recorded, of towers with experts."""
-        towers = {}
-        for tower, parts in self._parts.items():
-            item_R, key_R, expert_RM = map(np.concatenate, zip(*parts, strict=True))
-            towers[tower] = TowerChoices(
-                self._layers[tower], self._num_experts, item_R, key_R, expert_RM
-            )
-        return towers
+        return self._towers
 
     def _take(self, prefix: str, tower: str) -> np.ndarray | None:
         """First choices [R, M] of the last forward, or None without experts."""
@@ -131,13 +141,36 @@ class Recorder:
         firsts = [each.topk_TK[:, 0].to(torch.int16) for each in routed.values()]
         return torch.stack(firsts, dim=1).cpu().numpy()
 
-    def _keep(
-        self, tower: str, length_B: np.ndarray, key_R: np.ndarray, expert_RM: np.ndarray
+    def _count(
+        self,
+        tower: str,
+        length_B: np.ndarray,
+        key_R: np.ndarray,
+        expert_RM: np.ndarray,
+        num_keys: int,
+        longest: int,
     ) -> None:
-        first = self._num_items[tower]
-        self._num_items[tower] += len(length_B)
-        item_R = np.repeat(np.arange(first, first + len(length_B)), length_B)
-        self._parts.setdefault(tower, []).append((item_R, key_R, expert_RM))
+        """Add the tokens of the next items, of at most `longest` each, end to end."""
+        num_layers, num_experts = expert_RM.shape[1], self._num_experts
+        if tower not in self._towers:
+            small = np.min_scalar_type(longest)  # there may be millions of items
+            count_IME = np.zeros((self._num_items[tower], num_layers, num_experts), small)
+            count_KME = np.zeros((num_keys, num_layers, num_experts), np.int64)
+            self._towers[tower] = TowerChoices(self._layers[tower], count_IME, count_KME, {})
+        found, num = self._towers[tower], len(length_B)
+        first = self._num_seen[tower]
+        self._num_seen[tower] += num
+        item_R = np.repeat(np.arange(num), length_B)
+        cell_RM = np.arange(num_layers) * num_experts + expert_RM
+        cells = num_layers * num_experts
+        flat_RM = item_R[:, None] * cells + cell_RM
+        count_B = np.bincount(flat_RM.reshape(-1), minlength=num * cells)
+        found.count_IME[first : first + num] = count_B.reshape(num, num_layers, num_experts)
+        np.add.at(found.count_KME.reshape(-1), (key_R[:, None] * cells + cell_RM).reshape(-1), 1)
+        for item in self._shown[tower]:
+            if first <= item < first + num:
+                own = slice(*np.searchsorted(item_R, [item - first, item - first + 1]))
+                found.shown[item] = (key_R[own].copy(), expert_RM[own].copy())
 
 
 def information(
@@ -152,13 +185,12 @@ def information(
         key_name: what to call the keys of the tokens.
     Returns:
         For each label and for the keys, one entry per layer: `bits` of mutual information, their `share` of the entropy of
-        the choice, and the share for labels in random order (`shuffled`).
+        the choice, and the share for labels in random order (`shuffled`), drawn anew for each layer.
     """
     rng = np.random.default_rng(0)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in [*labels_P, key_name]}
-    shuffled_R = choices.key_R[rng.permutation(len(choices.key_R))]
-    for expert_R in choices.expert_RM.T:
-        count_IE = _table(choices.item_R, expert_R, choices.num_experts)
+    for layer in range(len(choices.layers)):
+        count_IE, count_KE = choices.count_IME[:, layer], choices.count_KME[:, layer]
         for name, class_P in labels_P.items():
             has = class_P >= 0
             items, classes = item_P[has], class_P[has]
@@ -166,10 +198,7 @@ def information(
                 _by_class(count_IE, items, of) for of in (classes, rng.permutation(classes))
             )
             found[name].append(_entry(true_CE, dealt_CE))
-        key_KE, dealt_KE = (
-            _table(key_R, expert_R, choices.num_experts) for key_R in (choices.key_R, shuffled_R)
-        )
-        found[key_name].append(_entry(key_KE, dealt_KE))
+        found[key_name].append(_entry(count_KE, _dealt(count_KE, rng)))
     return found
 
 
@@ -194,18 +223,18 @@ def examples(
 
     Args:
         towers: what was recorded.
-        images: which images.
-        texts: which texts.
+        images: which images, of those whose choices were kept.
+        texts: which texts, likewise.
         grid: rows and columns of patches.
         pieces: text of each token id.
     """
     shown: dict[str, Any] = {"image": [], "text": []}
     for row in images if "image" in towers else []:
-        _, expert_RM = towers["image"].of_item(row)
+        _, expert_RM = towers["image"].shown[row]
         shown["image"].append({"row": int(row), "experts": expert_RM.T.tolist()})
     shown["frequent"] = _frequent_words(towers["text"], pieces) if "text" in towers else []
     for text in texts if "text" in towers else []:
-        ids_R, expert_RM = towers["text"].of_item(text)
+        ids_R, expert_RM = towers["text"].shown[text]
         words = [pieces[number] for number in ids_R]
         shown["text"].append({"words": words, "experts": expert_RM.T.tolist()})
     about = {
@@ -216,34 +245,36 @@ def examples(
 
 def _frequent_words(choices: TowerChoices, pieces: Sequence[str]) -> list[dict[str, Any]]:
     """How the most frequent tokens divide their choices between experts, layer by layer."""
-    count_MKE = np.stack(
-        [_table(choices.key_R, expert_R, choices.num_experts) for expert_R in choices.expert_RM.T]
-    )
-    count_K = count_MKE[0].sum(1)
+    count_K = choices.count_KME[:, 0].sum(1)
     found = np.argsort(-count_K, kind="stable")[: min(NUM_WORDS, np.count_nonzero(count_K))]
     return [
         {
             "word": pieces[key],
             "count": int(count_K[key]),
-            "shares": (count_MKE[:, key] / count_K[key]).round(4).tolist(),
+            "shares": (choices.count_KME[key] / count_K[key]).round(4).tolist(),
         }
         for key in found
     ]
 
 
-def _table(key_R: np.ndarray, expert_R: np.ndarray, num_experts: int) -> np.ndarray:
-    """How often each key goes with each expert."""
-    flat_R = key_R.astype(np.int64) * num_experts + expert_R
-    size = (int(key_R.max(initial=-1)) + 1) * num_experts
-    return np.bincount(flat_R, minlength=size).reshape(-1, num_experts)
-
-
 def _by_class(count_IE: np.ndarray, item_P: np.ndarray, class_P: np.ndarray) -> np.ndarray:
     """How often each class goes with each expert, an item's tokens counting for each of its classes."""
-    count_CE = np.zeros((int(class_P.max(initial=-1)) + 1, count_IE.shape[1]))
-    is_seen_P = item_P < len(count_IE)  # the last texts may have no token of their own
-    np.add.at(count_CE, class_P[is_seen_P], count_IE[item_P[is_seen_P]])
-    return count_CE
+    num_classes = int(class_P.max(initial=-1)) + 1
+    return np.stack(
+        [np.bincount(class_P, count_I[item_P], num_classes) for count_I in count_IE.T], axis=1
+    )
+
+
+def _dealt(count_KE: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The count of keys in random order, without the order: each expert in turn draws its number of those left."""
+    left_K, dealt_KE = count_KE.sum(1), np.zeros_like(count_KE)
+    for expert, num in enumerate(count_KE.sum(0)):
+        if left_K.sum() < 10**9:
+            dealt_KE[:, expert] = rng.multivariate_hypergeometric(left_K, num, method="marginals")
+        else:  # numpy draws from no more; whether keys are put back makes no difference there
+            dealt_KE[:, expert] = rng.multinomial(num, left_K / left_K.sum())
+        left_K = np.maximum(0, left_K - dealt_KE[:, expert])
+    return dealt_KE
 
 
 def _entry(count_KE: np.ndarray, dealt_KE: np.ndarray) -> dict[str, float]:

@@ -170,7 +170,12 @@ def _measure(
 ) -> tuple[dict[str, Any], dict[str, Any], pa.Table]:
     """The result, what else is to be written, by file, and the model's answers."""
     captions, spec, model = asked.captions, subject.loaded.spec, subject.loaded.model
-    recorder = choices.Recorder(model, (subject.tokenizer.start_id, subject.tokenizer.end_id))
+    images = spread(len(asked.samples), NUM_EXAMPLES).tolist()
+    texts = [] if captions is None else _first_texts(captions, images)
+    shown = {"image": images, "text": texts}
+    num_items = {"image": len(asked.samples), "text": len(captions.texts) if captions else 0}
+    special_ids = (subject.tokenizer.start_id, subject.tokenizer.end_id)
+    recorder = choices.Recorder(model, special_ids, num_items, shown)
     result: dict[str, Any] = {"samples_id": asked.samples.samples_id}
     examples: dict[str, Any] = {"samples_id": asked.samples.samples_id}
     examples |= {"image_to_text": [], "text_to_image": []}
@@ -202,10 +207,8 @@ def _measure(
     if towers:
         probes = {label: asked.labels[label] for label in task.probe}
         result["choices"] = _information(towers, probes, captions)
-        shown = spread(len(asked.samples), NUM_EXAMPLES).tolist()
-        texts = [] if captions is None else _first_texts(captions, shown)
-        grid = model.visual.grid_size
-        maps = choices.examples(towers, shown, texts, grid, subject.tokenizer.pieces)
+        pieces = subject.tokenizer.pieces
+        maps = choices.examples(towers, images, texts, model.visual.grid_size, pieces)
         maps |= {key: spec["preprocess"][key] for key in ("resize_mode", "interpolation")}
         files["choices.json"] = maps
     return result, files, answers
@@ -312,7 +315,7 @@ def _information(
     """What the choices of each tower say of the labels; captions have those of their images."""
     result: dict[str, Any] = {}
     for tower, of in towers.items():
-        item_P, labels_P, key = np.arange(of.item_R.max(initial=-1) + 1), labels, "patch"
+        item_P, labels_P, key = np.arange(len(of.count_IME)), labels, "patch"
         if tower == "text":
             assert captions is not None
             item_P, image_P = captions.text_P.numpy(), captions.image_P.numpy()
@@ -324,6 +327,5 @@ def _information(
 
 def _first_texts(captions: Captions, images: Sequence[int]) -> list[int]:
     """The first caption of each image that has one."""
-    rows, first = np.unique(captions.image_P.numpy(), return_index=True)
-    text_of = dict(zip(rows.tolist(), captions.text_P.numpy()[first].tolist(), strict=True))
-    return [text_of[image] for image in images if image in text_of]
+    own = [captions.text_P[captions.image_P == image] for image in images]
+    return [int(text_C[0]) for text_C in own if len(text_C)]

@@ -5,7 +5,7 @@ and the kind of device; so none is ever out of date, and all may be thrown away 
 process is at it waits, by a lock that the kernel drops with its holder. The oldest files go when a folder gets too large.
 """
 
-# Shapes: N images, D embedding, R recorded tokens, M layers
+# Shapes: N images, D embedding
 
 from __future__ import annotations
 

@@ -92,7 +92,10 @@ class Encoder:
         return prepare(pixels_HW3, size, about["resize_mode"], about["interpolation"])
 
     def _recorder(self) -> Recorder:
-        return Recorder(self.model, (self.tokenizer.start_id, self.tokenizer.end_id))
+        """Of one picture or one text."""
+        special_ids = (self.tokenizer.start_id, self.tokenizer.end_id)
+        num_items, shown = {"image": 1, "text": 1}, {"image": [0], "text": [0]}
+        return Recorder(self.model, special_ids, num_items, shown)
 
     def _texts(self, watch: Callable[[Any], None] | None) -> Callable[[list[str]], Tensor]:
         length = int(self.spec["config"]["text_cfg"]["context_length"])

@@ -125,7 +125,7 @@ class Explorer:
                 Found(row, score, of.samples.captions(row))
                 for row, score in of.pictures_for(feature_D, num)
             ]
-            pieces: list[int] = [] if choices is None else choices.of_item(0)[0].tolist()
+            pieces: list[int] = [] if choices is None else choices.shown[0][0].tolist()
             return Answer(found, [encoder.tokenizer.pieces[piece] for piece in pieces], choices)
 
     def look(

@@ -75,7 +75,7 @@ def show_patches(
         return DENSE.format(tower="image", model=escape(model))
     colours = expert_colours(choices.num_experts)
     picture = f"<image href='{_url(square_HW3)}' width='{grid[1]}' height='{grid[0]}'/>"
-    expert_PM = choices.of_item(0)[1]
+    expert_PM = choices.shown[0][1]
     maps = [_map(picture, grid, "the picture", "")]
     for number, layer in enumerate(choices.layers):
         tints = "".join(
@@ -92,7 +92,7 @@ def show_words(words: Sequence[str], choices: TowerChoices | None, model: str) -
     if choices is None:
         return DENSE.format(tower="text", model=escape(model))
     colours = expert_colours(choices.num_experts)
-    expert_RM = choices.of_item(0)[1]
+    expert_RM = choices.shown[0][1]
     head = "".join(f"<th>{escape(word)}</th>" for word in words)
     lines = "".join(
         f"<tr><th>layer {layer}</th>{_cells(expert_RM[:, number].tolist(), colours)}</tr>"
