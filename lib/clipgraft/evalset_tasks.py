@@ -194,6 +194,21 @@ def tars_of(root: Path, key: str) -> Path | None:
     return None
 
 
+def the_tars(root: Path, key: str) -> Path | None:
+    """The same folder, to read it.
+
+    Raises:
+        ConfigError: if the data set is there twice, with `_test` in its name and without.
+    """
+    folder = tars_of(root, key)
+    if folder is None:
+        return None
+    other = folder.with_name(folder.name.removesuffix("_test"))
+    if other != folder and (other / "test" / "nshards.txt").is_file():
+        raise ConfigError(f"{key} is in 2 folders: {folder}, {other}. Hint: keep one")
+    return folder
+
+
 def mmvp_folder(root: Path) -> Path:
     """Where the data set MMVP/MMVP_VLM lies."""
     return root / "MMVP_VLM"
@@ -249,8 +264,8 @@ def _further(root: Path) -> list[EvalsetTask]:
     tasks = []
     for marker in sorted(root.glob("wds_*/test/nshards.txt")):
         folder = marker.parent.parent
-        if folder not in taken:
-            key = folder.name.removeprefix("wds_").removesuffix("_test")
+        key = folder.name.removeprefix("wds_").removesuffix("_test")
+        if folder not in taken and folder == tars_of(root, key):  # not the second of two copies
             tasks.append(EvalsetTask(key, key, None, None, _MAIN.get(_said_type(folder)), False))
     return tasks
 

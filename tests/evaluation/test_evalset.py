@@ -567,6 +567,19 @@ def test_several_copies_in_the_cache_are_refused(tmp_path, encoder):
         run(tmp_path, "misc/winogavil", encoder)
 
 
+@pytest.mark.parametrize("name", ["cifar10", "vtab-pets", "own"])
+def test_a_data_set_that_is_there_with_test_and_without_is_refused(tmp_path, encoder, name):
+    """The second is no data set of its own, and takes nothing from what the table says of the first."""
+    broken(tmp_path, lambda folder: None, name=f"wds_{name}_test")
+    tasks = chosen(tmp_path)
+    shutil.copytree(tmp_path / f"wds_{name}_test", tmp_path / f"wds_{name}")
+    assert chosen(tmp_path) == tasks == [task_of(tmp_path, tasks[0].key)]
+    with pytest.raises(ConfigError, match=rf"is in 2 folders: .*wds_{name}_test, .*wds_{name}\."):
+        run(tmp_path, tasks[0].key, encoder)
+    shutil.rmtree(tmp_path / f"wds_{name}_test")
+    assert chosen(tmp_path) == tasks
+
+
 def test_columns_of_another_data_set_are_refused(tmp_path, encoder):
     rows = [{"image": cell(evalsets.picture(0)), "caption": ["red"]}]
     write_arrow(tmp_path / "hf_cache" / "nlphuji___winogavil" / "x-test.arrow", rows)

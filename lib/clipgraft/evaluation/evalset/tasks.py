@@ -31,7 +31,7 @@ from clipgraft.evalset_tasks import (
     EvalsetTask,
     hub_files,
     mmvp_folder,
-    tars_of,
+    the_tars,
     type_of,
 )
 from clipgraft.evaluation.evalset import scores
@@ -82,7 +82,7 @@ def measure(root: Path, task: EvalsetTask, encoder: Encoder) -> Measured:
         return _winogavil(root, encoder)
     if task.key == MMVP:
         return _mmvp(mmvp_folder(root), encoder)
-    folder = tars_of(root, task.key)
+    folder = the_tars(root, task.key)
     if folder is None:
         return _hub_retrieval(root, task, encoder)
     if task.key in FACES:
