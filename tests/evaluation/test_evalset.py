@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import tarfile
 from itertools import combinations
 from pathlib import Path
 
 import evalsets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from evalsets import cell, pictures, write_arrow, write_captions, write_classes, write_mmvp
@@ -511,9 +513,17 @@ def put_latin_captions(folder: Path) -> None:
     (folder / "dataset_type.txt").write_text("retrieval")
 
 
+def put_hidden_files_alone(folder: Path) -> None:
+    for number in range(2):
+        with tarfile.open(folder / "test" / f"{number}.tar", "w") as tar:
+            tar.addfile(tarfile.TarInfo(f"._s{number}.webp"))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (put_hidden_files_alone, "no samples in its 2 tars"),
+        (lambda f: (f / "test" / "nshards.txt").write_text("2", "utf-16"), "shards.txt is not UTF"),
         (put_latin_captions, "s0000000: its .txt is not UTF-8"),
         (
             lambda f: (f / "classnames.txt").write_text("a\nb\nc"),
@@ -585,6 +595,26 @@ def test_columns_of_another_data_set_are_refused(tmp_path, encoder):
     write_arrow(tmp_path / "hf_cache" / "nlphuji___winogavil" / "x-test.arrow", rows)
     with pytest.raises(ConfigError, match="has no column 'candidates', only image, caption"):
         run(tmp_path, "misc/winogavil", encoder)
+
+
+def test_a_table_without_rows_is_named(tmp_path, encoder):
+    rows = [{"image": cell(evalsets.picture(0)), "caption": ["red"]}]
+    path = write_arrow(
+        tmp_path / "hf_cache" / "x___flickr_1k_test_image_text_retrieval-test.arrow", rows
+    )
+    table = pa.ipc.open_stream(path).read_all()
+    with pa.ipc.new_stream(path, table.schema) as writer:
+        writer.write_table(table[:0])
+    with pytest.raises(ConfigError, match=r"x___flickr_.*arrow has no rows"):
+        run(tmp_path, "retrieval/flickr_1k_test_image_text_retrieval", encoder)
+
+
+def test_a_quote_of_mmvp_that_does_not_end_is_named(tmp_path, encoder):
+    folder = write_mmvp(tmp_path / "MMVP_VLM", pictures(2), ["red", "blue"], ["Color"])
+    questions = folder / "Questions.csv"
+    questions.write_text(questions.read_text().replace("blue", '"blue' + "\n2,Color,b" * 20_000))
+    with pytest.raises(ConfigError, match=r"Questions\.csv: .*field larger.*Hint: .*quote"):
+        run(tmp_path, "mmvp_vlm", encoder)
 
 
 @pytest.mark.parametrize(

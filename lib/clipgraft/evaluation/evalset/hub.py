@@ -26,7 +26,7 @@ def read_table(files: Sequence[Path], columns: Sequence[str]) -> pa.Table:
         columns: those that are wanted.
 
     Raises:
-        ConfigError: if a file cannot be read, or lacks a column.
+        ConfigError: if a file cannot be read or lacks a column, or there are no rows.
     """
     parts = []
     for path in files:
@@ -41,6 +41,8 @@ def read_table(files: Sequence[Path], columns: Sequence[str]) -> pa.Table:
                 "that its folder is named after?"
             )
         parts.append(part.select(list(columns)))
+    if not any(map(len, parts)):
+        raise ConfigError(f"{files[0]} has no rows. Hint: download the data set again")
     return pa.concat_tables(parts, promote_options="default")
 
 

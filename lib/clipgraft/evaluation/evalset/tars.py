@@ -110,10 +110,10 @@ def open_tars(folder: Path) -> TarSet:
     """List the samples of a data set; tars that are missing are noted, what is damaged is an error.
 
     Raises:
-        ConfigError: if the layout is another, a tar is damaged, or a sample has no image.
+        ConfigError: if the layout is another, a tar is damaged, a sample has no image, or there are no samples.
     """
     counter = folder / "test" / "nshards.txt"
-    text = counter.read_text().strip()
+    text = as_text(counter.read_bytes(), str(counter)).strip()
     if not re.fullmatch("0*[1-9][0-9]{0,5}", text):  # a million tars are more than there are
         raise ConfigError(f"{counter} must hold the number of tars, it holds {text[:40]!r}")
     tars = [folder / "test" / f"{number}.tar" for number in range(int(text))]
@@ -134,6 +134,10 @@ def open_tars(folder: Path) -> TarSet:
                 raise ConfigError(f"{tar}: {key}: {detail}. Hint: download the data set again")
             places.append((tar, members))
             names.append(f"{tar}: {key}")
+    if not places:
+        raise ConfigError(
+            f"{folder / 'test'}: no samples in its {len(tars) - len(absent)} tars. Hint: hidden files do not count"
+        )
 
     def image_bytes(row: int) -> bytes:
         tar, members = places[row]

@@ -297,7 +297,12 @@ def _mmvp(folder: Path, encoder: Encoder) -> Measured:
             f"{questions} does not exist. Hint: the data set MMVP/MMVP_VLM as it is published"
         )
     text = as_text(questions.read_bytes(), str(questions))
-    rows = [row for row in list(csv.reader(io.StringIO(text, newline="")))[1:] if row]
+    try:
+        rows = [row for row in list(csv.reader(io.StringIO(text, newline="")))[1:] if row]
+    except csv.Error as error:
+        raise ConfigError(
+            f"{questions}: {error}. Hint: is there a quote that does not end?"
+        ) from None
     if not rows or len(rows) % 2 or any(len(row) != 3 for row in rows):
         raise ConfigError(
             f"{questions} must have pairs of rows with a number, an attribute and a statement"
