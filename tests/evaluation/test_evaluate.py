@@ -270,13 +270,16 @@ def test_labels_that_cannot_be_probed_are_refused(model, index, tmp_path, wanted
         run(model, index, tmp_path / "out", {"data": "renders", **wanted})
 
 
-def test_a_diverged_model_is_named(model, index, tmp_path):
+@pytest.mark.parametrize("task", [TASK, {"data": "renders", "zero_shot": [{"label": "shape"}]}])
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_a_diverged_model_is_named(model, index, tmp_path, tower, task):
     loaded = load_model(model)
+    projections = {"image": loaded.model.visual.proj, "text": loaded.model.text.text_projection}
     with torch.no_grad():
-        loaded.model.visual.proj.fill_(float("nan"))
+        projections[tower].fill_(float("nan"))
     save_model(model, loaded.model, loaded.spec, index / "tokens" / "merges.txt.gz")
     with pytest.raises(ConfigError, match="not finite"):
-        run(model, index, tmp_path / "out", TASK)
+        run(model, index, tmp_path / "out", task)
 
 
 def test_kinds_of_captions_and_the_first_five_are_chosen(model, index, samples, tmp_path):

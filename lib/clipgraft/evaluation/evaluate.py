@@ -188,6 +188,8 @@ def _measure(
             text_UD = subject.captions(encode, captions, "texts")
             check_finite(text_UD, model_folder)
         weights = _directions(subject.texts(), asked)
+        for weight_CD in weights.values():
+            check_finite(weight_CD, model_folder)
         plain = _scores(asked, image_ND, text_UD, weights)
         result |= {**plain, "given": {}, "robustness": []}
         if captions is not None and text_UD is not None:
