@@ -85,6 +85,29 @@ def test_the_card_says_what_the_manifests_say(store, tmp_path):
     assert str(tmp_path) not in card and "/secret" not in card
 
 
+def test_the_card_says_what_was_not_evaluated_since_the_model_was_made_anew(store, tmp_path):
+    """The numbers may be of other weights; a task that was measured anew is told of no more."""
+    about = json.loads((store / "manifest.json").read_text())
+    (store / "manifest.json").write_text(json.dumps(about | {"id": "anew"}))
+    export("open_clip", store, tmp_path / "first")
+    card = (tmp_path / "first" / "README.md").read_text()
+    said = "## Results\n\nNot evaluated since the model was made anew: flowers."
+    assert said in card and "45.67" not in card and "| task |" not in card
+    folder = tmp_path / "store/evaluate/gg"
+    facts = {"settings": {"task": "trees"}, "metrics": {"mean_R@1": 0.1234}}
+    manifest(folder, "evaluate", "trees", {"model": store}, **facts)
+    measured = json.loads((folder / "manifest.json").read_text())
+    measured["inputs"]["model"]["id"] = "anew"
+    for task, number in (("trees", "gg"), ("flowers", "hh")):
+        (tmp_path / f"store/evaluate/{number}").mkdir(exist_ok=True)
+        path = tmp_path / f"store/evaluate/{number}/manifest.json"
+        path.write_text(json.dumps(measured | {"settings": {"task": task}}))
+        export("open_clip", store, tmp_path / number)
+    card = (tmp_path / "gg" / "README.md").read_text()
+    assert "| trees | mean_R@1 | 12.34 |" in card and "made anew: flowers." in card
+    assert "made anew" not in (tmp_path / "hh" / "README.md").read_text()
+
+
 def test_the_card_of_the_best_weights_is_of_their_training_without_the_results_of_the_last(
     store, tmp_path
 ):

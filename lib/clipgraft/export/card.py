@@ -176,26 +176,34 @@ def _data(chain: Jobs) -> list[str]:
 
 
 def _results(folder: Path, chain: Jobs) -> list[str]:
-    """Results of this very model in the store that it lies in, if it was evaluated."""
+    """Results of this very model in the store that it lies in, and names of those from before it was made anew."""
     if not chain:
         return []
     own, store = chain[-1][1]["id"], folder.resolve().parent.parent
     rows: list[tuple[str, ...]] = [("task", "metric", "per cent", "by chance")]
+    before = set()
     for path in sorted(store.glob(f"evaluate/*/{MANIFEST}")):
         try:
             manifest = read_manifest(path)
         except ConfigError:
             continue  # being written
-        inputs, settings = manifest["inputs"], manifest["settings"]
         # The models of an ensemble have other names among the inputs.
-        if inputs.get("model", {}).get("id") == own and settings.get("untrained") is None:
-            task = str(settings.get("task") or settings["evalset"])
+        model, settings = manifest["inputs"].get("model"), manifest["settings"]
+        if model is None or settings.get("untrained") is not None:
+            continue
+        task = str(settings.get("task") or settings["evalset"])
+        if model["id"] != own and (path.parent / model["manifest"]).resolve() == folder / MANIFEST:
+            before.add(task)
+        if model["id"] == own:
             by_chance = _by_chance(path.with_name("result.json"))
             for name, value in manifest.get("metrics", {}).items():
                 guess = by_chance.get(name)
                 shown = "" if guess is None else f"{100 * guess:.2f}"
                 rows.append((task, name, f"{100 * value:.2f}", shown))
-    return [f"## Results\n\n{_table(rows)}"] if len(rows) > 1 else []
+    parts = [_table(rows)] if len(rows) > 1 else []
+    if missing := sorted(before - {task for task, *_ in rows}):
+        parts.append(f"Not evaluated since the model was made anew: {', '.join(missing)}.\n")
+    return ["## Results\n\n" + "\n".join(parts)] if parts else []
 
 
 def _by_chance(path: Path) -> dict[str, float]:
