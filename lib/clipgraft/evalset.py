@@ -54,7 +54,7 @@ def evaluate_folder(
 
     listing.cache_clear()
     tasks, wanted = chosen(root), chosen(root, names)
-    encoder = Encoder(folders, out / ".classifiers", threads=threads)
+    encoder = Encoder(folders, out / ".classifiers", threads=threads, scratch=out)
     (out / "tasks").mkdir(parents=True, exist_ok=True)
     found = {task.key: _from_before(root, task, encoder, out) for task in tasks}
     for task in wanted:

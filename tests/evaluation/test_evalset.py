@@ -35,6 +35,7 @@ from clipgraft.evaluation.evalset.evaluate import result_of
 from clipgraft.evaluation.evalset.scores import chance_of, chance_of_jaccard
 from clipgraft.evaluation.evalset.tars import open_tars
 from clipgraft.evaluation.evalset.tasks import pair_hits
+from clipgraft.evaluation.retrieval import evaluate_retrieval
 from clipgraft.models.build import build, describe
 
 LENGTH, NUM = 12, 30
@@ -359,6 +360,26 @@ def test_retrieval_is_that_of_plain_loops_in_every_layout(tmp_path, encoder, ora
         assert result["metrics"][metric] == pytest.approx(value, abs=1e-6), metric
     assert result["main_metric"] == "mean_recall@1"
     assert result["retrieval"]["num_texts"] == len(texts)
+
+
+def test_many_captions_are_encoded_in_blocks_and_wait_in_a_file(tmp_path, model, monkeypatch):
+    write_captions(tmp_path / "wds_x_test", pictures(NUM), captions_of(NUM))
+    (tmp_path / "scratch").mkdir()
+    encoder = Encoder([model], tmp_path / "cache", scratch=tmp_path / "scratch")
+    plain = run(tmp_path, "x", encoder)
+    num_texts, encode, places = [], encoder._encode_texts, []
+    monkeypatch.setattr(encoder, "_encode_texts", lambda t: num_texts.append(len(t)) or encode(t))
+    monkeypatch.setattr("clipgraft.evaluation.encode.SORTED", 7)
+    monkeypatch.setattr("clipgraft.evaluation.rows.LARGE_BYTES", 100)
+    monkeypatch.setattr(
+        "clipgraft.evaluation.evalset.tasks.evaluate_retrieval",
+        lambda image, text, of: (
+            places.extend(tmp_path.glob("scratch/*/*")) or evaluate_retrieval(image, text, of)
+        ),
+    )
+    assert run(tmp_path, "x", encoder) == plain
+    assert max(num_texts) == 7 and len(num_texts) > 3
+    assert [path.name for path in places] == ["texts"] and not list(tmp_path.glob("scratch/*"))
 
 
 def test_equal_captions_count_alone(tmp_path, encoder):

@@ -5,7 +5,7 @@ the files of the model, the code that this module reaches, the classes, the prom
 throw one away because something has changed, and all may be thrown away at any time.
 """
 
-# Shapes: N images, C classes, D embedding
+# Shapes: N images, U texts, C classes, D embedding
 
 from __future__ import annotations
 
@@ -17,9 +17,16 @@ import torch
 from torch import Tensor
 
 from clipgraft.data.tokens import Tokenizer
-from clipgraft.evaluation.encode import BATCH, check_finite, encode_images, encoder_of_texts
+from clipgraft.evaluation.encode import (
+    BATCH,
+    check_finite,
+    encode_images,
+    encode_texts,
+    encoder_of_texts,
+)
 from clipgraft.evaluation.ensemble import load_side_by_side
 from clipgraft.evaluation.evalset.pictures import Pictures
+from clipgraft.evaluation.rows import Rows
 from clipgraft.evaluation.stored import Arrays, identity_of, key_of, stored
 from clipgraft.evaluation.zero_shot import zero_shot_weights
 from clipgraft.models.fused import fuse
@@ -30,6 +37,7 @@ class Encoder:
 
     Attributes:
         identity: hash of the files of the model and of the code that uses it.
+        scratch: folder for what does not fit into memory; None: the system's.
     """
 
     def __init__(
@@ -39,6 +47,7 @@ class Encoder:
         *,
         threads: int = 1,
         batch_size: int | None = None,
+        scratch: Path | None = None,
     ) -> None:
         """Load a model on the device that there is.
 
@@ -47,11 +56,13 @@ class Encoder:
             cache: folder of classifiers, made if need be.
             threads: for decoding.
             batch_size: images or texts encoded at a time; by default what suits the device.
+            scratch: as the attribute.
 
         Raises:
             ConfigError: if a folder holds no whole model.
         """
         self.identity = identity_of(folders, Path(__file__))
+        self.scratch = scratch
         self._where, self._cache = folders[0], cache
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._threads, self._batch_size = threads, batch_size or BATCH[self._device.type]
@@ -79,6 +90,12 @@ class Encoder:
     def texts(self, texts: Sequence[str]) -> Tensor:
         """L2-normalised float32 features of texts."""
         return self._finite(self._encode_texts(list(texts)))
+
+    def captions(self, texts: Sequence[str], file: Path) -> Rows:
+        """The same of any number of texts; if they are many, they go to the file."""
+        text_UD = encode_texts(self._encode_texts, texts, file)
+        check_finite(text_UD, self._where)
+        return text_UD
 
     def classifier(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
         """One direction per class, [C, D], from the cache where it is there."""

@@ -37,9 +37,8 @@ def evaluate_evalset(
         ConfigError: as `measure`.
     """
     root = local_path(settings.folder)
-    result = result_of(
-        root, task_of(root, settings.evalset), Encoder(folders, cache, threads=threads)
-    )
+    encoder = Encoder(folders, cache, threads=threads, scratch=out)
+    result = result_of(root, task_of(root, settings.evalset), encoder)
     (out / "result.json").write_text(json.dumps(result) + "\n")
     value, name = result["metrics"]["main_metric"], result["main_metric"]
     return {"num_images": result["size"], "metrics": {} if value is None else {name: value}}

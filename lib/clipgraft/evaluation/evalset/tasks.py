@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import io
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -213,8 +214,9 @@ def _retrieval(
 ) -> Measured:
     image_ND = encoder.images(pictures)
     captions = Captions.of(captions_of, "each")
-    text_UD = encoder.texts(captions.texts)
-    about = evaluate_retrieval(image_ND, text_UD, captions)
+    with tempfile.TemporaryDirectory(dir=encoder.scratch) as scratch:
+        text_UD = encoder.captions(captions.texts, Path(scratch) / "texts")
+        about = evaluate_retrieval(image_ND, text_UD, captions)
     # A text retrieves images, and is found by them: the public names say what is retrieved.
     ways = {"image_retrieval": "text_to_image", "text_retrieval": "image_to_text"}
     metrics = {
