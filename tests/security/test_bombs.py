@@ -117,15 +117,21 @@ for name in sys.argv[1:]:
 """
 
 
+def zstd(data: bytes) -> bytes:
+    return pa.compress(data, codec="zstd", asbytes=True)
+
+
 def test_tables_that_unpack_to_gigabytes_are_refused(tmp_path):
-    paths = [tmp_path / name for name in ("t.csv.gz", "t.tsv.gz", "t.jsonl.gz", "t.csv.bz2")]
+    names = ("t.csv.gz", "t.tsv.gz", "t.jsonl.gz", "t.csv.bz2", "t.csv.zst")
+    paths = [tmp_path / name for name in names]
+    packs = {".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zstd}
     for path in paths:
-        pack = bz2.compress if path.suffix == ".bz2" else gzip.compress
+        pack = packs[path.suffix]
         head = b"url\tcaption\n" if ".tsv" in path.name else b"url,caption\n"
-        path.write_bytes(pack(head) + 192 * pack(16 * MB))  # both formats may be strung together
+        path.write_bytes(pack(head) + 192 * pack(16 * MB))  # all of them may be strung together
         assert path.stat().st_size < 2**22
     said = attacked(TABLE, *map(str, paths)).splitlines()
-    assert ["of a decompression bomb" in line for line in said] == [True] * 4, said
+    assert ["of a decompression bomb" in line for line in said] == [True] * 5, said
 
 
 def test_parquet_that_unpacks_to_gigabytes_is_refused(tmp_path):

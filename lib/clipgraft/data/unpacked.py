@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 from typing import BinaryIO
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.compression import compr
 
@@ -66,10 +67,13 @@ class Unpacked(io.RawIOBase):
         Raises:
             ImportError: if that kind needs a package that is not installed.
         """
-        if kind not in compr:
+        if kind not in (*compr, "zstd"):
             raise ImportError(f"{kind}: fsspec cannot unpack it here")
         self._packed, self._name, self._count = packed, name, 0
-        self._file = compr[kind](packed, mode="rb")
+        if kind == "zstd":  # fsspec wants a package of its own for it, and Arrow is here anyway
+            self._file = pa.CompressedInputStream(packed, kind)
+        else:
+            self._file = compr[kind](packed, mode="rb")
 
     def readable(self) -> bool:
         """It is."""
