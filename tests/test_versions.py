@@ -410,6 +410,34 @@ def test_references_that_cannot_be_are_found_when_jobs_are_planned(tmp_path):
     planned({"model": "ViT-B-32", "pretrained": "openai"}, affinity=1, feature=1)
 
 
+@pytest.mark.parametrize(
+    ("model", "vocabulary", "words"),
+    [
+        ("ViT-B-32", "corpus", "index.vocabulary = corpus gives. Hint: index: {vocabulary: full}"),
+        ("ViT-L-14-CLIPA", "full", "= full gives. Hint: index: {vocabulary: wordpiece}"),
+        ("hf-hub:someone/clip", "corpus", "Hint: index: {vocabulary: full}"),
+        ("ViT-B-16-SigLIP", "full", "init_from: ViT-B-16-SigLIP: a timm image tower and"),
+        ("ViT-B-32", "full", None),
+        ("hf-hub:someone/clip", "full", None),
+    ],
+)
+def test_a_start_from_a_public_reference_needs_its_vocabulary(model, vocabulary, words):
+    """Found when jobs are planned: training would say so after hours of data."""
+    phase = {"reference": {"model": model, "pretrained": "openai"}, "init_from": "reference"}
+    overlay = {"pretrain": {"short": phase}, "index": {"vocabulary": vocabulary}}
+    if words is None:
+        assert versions(overlay)
+        return
+    with pytest.raises(ConfigError) as error:
+        versions(overlay)
+    assert str(error.value).startswith("pretrain.short.init_from") and words in str(error.value)
+
+
+def test_a_start_from_a_folder_of_ours_may_have_the_words_of_the_data(teacher):
+    phase = {"reference": {"model": str(teacher)}, "init_from": "reference"}
+    assert versions({"pretrain": {"short": phase}})
+
+
 @pytest.fixture
 def teacher(tmp_path: Path) -> Path:
     """What planning reads of a model folder; its weights are larger than what is hashed whole."""

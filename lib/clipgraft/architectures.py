@@ -13,7 +13,7 @@ from typing import Any
 from clipgraft.config import ConfigError, local_path, validate
 from clipgraft.crosschecks import check_model
 from clipgraft.loss_settings import ReferenceSettings
-from clipgraft.misfits import interactive_misfit
+from clipgraft.misfits import interactive_misfit, tower_misfit
 from clipgraft.model_settings import ModelSettings, is_file_name
 from clipgraft.recipes import PhaseSettings
 from clipgraft.run_settings import RunSettings
@@ -49,11 +49,17 @@ def architecture(settings: ModelSettings, where: str = "model.name") -> dict[str
     return config
 
 
-def check_references(phase: PhaseSettings, model: ModelSettings) -> None:
+def check_references(phase: PhaseSettings, model: ModelSettings, vocabulary: str) -> None:
     """What can be known of the references of a phase before anything runs.
 
+    Args:
+        phase: that learns from them.
+        model: that starts from the first, if the phase says so.
+        vocabulary: `corpus`, `full` or `wordpiece`.
+
     Raises:
-        ConfigError: if one is not there, or has not the dimension that a term needs.
+        ConfigError: if one is not there, has not the dimension that a term needs, or reads another vocabulary than the
+            model that starts from it.
     """
     dim = _embed_dim(model) if phase.references else None
     for each in phase.references:
@@ -67,6 +73,25 @@ def check_references(phase: PhaseSettings, model: ModelSettings) -> None:
             )
         if dim and its and (misfit := interactive_misfit(phase, each.model, dim, its)):
             raise ConfigError(misfit)
+    if phase.init_from and phase.references[0].pretrained is not None:
+        _check_start(phase, vocabulary)
+
+
+def _check_start(phase: PhaseSettings, vocabulary: str) -> None:
+    """A public model to start from reads all of CLIP's vocabulary, or of BERT's; one of a hub is known when it is opened."""
+    first = phase.references[0]
+    if ":" in first.model:
+        reads = ("full", "wordpiece")
+    else:
+        config = architecture(ModelSettings(name=first.model))
+        if misfit := tower_misfit(config):
+            raise ConfigError(f"pretrain.{phase.name}.init_from: {first.model}: {misfit}")
+        reads = ("wordpiece" if config["text_cfg"].get("hf_tokenizer_name") else "full",)
+    if vocabulary not in reads:
+        raise ConfigError(
+            f"pretrain.{phase.name}.init_from = reference: {first.name} reads another vocabulary than "
+            f"index.vocabulary = {vocabulary} gives. Hint: index: {{vocabulary: {reads[0]}}}"
+        )
 
 
 def check_architecture(run: RunSettings) -> None:
