@@ -32,9 +32,10 @@ class BaselineSettings(Settings):
     kind: Kind | None = Field(
         None,
         description="mlp: the base, its MLPs fine-tuned on ordinary batches; full: likewise, all weights but the "
-        "temperature; copies: a MoE of copies of the base, routers and experts trained (sparse upcycling); two_experts: "
-        "a MoE of the base and of one model as of `mlp`, routers trained; soup: one model with the mean of all experts' "
-        "weights; ensemble: the embeddings of all experts side by side. null: the name of the baseline.",
+        "temperature; copies: a MoE of copies of the base, routers and experts trained, or all where finetune_router "
+        "trains all (sparse upcycling); two_experts: a MoE of the base and of one model as of `mlp`, trained as "
+        "finetune_router says; soup: one model with the mean of all experts' weights; ensemble: the embeddings of all "
+        "experts side by side. null: the name of the baseline.",
     )
     samples_seen: PositiveInt | None = Field(
         None,
