@@ -251,8 +251,8 @@ def schema() -> dict[str, Any]:
     run = RunSettings.model_json_schema()
     overlays = {"type": "object", "additionalProperties": {"type": ["object", "null"]}}
     about = (
-        "Named overlays on the shared settings; in them, in those of `sweep` and in later config files `pretrain` may map "
-        "phases to what changes."
+        "Named overlays on the shared settings; in them, in those of `sweep` and in later config files `pretrain` may "
+        "map phases to what changes."
     )
     run["properties"]["runs"] = {"description": about, **overlays}
     about = (
@@ -301,8 +301,8 @@ def _explain(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
         return f"{where}: {message}" if where else message
     if problem["type"] == "list_type" and where == "pretrain" and isinstance(value, Mapping):
         message += (
-            ". Hint: a list; names stand for its items in what is laid over one: `runs`, `sweep`, later config files and "
-            "--config"
+            ". Hint: a list; names stand for its items in what is laid over one: `runs`, `sweep`, later config files "
+            "and --config"
         )
     elif problem["type"] == "list_type":
         message += (

@@ -6,8 +6,8 @@ picture as in evaluation or several random crops, which training then shows as w
 
 Both read shards. Those of a reference have its own image size, so that what is stored depends on nothing but the data and
 the reference; where a phase has the same size and `oversize` they are the phase's own, and the reference sees the very
-bytes that the model will. (Originals would be decoded once less, but at full size, on the machine with the devices; and the crops of
-training come from shards.)
+bytes that the model will. (Originals would be decoded once less, but at full size, on the machine with the devices; and
+the crops of training come from shards.)
 """
 
 # Shapes: N samples, A stored crops of each, C captions, D embedding, B batch, L tokens

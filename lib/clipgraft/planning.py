@@ -161,8 +161,8 @@ def _plan_references(
     """The jobs that embed the cached references of a phase, by the name of the input.
 
     They depend on the reference and the data, and on the phase only in what several crops are drawn with; so phases and
-    runs share them. The reference has shards of its own size, which are those of the phase where size and `oversize` are
-    equal.
+    runs share them. The reference has shards of its own size, which are those of the phase where size and `oversize`
+    are equal.
     """
     jobs = {}
     for number, reference in enumerate(phase.references):
