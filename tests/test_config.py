@@ -642,7 +642,11 @@ def test_two_axes_may_change_the_same_phase():
         ("scaling.task", "render", ["scaling.task = 'render'", "`renders`"]),
         ("scaling.label", "color", ["scaling.label = 'color'", "`colour`"]),
         ("finetune_router", None, ["missing key `finetune_router`", "moe: null"]),
-        ("pretrain", {"short": {"image_size": 8}}, ["pretrain = ", "valid list", "later config files"]),
+        (
+            "pretrain",
+            {"short": {"image_size": 8}},
+            ["pretrain = ", "valid list", "later config files"],
+        ),
     ],
 )
 def test_a_mistake_in_a_sweep_is_named(path, value, words):

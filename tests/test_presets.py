@@ -8,18 +8,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import yaml
+from PIL import Image
 
 from clipgraft import architectures, cost, plan
 from clipgraft.architectures import architecture
 from clipgraft.config import ConfigError, load_config, merge
+from clipgraft.data.download import download
+from clipgraft.data.index import build_index
+from clipgraft.data.samples import Samples
+from clipgraft.data.tokens import Tokens
 from clipgraft.model_settings import ModelSettings
 from clipgraft.planning import plan_run
 from clipgraft.recipes import PhaseSettings
 from clipgraft.run_settings import RunSettings
 from clipgraft.schedule import num_steps, num_warmup_steps, peak_lr
+from clipgraft.settings import IndexJob
+from clipgraft.sources import ShareGpt4vSource
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = sorted((ROOT / "presets").glob("clipa_*.yaml"))
@@ -224,6 +232,29 @@ def test_clip_moe_trains_experts_and_routers_as_its_code_does_unless_told():
     assert (expert.label_smoothing, expert.stop_ratio, expert.lock) == (0.1, None, [])
     assert (router.train, router.balance) == ("routers", "pooled")
     assert (router.balance_weight, router.z_weight) == (0.01, 0)
+
+
+def test_clip_moe_is_trained_on_the_long_captions_of_sharegpt4v_alone(tmp_path):
+    entries = []
+    for number in range(3):
+        Image.new("RGB", (32, 32), (80 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        answer = {"from": "gpt", "value": f"A picture. It is {number}."}
+        entries.append({"image": f"{number}.png", "conversations": [answer]})
+    (tmp_path / "x.json").write_text(json.dumps(entries))
+    about = {"annotations": str(tmp_path / "x.json"), "images": str(tmp_path)}
+    for name in ("download", "index"):
+        (tmp_path / name).mkdir()
+    download(ShareGpt4vSource(kind="sharegpt4v", **about), tmp_path / "download", 1)
+    build_index(IndexJob(tokenize=True), tmp_path / "download", tmp_path / "index", 1)
+
+    run, tokens, rows_B = clipmoe(), Tokens.open(tmp_path / "index"), np.arange(3).repeat(50)
+    first_B, count_B = tokens.captions_of(rows_B)
+    assert set(count_B) == {2} and run.embed.captions == "first"
+    for training in (run.finetune_expert, run.finetune_router):
+        uniform_B = np.random.default_rng(0).random(len(rows_B))
+        assert (tokens.choose(rows_B, uniform_B, training.captions) == first_B).all()
+    kinds = Samples.open(tmp_path / "index").all_caption_kinds()
+    assert [kind for kind, *_ in kinds] == ["long"] * 3
 
 
 def test_the_base_of_clip_moe_has_a_plan_and_needs_no_training():
