@@ -22,7 +22,14 @@ from clipgraft.config import (
 from clipgraft.planning import SWEEP, plan_runs
 from clipgraft.runs import shown
 from clipgraft.settings import STAGES
-from clipgraft.versions import MEMORY, WATCHED, deciding, fingerprint, num_failures
+from clipgraft.versions import (
+    MEMORY,
+    MIN_SUCCESS,
+    WATCHED,
+    deciding,
+    fingerprint,
+    num_failures,
+)
 
 try:
     # As Snakemake would merge them, but that sources and reductions of another kind replace what was there.
@@ -35,16 +42,20 @@ try:
     RUNS = plan_runs(SETTINGS, POINTS)
 except ConfigError as error:
     raise WorkflowError(f"config: {error}") from None
-# Of runs that share a job, the first one says how it fits into memory and what it wishes for.
+# Of runs that share a job, the first one says how it fits into memory, when it fails and what it wishes for.
 JOBS = {
     (job.stage, job.version): job for jobs in reversed(RUNS.values()) for job in jobs
 }
 for run, jobs in RUNS.items() if workflow.is_main_process else ():
     for job in jobs:
-        first = JOBS[job.stage, job.version].settings
-        if others := [key for key in MEMORY if first.get(key) != job.settings.get(key)]:
+        first, given = (
+            {**settings, **settings.get("source", {})}
+            for settings in (JOBS[job.stage, job.version].settings, job.settings)
+        )
+        keys = (*MEMORY, MIN_SUCCESS)
+        if others := [key for key in keys if first.get(key) != given.get(key)]:
             logger.warning(
-                f"{job.name} of run {run} is that of a run before it, which says how it fits into memory: "
+                f"{job.name} of run {run} is that of a run before it, which says how it is made: "
                 f"{', '.join(f'{key} = {json.dumps(first[key])}' for key in others)}. Hint: the same in both"
             )
 WISHES = {
@@ -131,6 +142,14 @@ def watch(stage):
         return " ".join(said)
 
     return words
+
+
+def min_success(wildcards, input):
+    """When a download fails. The word depends on the input, so a change re-runs nothing."""
+    given = planned("download", wildcards).settings["source"]
+    if given == decides("download", wildcards)[0]["source"]:
+        return ""
+    return f"--set source.{MIN_SUCCESS}={given[MIN_SUCCESS]}"
 
 
 def stage_manifests(stage):

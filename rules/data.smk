@@ -22,11 +22,12 @@ rule download:
         settings=settings("download"),
         code=CODE["download"],
         sources=sources("download"),
+        min_success=min_success,
     message:
         "{resources.job}"
     shell:
         "{PYTHON} {SCRIPTS}/download.py --name {resources.job} --settings {params.settings:q} "
-        "--out results/download/{wildcards.version} --threads {threads} --log {log}"
+        "{params.min_success} --out results/download/{wildcards.version} --threads {threads} --log {log}"
 
 
 rule retry:

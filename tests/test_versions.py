@@ -305,6 +305,15 @@ def test_a_later_setting_at_the_value_that_changes_nothing_is_in_no_version(monk
     assert deciding(changed, {})[0] == changed
 
 
+def test_when_a_download_fails_is_in_no_version():
+    """And at its default, which stood in versions before, it is as it was."""
+    source = UrlSource(kind="urls", table="t.csv").model_dump(mode="json")
+    assert deciding({"source": source}, {}) == ({"source": source}, {})
+    assert deciding({"source": source | {"min_success": 0.1}}, {}) == ({"source": source}, {})
+    tars = TarSource(kind="tars", tars="x.tar").model_dump(mode="json")
+    assert deciding({"source": tars}, {}) == ({"source": tars}, {})
+
+
 def test_a_glob_that_matches_nothing_or_an_unset_variable_is_named(tmp_path: Path, monkeypatch):
     with pytest.raises(ConfigError, match=r"no file matches.*\*\.tar"):
         local_files(str(tmp_path / "*.tar"))

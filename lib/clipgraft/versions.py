@@ -24,7 +24,7 @@ from clipgraft.config import local_path, validate
 from clipgraft.evalset_tasks import data_folder
 from clipgraft.local_files import identity, listing, local_files, sampled
 from clipgraft.loss_settings import ReferenceSettings
-from clipgraft.sources import Settings
+from clipgraft.sources import Settings, UrlSource
 
 FAILURES = ".failures"  # of a job's folder: one line for each time that its task has failed
 T = TypeVar("T")
@@ -36,6 +36,9 @@ MEMORY = {"parallel": "ddp", "grad_checkpointing": False, "compile": False, "cud
 # Settings that came after there were versions, by their path (`loss.beta`), and the value that is as if there were none:
 # left out, so that what was trained before keeps its name.
 LATER: dict[str, Any] = {"precision": None}
+# Setting of a source of URLs that decides whether its download fails, not what it gives: versions are made as if it were
+# at its default.
+MIN_SUCCESS = "min_success"
 _MEMO = LIBRARY / "__pycache__" / "fingerprints.json"
 
 # Floor 0 and the launcher move settings and bytes, never values: editing them re-runs nothing.
@@ -123,12 +126,16 @@ def deciding(
 ) -> tuple[dict[str, Any], dict[str, T]]:
     """The settings and inputs that results depend on.
 
-    All but how a training fits into memory and is compiled, later settings at the value that changes nothing, and what
-    watches it, unless its best model is kept.
+    All but how a training fits into memory and is compiled, later settings at the value that changes nothing, when a
+    download fails, and what watches a training, unless its best model is kept.
     """
     settings = {name: value for name, value in settings.items() if name not in MEMORY}
     for path, value in LATER.items():
         settings = _left_out(settings, path.split("."), value)
+    source = settings.get("source", {})
+    if MIN_SUCCESS in source:
+        default = UrlSource.model_fields[MIN_SUCCESS].default
+        settings = {**settings, "source": {**source, MIN_SUCCESS: default}}
     watch = settings.get("watch")
     if watch is None or watch.get("best"):
         return settings, dict(inputs)

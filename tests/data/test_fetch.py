@@ -413,6 +413,27 @@ def test_snakemake_retries_the_downloads_of_a_mixed_data_set_and_then_indexes_ag
     assert _indexed(workflow.root) == {"own/x", *(f"web/{row:09d}" for row in range(4))}
 
 
+def test_a_lower_min_success_goes_on_with_what_there_is_and_another_one_runs_nothing(
+    site, tmp_path, workflow
+):
+    site.files["/0.jpg"] = jpeg()
+    table = source_of(tmp_path, [f"{site.address}/{number}.jpg" for number in range(2)]).table
+    keys = f"table: {table}, retries: 0, allow_private_addresses: true, min_success"
+    shapes = "{kind: shapes, split: train, num_samples: 96, image_size: 32}"
+    workflow.edit("small.yaml", shapes, f"{{kind: urls, {keys}: 0.6}}")
+    download = ("--cores", "2", "--until", "download")
+    said = workflow.snakemake(*download, check=False)
+    assert "only 1 of 2 images" in said and "min_success = 0.6" in said
+    workflow.edit("small.yaml", "min_success: 0.6", "min_success: 0.4")
+    workflow.snakemake(*download)
+    assert site.asked == {"/0.jpg": 1, "/1.jpg": 2}
+    manifests = workflow.root.glob("results/download/*/manifest.json")
+    sources = [json.loads(path.read_text())["settings"]["source"] for path in manifests]
+    assert {each.get("min_success") for each in sources} == {None, 0.4}
+    workflow.edit("small.yaml", "min_success: 0.4", "min_success: 0.3")
+    assert workflow.planned("--until", "download") == []
+
+
 def _indexed(root: Path) -> set[str]:
     """Uids of the training set."""
     tables = [pq.read_table(path) for path in root.glob("results/index/*/samples.parquet")]
