@@ -376,6 +376,30 @@ def test_experts_may_be_grafted_wherever_they_were_trained(expert, moe):
     assert load_config(raw)["small"].finetune_expert.lock == expert.get("lock", [])
 
 
+@pytest.mark.parametrize(
+    ("layers", "is_refused"),
+    [
+        ({}, True),
+        ({"image_layers": [0, 1], "text_layers": [1, 0]}, True),
+        ({"text_layers": [0]}, False),
+    ],
+    ids=str,
+)
+def test_routers_are_compiled_where_blocks_are_left_without_experts(layers, is_refused):
+    raw = copy.deepcopy(SMALL)
+    raw["moe"] |= layers
+    raw["finetune_router"]["compile"] = True
+    if not is_refused:
+        assert load_config(raw)["small"].finetune_router.compile
+        return
+    with pytest.raises(
+        ConfigError, match=r"finetune_router.compile = true has no effect: every block"
+    ):
+        load_config(raw)
+    raw["moe"] = None
+    assert load_config(raw)["small"].finetune_router.compile
+
+
 def test_classes_of_ones_own_need_templates_before_anything_runs():
     raw = changed("download.pets", {"kind": "class_folder", "folder": "pets"})
     raw["evaluate"]["tasks"]["pets"] = {"data": "pets", "zero_shot": [{}]}

@@ -189,6 +189,21 @@ def _layers(run: RunSettings, config: Mapping[str, Any]) -> None:
                     f"Hint: 0 to {depth - 1}, or all"
                 )
         _grafted(run, key, depth)
+    _compiled(run, config)
+
+
+def _compiled(run: RunSettings, config: Mapping[str, Any]) -> None:
+    """Blocks with experts are not compiled, and copies and two_experts are trained as the routers are."""
+    assert run.moe is not None
+    for tower, layers in (("vision", run.moe.image_layers), ("text", run.moe.text_layers)):
+        depth = (config.get(f"{tower}_cfg") or {}).get("layers", 12)  # as open_clip
+        if layers != "all" and len(set(layers)) < depth:
+            return
+    if run.finetune_router and run.finetune_router.compile:
+        raise ValueError(
+            "finetune_router.compile = true has no effect: every block has experts (moe.image_layers, moe.text_layers). "
+            "Hint: compile: false"
+        )
 
 
 def _grafted(run: RunSettings, key: str, depth: object) -> None:
