@@ -105,7 +105,7 @@ class UrlSource(Settings):
     uid_column: str | None = Field(None, description="Column that names the samples.")
     image_size: PositiveInt = Field(256, description="Longer images are shrunk to this short side.")
     min_success: Fraction = Field(
-        0.5, description="Fail if a smaller share of the URLs could be had."
+        0.5, description="Fail if a smaller share of the URLs could be had. Part of no version."
     )
     allow_local_files: bool = Field(False, description="Let `file://` URLs read local files.")
     allow_private_addresses: bool = Field(
