@@ -78,15 +78,15 @@ def check_references(phase: PhaseSettings, model: ModelSettings, vocabulary: str
 
 
 def _check_start(phase: PhaseSettings, vocabulary: str) -> None:
-    """A public model to start from reads all of CLIP's vocabulary, or of BERT's; one of a hub is known when it is opened."""
+    """A public model reads all of CLIP's vocabulary or of BERT's; which, is known of one of a hub when it is opened."""
     first = phase.references[0]
     if ":" in first.model:
-        reads = ("full", "wordpiece")
+        reads = ["full", "wordpiece"]
     else:
         config = architecture(ModelSettings(name=first.model))
         if misfit := tower_misfit(config):
             raise ConfigError(f"pretrain.{phase.name}.init_from: {first.model}: {misfit}")
-        reads = ("wordpiece" if config["text_cfg"].get("hf_tokenizer_name") else "full",)
+        reads = ["wordpiece" if config["text_cfg"].get("hf_tokenizer_name") else "full"]
     if vocabulary not in reads:
         raise ConfigError(
             f"pretrain.{phase.name}.init_from = reference: {first.name} reads another vocabulary than "

@@ -201,8 +201,8 @@ def _compiled(run: RunSettings, config: Mapping[str, Any]) -> None:
             return
     if run.finetune_router and run.finetune_router.compile:
         raise ValueError(
-            "finetune_router.compile = true has no effect: every block has experts (moe.image_layers, moe.text_layers). "
-            "Hint: compile: false"
+            "finetune_router.compile = true has no effect: every block has experts (moe.image_layers, "
+            "moe.text_layers). Hint: compile: false"
         )
 
 

@@ -36,8 +36,8 @@ MEMORY = {"parallel": "ddp", "grad_checkpointing": False, "compile": False, "cud
 # Settings that came after there were versions, by their path (`loss.beta`), and the value that is as if there were none:
 # left out, so that what was trained before keeps its name.
 LATER: dict[str, Any] = {"precision": None}
-# Setting of a source of URLs that decides whether its download fails, not what it gives: versions are made as if it were
-# at its default.
+# Setting of a source of URLs that decides whether its download fails, not what it gives: versions are made as if it
+# were at its default.
 MIN_SUCCESS = "min_success"
 _MEMO = LIBRARY / "__pycache__" / "fingerprints.json"
 
