@@ -17,7 +17,7 @@ import torch
 import torch.distributed as torch_dist
 from test_train import folder, make_data, phase, saving_until
 
-from clipgraft import dist, training_state
+from clipgraft import dist, router, training_state
 from clipgraft.checkpoint import load_model, read_weights
 from clipgraft.config import ConfigError
 from clipgraft.graft import assemble
@@ -129,6 +129,21 @@ def test_a_stopped_training_goes_on_with_both_learning_rates(moe, data, tmp_path
     assert all(torch.equal(value, whole[name]) for name, value in read_weights(out).items())
 
 
+def test_a_collapse_from_before_a_stop_is_named_after_it(moe, data, tmp_path, monkeypatch, caplog):
+    """It has lasted for a tenth of the training in its second step, and only the first one is before the stop."""
+    monkeypatch.setattr(router, "collapse", lambda *_: "expert 0 gets 100 % of the tokens")
+    monkeypatch.setattr(training_state, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(TrainingState, "save", saving_until(1, TrainingState.save))
+    state = TrainingState(tmp_path / "resume", "tag")
+    settings, out = job(samples_seen=32), folder(tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        finetune_router(settings, moe, *data, out, state=state)
+    assert "has collapsed" not in caplog.text
+    finetune_router(settings, moe, *data, out, state=state)
+    state.close()
+    assert caplog.text.count("has collapsed, from step 1 to 2: expert 0 gets 100 %") == 3
+
+
 def test_a_batch_in_parts_is_judged_as_a_whole(moe, data, tmp_path):
     whole, parts = (
         trained_by(job(accumulate=num), moe, data, tmp_path / str(num)) for num in (1, 4)
@@ -235,10 +250,9 @@ def test_a_layer_that_stays_collapsed_is_named_once_and_a_short_collapse_is_not(
         watched(extra, range(12, 22), bad, worse)
         assert caplog.text == ""  # never for 10 of the 100 steps on end
         watched(extra, range(22, 40), bad, worse)
-        assert (
-            caplog.text.count("image layer 0 has collapsed, 10 steps ago: expert 0 gets 100") == 1
-        )
-        assert caplog.text.count("text layer 1 has collapsed, 10 steps ago: expert 0 gets 100") == 1
+        for layer in ("image layer 0", "text layer 1"):
+            said = f"{layer} has collapsed, from step 12 to 22: expert 0 gets 100"
+            assert caplog.text.count(said) == 1
         assert len(caplog.records) == 2
         silent = RoutingLoss(job(), {"top_k": K, **LAYERS}, is_first=False)
         watched(silent, range(1, 40), bad, bad)

@@ -188,16 +188,18 @@ class RoutingLoss:
                 if not found:
                     self.since.pop(layer, None)
                     continue
-                steps = row["step"] - self.since.setdefault(layer, row["step"])
-                if steps < PATIENCE * num_steps(self.settings) or layer in self.warned:
+                since = self.since.setdefault(layer, row["step"])
+                is_short = row["step"] - since < PATIENCE * num_steps(self.settings)
+                if is_short or layer in self.warned:
                     continue
                 self.warned.add(layer)
                 if self.is_first:
                     log.warning(
-                        "%s layer %d has collapsed, %d steps ago: %s. Hint: a larger balance_weight or optim.lr, or "
-                        "fewer experts",
+                        "%s layer %d has collapsed, from step %d to %d: %s. Hint: a larger balance_weight or optim.lr, "
+                        "or fewer experts",
                         *layer,
-                        steps,
+                        since,
+                        row["step"],
                         found,
                     )
 

@@ -369,6 +369,9 @@ class Fit:
             parts.restore(saved)
             self.rows = json.loads(saved["rows"])
             log.info("resumed at step %d/%d", step, self.num_steps)
+            if self.extra_loss is not None:
+                for row in self.rows:  # what it warned of before was said in a log that is gone
+                    self.extra_loss.watch(row)
         return step
 
 
