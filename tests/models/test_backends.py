@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,8 +61,11 @@ def gradients(y: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad((y * weight.to(y)).sum(), leaves))
 
 
+CHOICES = [(1, None), (2, None), (3, 2), (4, None), (1, 0)]
+
+
 @pytest.mark.parametrize("backend", WAYS)
-@pytest.mark.parametrize(("top_k", "idle"), [(1, None), (2, None), (3, 2), (4, None), (1, 0)])
+@pytest.mark.parametrize(("top_k", "idle"), CHOICES)
 def test_every_way_is_the_definition_forward_and_backward(backend, top_k, idle):
     *leaves, topk = drawn(top_k, idle)
     x, gates, *weights = leaves
@@ -74,6 +78,41 @@ def test_every_way_is_the_definition_forward_and_backward(backend, top_k, idle):
         torch.testing.assert_close(our.double(), their, rtol=1e-5, atol=1e-5)
     if idle is not None:
         assert all((grad[idle] == 0).all() for grad in ours[2:])
+
+
+def in_bf16(leaves: list[Tensor], topk: Tensor, backend: str, device: str) -> list[Tensor]:
+    """What a way makes of these numbers on a device, and its gradients."""
+    leaves = [leaf.detach().to(device).requires_grad_() for leaf in leaves]
+    x, gates, *weights = leaves
+    with torch.autocast(device, torch.bfloat16):
+        y = mix(Experts(*weights, F.gelu), x, gates, topk.to(device), backend)
+    return [each.detach().cpu() for each in (y, *gradients(y, leaves))]
+
+
+def assert_near(ours: Tensor, theirs: Tensor) -> None:
+    """Within what bf16 rounds; zeros are zeros."""
+    assert (ours.double() - theirs.double()).norm() <= 0.02 * theirs.double().norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("backend", WAYS)
+@pytest.mark.parametrize(("top_k", "idle"), CHOICES)
+def test_on_a_gpu_every_way_is_the_definition_forward_and_backward(
+    backend, top_k, idle, device="cuda"
+):
+    """Where all experts have had tokens before, so that what a kernel leaves as it is in memory is not zero."""
+    *others, every = drawn(2, seed=1)
+    assert set(every.flatten().tolist()) == set(range(E))
+    in_bf16(others, every, backend, device)
+    *leaves, topk = drawn(top_k, idle)
+    y, *grads = in_bf16(leaves, topk, backend, device)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = one_by_one(*exact, topk)
+    assert_near(y, expected)
+    for number, (ours, theirs) in enumerate(zip(grads, gradients(expected, exact), strict=True)):
+        is_stack = number >= 2  # each expert by itself
+        for our, their in zip(ours, theirs, strict=True) if is_stack else [(ours, theirs)]:
+            assert_near(our, their)
 
 
 @pytest.mark.parametrize("backend", WAYS)
@@ -141,9 +180,9 @@ def grafted(config, *, backend="auto", top_k=2, image_layers="all", text_layers=
     return model
 
 
-def trained_once(model: nn.Module) -> dict[str, Tensor]:
+def trained_once(model: nn.Module, device: str = "cpu") -> dict[str, Tensor]:
     """Features and gradients of a batch with padding."""
-    image, text, _ = model(images(), TEXT)
+    image, text, _ = model(images().to(device), TEXT.to(device))
     (image @ text.T).float().square().sum().backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {"image": image.detach(), "text": text.detach(), **grads}
@@ -161,6 +200,27 @@ def test_models_agree_whatever_runs_their_experts(tiny_config, backend, checkpoi
     assert found[0].keys() == found[1].keys()
     for name, value in found[0].items():
         torch.testing.assert_close(value, found[1][name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("backend", ["auto", "grouped", "dense"])
+def test_models_on_a_gpu_agree_whatever_runs_their_experts(
+    tiny_config, backend, checkpointing, device="cuda"
+):
+    """With experts in the first blocks, of whose choices no rounding of another way decides."""
+    found = []
+    for way in ("loop", backend):
+        model = grafted(tiny_config, backend=way, image_layers=[0], text_layers=[0]).to(device)
+        model.set_grad_checkpointing(checkpointing)
+        with torch.autocast(device, torch.bfloat16):
+            trained_once(model, device)
+            model.zero_grad()
+            found.append(trained_once(model, device))
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        distance = (value - found[1][name]).norm() / value.norm()
+        assert distance < 0.15, (name, distance)
 
 
 LAYERS = [([], "all"), ("all", []), ([0], [1]), ([1], []), ([], [])]
@@ -212,6 +272,57 @@ def test_the_way_is_the_loop_unless_the_device_is_fast_at_more(monkeypatch):
         assert choose_backend(wished_backend(D, H), x, H) == way
 
 
+def standing_in(**changes: object) -> SimpleNamespace:
+    """Tokens on a GPU, as far as it is asked which way they go."""
+    about = {"is_cuda": True, "dtype": torch.bfloat16, "shape": (5, D)}
+    return SimpleNamespace(**about | {"device": torch.device("cuda", 0)} | changes)
+
+
+@pytest.mark.parametrize(
+    ("major", "works", "changes", "hidden", "way"),
+    [
+        (9, True, {}, H, "grouped"),
+        (9, False, {}, H, "loop"),
+        (8, True, {}, H, "loop"),  # there it is a loop that waits
+        (10, True, {}, H, "loop"),  # there gradients of experts without rows were wrong
+        (12, True, {}, H, "loop"),
+        (9, True, {"dtype": torch.float32}, H, "loop"),
+        (9, True, {"dtype": torch.float16}, H, "loop"),
+        (9, True, {"shape": (5, 12)}, H, "loop"),
+        (9, True, {}, 36, "loop"),
+        (9, True, {"is_cuda": False}, H, "loop"),
+    ],
+)
+def test_the_grouped_product_is_taken_where_it_is_fast_and_right(
+    monkeypatch, major, works, changes, hidden, way
+):
+    monkeypatch.setattr(execution, "_probed", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (major, 0))
+    monkeypatch.setattr(execution, "probe_grouped", lambda _: works)
+    assert choose_backend("auto", standing_in(**changes), hidden) == way
+
+
+def test_a_device_is_asked_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(execution, "_probed", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(
+        execution, "probe_grouped", lambda device: asked.append(device.index) is None
+    )
+    for index in (0, 1, 0, 1):
+        x = standing_in(device=torch.device("cuda", index))
+        assert choose_backend("auto", x, H) == "grouped"
+    assert asked == [0, 1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_of_capability_9_the_grouped_product_is_taken():
+    x = torch.randn(5, D, device="cuda", dtype=torch.bfloat16)
+    is_hopper = torch.cuda.get_device_capability()[0] == 9
+    assert choose_backend("auto", x, H) == ("grouped" if is_hopper else "loop")
+    assert choose_backend("auto", x.float(), H) == "loop"
+
+
 def test_the_variable_decides_for_a_model_when_experts_are_inserted(tiny_config, monkeypatch):
     monkeypatch.setenv(execution.VARIABLE, "dense")
     torch.manual_seed(0)
@@ -236,14 +347,29 @@ def test_a_wish_that_cannot_be_met_is_named(monkeypatch, value, width, message):
 
 def test_where_the_grouped_product_fails_the_loop_runs_and_the_log_says_so(monkeypatch, caplog):
     device = torch.device("cpu")
-    assert probe_grouped(device) and not caplog.records
+    with torch.inference_mode():  # of an evaluation
+        assert probe_grouped(device) and not caplog.records
+
+    class Forward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, *_):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, *_):
+            raise RuntimeError("not backward on this device")
 
     def fail(*_, **__):
         raise RuntimeError("not on this device")
 
-    monkeypatch.setattr(F, "grouped_mm", fail)
-    assert not probe_grouped(device)
-    assert "experts run one by one" in caplog.text and "not on this device" in caplog.text
+    for broken, message in (
+        (fail, "not on"),
+        (lambda x, *_, **__: Forward.apply(x), "not backward"),
+    ):
+        caplog.clear()
+        monkeypatch.setattr(F, "grouped_mm", broken)
+        assert not probe_grouped(device)
+        assert "experts run one by one" in caplog.text and f"{message} " in caplog.text
 
 
 # --- two processes --------------------------------------------------------------------------------------------
