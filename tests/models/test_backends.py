@@ -97,15 +97,13 @@ def assert_near(ours: Tensor, theirs: Tensor) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("backend", WAYS)
 @pytest.mark.parametrize(("top_k", "idle"), CHOICES)
-def test_on_a_gpu_every_way_is_the_definition_forward_and_backward(
-    backend, top_k, idle, device="cuda"
-):
+def test_on_a_gpu_every_way_is_the_definition_forward_and_backward(backend, top_k, idle):
     """Where all experts have had tokens before, so that what a kernel leaves as it is in memory is not zero."""
     *others, every = drawn(2, seed=1)
     assert set(every.flatten().tolist()) == set(range(E))
-    in_bf16(others, every, backend, device)
+    in_bf16(others, every, backend, "cuda")
     *leaves, topk = drawn(top_k, idle)
-    y, *grads = in_bf16(leaves, topk, backend, device)
+    y, *grads = in_bf16(leaves, topk, backend, "cuda")
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     expected = one_by_one(*exact, topk)
     assert_near(y, expected)
@@ -205,18 +203,16 @@ def test_models_agree_whatever_runs_their_experts(tiny_config, backend, checkpoi
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("backend", ["auto", "grouped", "dense"])
-def test_models_on_a_gpu_agree_whatever_runs_their_experts(
-    tiny_config, backend, checkpointing, device="cuda"
-):
+def test_models_on_a_gpu_agree_whatever_runs_their_experts(tiny_config, backend, checkpointing):
     """With experts in the first blocks, of whose choices no rounding of another way decides."""
     found = []
     for way in ("loop", backend):
-        model = grafted(tiny_config, backend=way, image_layers=[0], text_layers=[0]).to(device)
+        model = grafted(tiny_config, backend=way, image_layers=[0], text_layers=[0]).cuda()
         model.set_grad_checkpointing(checkpointing)
-        with torch.autocast(device, torch.bfloat16):
-            trained_once(model, device)
+        with torch.autocast("cuda", torch.bfloat16):
+            trained_once(model, "cuda")
             model.zero_grad()
-            found.append(trained_once(model, device))
+            found.append(trained_once(model, "cuda"))
     assert found[0].keys() == found[1].keys()
     for name, value in found[0].items():
         distance = (value - found[1][name]).norm() / value.norm()
