@@ -198,6 +198,20 @@ def test_training_reads_drawn_and_short_captions_in_turn(data, base, labels, tmp
     assert second["loss"] == pytest.approx(2 * first["loss"], rel=1e-5)
 
 
+def test_of_two_captions_the_drawn_one_has_the_loss_and_the_short_one_its_weight(
+    data, base, labels, tmp_path
+):
+    plain, both = folder(tmp_path / "plain"), folder(tmp_path / "both")
+    settings = {"samples_seen": 8}
+    finetune_expert(job(**settings), base, *data, labels, plain)
+    short = {"short_captions": {"weight": 0.25, "kind": "caption"}}
+    finetune_expert(job(**settings, **short), base, *data, labels, both)
+    (first,), (second,) = rows_of(plain), rows_of(both)
+    assert second["pair"] == pytest.approx(first["loss"], rel=1e-5)
+    assert second["short"] != pytest.approx(second["pair"], rel=1e-4)
+    assert second["loss"] == pytest.approx(second["pair"] + 0.25 * second["short"], rel=1e-5)
+
+
 # --- trimming -----------------------------------------------------------------------------------------------
 
 
