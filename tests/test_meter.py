@@ -91,6 +91,17 @@ def test_a_pause_counts_neither_for_the_training_nor_for_its_row(clock):
     assert [row["samples_per_second"] for row in rows] == [2, 2]
 
 
+def test_after_a_resume_the_rest_is_reckoned_from_what_is_new(clock, caplog):
+    """90 steps of 2 seconds are left, whatever the 100 steps before took."""
+    meter = meter_of(200, [{"step": 100, "seconds": 9000.0}])
+    for step in range(101, 111):
+        clock.let_pass(2)
+        add(meter, step, 1.0)
+    with caplog.at_level(logging.INFO):
+        meter.glance(110)
+    assert "eta 3m00s" in caplog.text
+
+
 def test_after_a_resume_seconds_go_on_and_rates_are_of_what_is_new(clock):
     rows: list[dict] = []
     meter = meter_of(4, rows)

@@ -15,7 +15,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from clipgraft import dist, objectives, training_state
 from clipgraft.checkpoint import load_model, read_weights
@@ -132,6 +135,24 @@ def test_gradients_are_no_longer_than_they_may_be(data, tmp_path):
     assert len(norms[None]) == 3 and min(norms[None]) > 1
     assert norms[0.05] == pytest.approx([0.05] * 3, rel=1e-4)
     assert norms[1e3] == norms[None]
+
+
+@pytest.mark.parametrize(("by", "end"), [(9.0, 0.05), (-9.0, 0.2)])
+def test_the_temperature_stays_between_its_bounds(data, tmp_path, by, end):
+    """However far a step moves the log of its inverse, the one parameter without a dimension."""
+
+    def move(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        (scale,) = (p for group in optimizer.param_groups for p in group["params"] if not p.dim())
+        scale.data += by
+
+    hook = register_optimizer_step_post_hook(move)
+    try:
+        settings = phase(samples_seen=48, temperature=0.1, loss={"tau_bounds": (0.05, 0.2)})
+        pretrain(settings, *data, None, folder(tmp_path / "out"))
+    finally:
+        hook.remove()
+    rows = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["tau"] for row in rows] == pytest.approx([end] * 3, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb", "lion", "sgd"])

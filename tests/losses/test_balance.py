@@ -105,6 +105,22 @@ def test_descent_moves_probability_away_from_the_crowded_expert():
     assert (logits.grad[:, 0] > 0).all() and (logits.grad[:, 1:] < 0).all()
 
 
+def test_gradients_are_those_of_the_definitions():
+    """Of probabilities alone, choices being what they are: in closed form, in float64."""
+    torch.manual_seed(0)
+    logits_TE = 2 * torch.randn(7, E, requires_grad=True)
+    means = RoutingMeans.of(sums_of(logits_TE)[None])
+    (z_TE,) = torch.autograd.grad(means.z_L.sum(), logits_TE, retain_graph=True)
+    (balance_TE,) = torch.autograd.grad(balance_loss(means).sum(), logits_TE)
+    exact_TE = logits_TE.detach().double()
+    lse_T1, probs_TE = exact_TE.logsumexp(1, keepdim=True), exact_TE.softmax(1)
+    top_TE = torch.zeros_like(probs_TE).scatter(1, exact_TE.topk(K, dim=1).indices, 1.0)
+    load_E = top_TE.mean(0) / K
+    expected_TE = E * probs_TE * (load_E - (probs_TE @ load_E)[:, None]) / len(probs_TE)
+    for ours, theirs in (z_TE, 2 * lse_T1 * probs_TE / len(probs_TE)), (balance_TE, expected_TE):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-7)
+
+
 def test_z_loss_is_the_mean_squared_log_partition_and_entropy_that_of_probabilities():
     logits = torch.tensor([[0.0, 0, 0, 0], [3.0, 1, 0, -2]])
     means = RoutingMeans.of(sums_of(logits)[None])
