@@ -165,17 +165,21 @@ def test_no_more_samples_are_clustered_than_there_are_and_none_twice(
 def test_centroids_are_of_the_real_tokens_that_come_into_the_mlps_of_the_base(
     base, data, tmp_path, monkeypatch
 ):
-    """What is clustered, held against hooks on the dense model: same tokens, padding left out."""
+    """What is clustered, held against hooks on the dense model: same tokens, padding left out; each layer gets its own."""
     seen = {}
 
     def keep(x_TD, num_experts, scale, seed):
         seen[len(seen)] = x_TD
-        return torch.zeros(num_experts, x_TD.shape[1])
+        return torch.full((num_experts, x_TD.shape[1]), float(len(seen)))
 
     monkeypatch.setattr("clipgraft.centroids.routers_of", keep)
     monkeypatch.setattr("clipgraft.centroids.TOKENS_PER_SAMPLE", 10**6)
     settings = {"router_init": "centroids", "image_layers": [1], "text_layers": [0]}
-    assembled(tmp_path / "moe", base, data, **settings)
+    written = routers(assembled(tmp_path / "moe", base, data, **settings))
+    assert {name: rows.unique().tolist() for name, rows in written.items()} == {
+        "visual.transformer.resblocks.1.mlp.router": [1],
+        "text.transformer.resblocks.0.mlp.router": [2],
+    }
     image_TD, text_TD = seen[0], seen[1]
     assert len(image_TD) == NUM * 5  # class token and patches
     text_CL = torch.from_numpy(Tokens.open(data[0]).encode(np.arange(2 * NUM), 12))
