@@ -170,7 +170,7 @@ def test_a_partial_task_keeps_an_average_from_its_name():
 def test_models_are_compared_on_the_same_tasks_alone():
     base = results({"cifar10": 0.5, "mnist": 0.25})
     moe = {**results({"cifar10": 0.75}), "mnist": {"failed": "0.tar is damaged"}}
-    means = {name: values for name, values, _ in means_of({"base": base, "moe": moe})}
+    means = {name: values for name, values, *_ in means_of({"base": base, "moe": moe})}
     assert means == {"Average (2/38)": {"base": pytest.approx(0.375)}}
     cifar, mnist = rows_of({"base": base, "moe": moe})
     assert cifar.values == {"base": 0.5, "moe": 0.75} and mnist.failed == {"moe": "failed"}

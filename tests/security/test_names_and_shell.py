@@ -126,7 +126,7 @@ def test_the_rules_of_a_shell_quote_what_users_write():
     """What stands in a rule's command without `:q` is a number, a hash, a name that was checked, or quoted already."""
     plain = {"PYTHON", "SCRIPTS", "LAUNCH", "threads", "log", "wildcards.version", "wildcards.run"}
     plain |= {f"resources.{name}" for name in ("job", "gpu", "gpus_per_node", "nodes")}
-    plain |= {f"params.{name}" for name in ("inputs", "watch", "batch_size", "part")}
+    plain |= {f"params.{name}" for name in ("inputs", "watch", "min_success", "batch_size", "part")}
     texts = [path.read_text() for path in sorted((ROOT / "rules").glob("*.smk"))]
     shells = [each for text in texts for each in re.findall(r"shell:\n((?: {8}.*\n)+)", text)]
     fields = {each for shell in shells for each in re.findall(r"(?<!{){([^{}]+)}(?!})", shell)}
