@@ -10,9 +10,18 @@ from typing import Any
 import pytest
 import yaml
 
-from clipgraft.config import ConfigError, load_config, merge, read_config, read_layers, schema
+from clipgraft.config import (
+    ConfigError,
+    load_config,
+    merge,
+    read_config,
+    read_layers,
+    schema,
+    sweep_points,
+)
 from clipgraft.loss_settings import LossSettings
 from clipgraft.moe_settings import ClusterSettings
+from clipgraft.planning import plan_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = yaml.safe_load((ROOT / "tests/config/small.yaml").read_text())
@@ -744,6 +753,19 @@ def test_the_overlay_of_seeds_makes_three_runs_of_flickr8k():
         "flickr8k_1": 1,
         "flickr8k_2": 2,
     }
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("presets/experts_*.yaml")), ids=lambda path: path.stem
+)
+def test_the_header_of_a_study_names_its_files_and_its_runs(path: Path):
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    (files,) = [line.split("--configfile ")[1].split() for line in header if "--configfile" in line]
+    (compared,) = [line.split(" compare ")[1].split() for line in header if " compare " in line]
+    raw = read_layers(*(ROOT / file for file in files))
+    planned = plan_runs(load_config(raw), sweep_points(raw))
+    assert files[-1] == f"presets/{path.name}"
+    assert set(compared) <= set(planned)
 
 
 def test_positions_follow_from_phase_to_phase():
