@@ -10,6 +10,8 @@ from pathlib import Path
 
 from clipgraft.config import ConfigError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 @contextmanager
 def disk_trouble(out: Path) -> Iterator[None]:
@@ -27,9 +29,14 @@ def disk_trouble(out: Path) -> Iterator[None]:
         raise
 
 
+def is_of_the_disk(error: BaseException) -> bool:
+    """Whether an error says of itself that a disk is full or read-only, and not what was read."""
+    return isinstance(error, OSError) and error.errno in (*_FULL, errno.EROFS)
+
+
 def _is_disk_full(error: OSError | RuntimeError, out: Path) -> bool:
     """Not all libraries pass the error number on; then a disk without room is taken for the cause."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in _FULL:
         return True
     has_reason = isinstance(error, OSError) and error.errno is not None
     return not has_reason and ("No space left" in str(error) or _free_bytes(out) < 2**20)

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+from mounts import mounted
 from pictures import jpeg, write_tar
 from server import Hub, Site
 
@@ -28,6 +29,7 @@ from clipgraft.data.outcomes import read_outcomes
 from clipgraft.data.remote import copy_all, expand, open_file
 from clipgraft.data.samples import Samples
 from clipgraft.data.sources.tables import read_tables
+from clipgraft.disk import disk_trouble
 from clipgraft.settings import IndexJob
 from clipgraft.sources import ParquetSource, TarSource, UrlSource
 
@@ -328,6 +330,21 @@ def test_a_remote_tar_that_was_cut_is_told_by_its_address_and_asked_for_again(me
     memory.pipe("/t/0.tar", data)
     download(source, fresh(tmp_path / "2"), 1, work)
     assert [each.file for each in read_outcomes(tmp_path / "2/outcomes.parquet")] == ["0.tar"]
+
+
+def test_a_disk_that_fills_up_while_a_file_is_copied_is_said_and_the_address_is_not_blamed(
+    memory, tmp_path, caplog
+):
+    memory.pipe("/t/0.tar", tar_bytes(tmp_path, 0, 3_000_000))
+    work = fresh(tmp_path / "work")
+    source = TarSource(kind="tars", tars="memory://t/0.tar")
+    with (
+        mounted(work, "-t", "tmpfs", "-o", "size=1m", "tmpfs"),
+        pytest.raises(ConfigError, match="no space left on device"),
+        disk_trouble(work),
+    ):
+        download(source, fresh(tmp_path / "out"), 1, work)
+    assert "trying again" not in caplog.text
 
 
 def test_progress_of_copies_is_told_in_megabytes(memory, tmp_path, caplog):

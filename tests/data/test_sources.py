@@ -1,14 +1,17 @@
 """Each form of data, from the form in which people have it to the captions and labels of the index."""
 
+import bz2
 import errno
 import gzip
 import io
 import json
+import lzma
 import os
 import re
 import subprocess
 import sys
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 
 import fsspec
@@ -130,6 +133,20 @@ def test_conceptual_captions_have_no_header_and_quotes_that_open_nothing(site, p
     texts = [captions for captions in samples.all_captions()]
     assert texts == [['"quoted at first'], ["1e5"], ["NA"]]
     assert "3 columns, not 2" in messages(tmp_path / "download")["000000003"]
+
+
+@pytest.mark.parametrize("packing", ["gz", "bz2", "xz"])
+def test_a_damaged_packed_table_is_named(packing, tmp_path):
+    pack = {"gz": gzip, "bz2": bz2, "xz": lzma}[packing].compress
+    whole = pack(b"url\tcaption\n" + b"".join(b"http://a/%d\tsome words\n" % i for i in range(9)))
+    table = tmp_path / f"t.tsv.{packing}"
+    for place in range(len(whole)):
+        table.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
+        with suppress(ConfigError):  # some bytes say nothing, such as the time
+            read_tables(UrlSource(**urls(table)))
+    table.write_bytes(whole[:-20] + bytes(10) + whole[-10:])
+    with pytest.raises(ConfigError, match=rf"t\.tsv\.{packing} cannot be read as tsv"):
+        read_tables(UrlSource(**urls(table)))
 
 
 def test_a_header_that_there_is_after_all_is_no_row(site, tmp_path):

@@ -8,14 +8,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from campaign import Place, wait_for
+from mounts import mounted
 
 from clipgraft.config import load_config
 from clipgraft.planning import plan_runs
@@ -31,18 +30,6 @@ def place(finished, tmp_path) -> Place:
 def manifest_of(finished, job: str) -> Path:
     folder = (finished.root / "results/runs/small" / job).resolve()
     return (folder / "manifest.json").relative_to(finished.root)
-
-
-@contextmanager
-def mounted(folder: Path, *words: str) -> Iterator[None]:
-    """A file system of a test's own; where these may not be mounted the test is skipped."""
-    done = subprocess.run(["mount", *words, folder], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"needs the right to mount: {done.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", folder], check=True)
 
 
 # --- two at once --------------------------------------------------------------------------------------------

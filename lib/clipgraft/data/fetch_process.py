@@ -10,10 +10,12 @@ from __future__ import annotations
 import functools
 import http.client
 import ipaddress
+import math
 import multiprocessing.pool
 import os
 import socket
 import sys
+import threading
 import time
 import types
 import urllib.request
@@ -104,6 +106,8 @@ def _guard_urls(schemes: set[str], allow_private: bool, seconds: float) -> None:
     """Check each URL that is opened, redirects too, and bound the size of each answer and its time."""
     original = urllib.request.OpenerDirector.open
     read = http.client.HTTPResponse.read
+    receive = socket.SocketIO.readinto
+    due = threading.local()  # when the answer that a thread waits for must be there
     has_proxy = bool(urllib.request.getproxies().keys() - {"no"})
 
     def open_checked(self: Any, fullurl: Any, data: Any = None, timeout: Any = None) -> Any:
@@ -116,14 +120,22 @@ def _guard_urls(schemes: set[str], allow_private: bool, seconds: float) -> None:
             raise URLError(f"{request.type}: URLs are refused")
         if has_proxy and not allow_private:
             _check_behind_proxy(urlsplit(request.full_url).hostname or "")
+        due.at = time.monotonic() + seconds
         response = original(self, request, data, timeout)
         if not isinstance(response, http.client.HTTPResponse):
             response.read = functools.partial(_read_file, response.read)
         return response
 
     def read_bounded(self: http.client.HTTPResponse, amt: int | None = None) -> bytes:
-        return _read(self, seconds) if amt is None else read(self, amt)
+        return _read(self) if amt is None else read(self, amt)
 
+    def receive_in_time(self: socket.SocketIO, buffer: Any) -> int | None:
+        if time.monotonic() > getattr(due, "at", math.inf):
+            raise TimeoutError(f"the image took more than {seconds:g} s")
+        return receive(self, buffer)
+
+    # Of the socket: the timeout begins anew with each byte, those of headers too.
+    socket.SocketIO.readinto = receive_in_time  # type: ignore[method-assign]
     urllib.request.OpenerDirector.open = open_checked  # type: ignore[method-assign]
     # Of the class: what answers with a redirect is read by urllib itself, before the next URL is opened.
     http.client.HTTPResponse.read = read_bounded  # type: ignore[method-assign]
@@ -139,16 +151,13 @@ def _check_behind_proxy(host: str) -> None:
         raise PermissionError(REFUSED)
 
 
-def _read(response: http.client.HTTPResponse, seconds: float) -> bytes:
-    limit = time.monotonic() + seconds
+def _read(response: http.client.HTTPResponse) -> bytes:
     parts, size = [], 0
     while part := response.read1(_CHUNK):
         parts.append(part)
         size += len(part)
         if size > MAX_BYTES:
             raise OSError(f"refused: more than {MAX_BYTES // 2**20} MB")
-        if time.monotonic() > limit:
-            raise TimeoutError(f"the image took more than {seconds:g} s")
     if response.length:  # read1 does not mind that the connection ended early
         raise http.client.IncompleteRead(b"", response.length)
     return b"".join(parts)

@@ -32,6 +32,7 @@ from clipgraft.config import ConfigError
 from clipgraft.data import fetch_process
 from clipgraft.data.parallel import Progress
 from clipgraft.data.unpacked import Unpacked
+from clipgraft.disk import is_of_the_disk
 from clipgraft.local_files import local_files, spelled_out
 from clipgraft.sources import Patterns
 
@@ -195,7 +196,7 @@ def _copy_part(url: str, target: Path, progress: _Megabytes) -> Path:
         except (FileNotFoundError, PermissionError):
             raise
         except Exception as error:  # each file system raises its own
-            if attempt == _TRIES or progress.stopped.is_set():
+            if attempt == _TRIES or progress.stopped.is_set() or is_of_the_disk(error):
                 raise
             log.warning("%s: %s; trying again", url, str(error)[:200])
             time.sleep(attempt)
@@ -346,6 +347,8 @@ def _told_plainly(url: str, action: Callable[[], Any]) -> Any:
     except ImportError as error:
         raise ConfigError(f"{url} needs another package: {error}") from None
     except Exception as error:  # each file system raises its own
+        if is_of_the_disk(error):  # what is written here
+            raise
         # fsspec says of whatever goes wrong on the web that a file is not there, and keeps the cause.
         cause = error.__cause__ or error if isinstance(error, FileNotFoundError) else error
         if isinstance(cause, FileNotFoundError) or getattr(cause, "status", 0) == 404:

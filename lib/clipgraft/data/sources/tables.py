@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import lzma
 import re
+import zlib
 from collections import Counter
 from contextlib import suppress
 from functools import partial
@@ -48,9 +50,6 @@ def read_tables(source: UrlSource) -> tuple[pa.Table, list[str]]:
         table = pa.concat_tables(parts, promote_options="permissive")
     except pa.ArrowException as error:
         raise ConfigError(f"the files of {source.table} do not go together: {error}") from None
-    # In one piece, as chunks would show in what names the table (`urls._hash`).
-    with suppress(pa.ArrowInvalid):  # lists of more than 2 GiB of text stay in chunks
-        table = table.combine_chunks()
     if not table.num_rows:
         reason = f"; {len(bad):,} lines are no rows, e.g. {bad[0]}" if bad else ""
         raise ConfigError(f"{source.table} has no rows{reason}. Hint: it needs one row per image")
@@ -97,7 +96,14 @@ def _read_file(name: str, source: UrlSource, bad: list[str]) -> pa.Table:
             if kind in ("csv", "tsv"):
                 return _read_lines(file, kind, source.columns, bad)
             return _read_json_lines(file, name, source, bad)
-    except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
+    except (
+        pa.ArrowException,
+        OSError,
+        EOFError,
+        UnicodeDecodeError,
+        zlib.error,
+        lzma.LZMAError,
+    ) as error:
         raise ConfigError(
             f"{name} cannot be read as {kind}: {error}. Hint: check how it was written, or get it again"
         ) from None

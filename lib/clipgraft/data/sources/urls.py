@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import shutil
 from dataclasses import replace
@@ -10,7 +11,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from clipgraft.aside import link
 from clipgraft.config import ConfigError
@@ -70,7 +70,7 @@ def download_urls(
             "about": table.to_struct_array(),
         }
     ).filter(pa.array([row not in refusals for row in range(len(urls))]))
-    requested = _hash(asked, source.image_size, work)
+    requested = _name_of(asked, source.image_size)
     folder = _folder(work, requested)
     if not folder.is_dir() and requested_of(work.parent / OUTCOMES) == requested:
         log.warning(
@@ -108,20 +108,20 @@ def _text(value: object) -> str | None:
     return text or None
 
 
-def _hash(asked: pa.Table, image_size: int, work: Path) -> str:
-    """16 hex digits that name what is asked for, so that work on another table is never gone on with."""
-    work.mkdir(parents=True, exist_ok=True)
-    path = work / "asked.parquet"
-    pq.write_table(asked, path, compression="none")
+def _name_of(asked: pa.Table, image_size: int) -> str:
+    """16 hex digits that name what is asked for, so that work on another table is never gone on with.
+
+    They are of the values: the bytes of a parquet file change with the version of pyarrow.
+    """
     digest = hashlib.sha256(str(image_size).encode())
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    path.unlink()
+    for batch in asked.to_batches(max_chunksize=2**14):
+        for row in batch.to_pylist():
+            digest.update(json.dumps(row, default=str).encode())
     return digest.hexdigest()[:16]
 
 
 def _folder(work: Path, requested: str) -> Path:
+    work.mkdir(parents=True, exist_ok=True)
     for other in work.iterdir():
         if other.name != requested:
             log.warning("the table has changed since: what was fetched for the old one is dropped")
