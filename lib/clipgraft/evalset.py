@@ -17,6 +17,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,15 @@ def evaluate_folder(
 def _from_before(root: Path, task: EvalsetTask, encoder: Any, out: Path) -> dict[str, Any] | None:
     """A result that is there, if it still holds."""
     path = _result_file(out, task)
-    before = json.loads(path.read_text()) if path.is_file() else {}
-    return before["result"] if before.get("made_of") == _made_of(root, task, encoder) else None
+    if not path.is_file():
+        return None
+    before = json.loads(path.read_text())
+    with suppress(
+        ConfigError
+    ):  # of a task that may not be asked for; else it is said when it is measured
+        if before["made_of"] == _made_of(root, task, encoder):
+            return dict(before["result"])
+    return None
 
 
 def _result(root: Path, task: EvalsetTask, encoder: Any, out: Path) -> dict[str, Any]:
@@ -81,13 +89,13 @@ def _result(root: Path, task: EvalsetTask, encoder: Any, out: Path) -> dict[str,
 
     try:
         result = result_of(root, task, encoder)
+        about = {"made_of": _made_of(root, task, encoder), "result": result}
     except ConfigError as error:
         log.error("%s: %s", task.key, error)
         return {"task": f"evalset/{task.key}", "failed": str(error)}
     except (OSError, RuntimeError) as error:  # such as a disk that is gone, or too little memory
         log.exception("%s", task.key)
         return {"task": f"evalset/{task.key}", "failed": f"{type(error).__name__}: {error}"}
-    about = {"made_of": _made_of(root, task, encoder), "result": result}
     write_json(_result_file(out, task), about)
     return result
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -71,6 +73,21 @@ def test_a_task_that_fails_is_told_and_the_others_go_on(model, root, tmp_path, m
         [line["key"] for line in lines] == list(part) == ["mnist", "own"]
     )  # also what was not asked for
     assert json.loads((out / "aggregate.json").read_text())["present"]["Average"] == "1/38"
+
+
+def test_a_folder_that_may_not_be_read_fails_its_own_task_alone(model, root, tmp_path, monkeypatch):
+    closed, scandir = root / "wds_own_test" / "cache", os.scandir
+    closed.mkdir()
+
+    def refusing(place):  # root, who may run tests, may read anything
+        if str(place) == str(closed):
+            raise PermissionError(errno.EACCES, "Permission denied", str(place))
+        return scandir(place)
+
+    evaluate_folder([model], root, tmp_path / "out", names=["own"], threads=1)
+    monkeypatch.setattr(os, "scandir", refusing)
+    results = evaluate_folder([model], root, tmp_path / "out", names=["own", "mnist"], threads=1)
+    assert results["mnist"]["metrics"] and "cannot be read" in results["own"]["failed"]
 
 
 def test_a_job_of_the_run_writes_the_same_result(model, root, tmp_path):
