@@ -110,7 +110,7 @@ def interactive_misfit(phase: PhaseSettings, reference: str, dim: int, reference
 
 
 def tower_misfit(config: Mapping[str, Any]) -> str:
-    """Why towers and tokenizer of a model are none of open_clip's own; empty if they are.
+    """Why towers and tokenizer of a model are none of open_clip's own that give one vector; empty if they are.
 
     Args:
         config: in open_clip's form.
@@ -124,11 +124,40 @@ def tower_misfit(config: Mapping[str, Any]) -> str:
         *(["a captioner (CoCa)"] if config.get("multimodal_cfg") else []),
     ]
     if not foreign:
-        return ""
+        return _outputs_misfit(config)
     return (
         f"{' and '.join(foreign)} is not supported: experts are grafted into open_clip's own transformers, and captions "
         "become tokens of CLIP's vocabulary, or of BERT's without [SEP]. Hint: e.g. ViT-B-16"
     )
+
+
+def _outputs_misfit(config: Mapping[str, Any]) -> str:
+    """Why towers do not give one vector of `embed_dim` numbers of each picture and text."""
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    given = [
+        *(["output_dict"] if config.get("output_dict") else []),
+        *(["vision_cfg.output_tokens"] if vision.get("output_tokens") else []),
+        *(["text_cfg.output_tokens"] if text.get("output_tokens") else []),
+        *(["vision_cfg.pool_type: none"] if vision.get("pool_type") == "none" else []),
+        *(["text_cfg.pool_type: none"] if text.get("pool_type") == "none" else []),
+        *(
+            ["vision_cfg.attentional_pool"]
+            if isinstance(vision.get("attentional_pool"), str)
+            else []
+        ),
+    ]
+    if given:
+        return (
+            f"{' and '.join(given)}: a tower gives more than one vector of a picture or a text, and training compares "
+            "vectors. Hint: leave it out"
+        )
+    width, dim = text.get("width", 512), config["embed_dim"]  # as open_clip
+    if text.get("proj_type") == "none" and width != dim:
+        return (
+            f"text_cfg.proj_type = none: features of texts have width = {width} numbers, those of pictures embed_dim = "
+            f"{dim}. Hint: leave it out, or width: {dim}"
+        )
+    return ""
 
 
 def reads_our_tokens(text: Mapping[str, Any]) -> bool:

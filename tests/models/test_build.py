@@ -86,12 +86,38 @@ def test_text_may_be_shorter_than_the_context_and_padding_changes_nothing(tiny_c
         (lambda c: c["vision_cfg"].update(layers=[1, 1, 1, 1]), "ResNet"),
         (lambda c: c["text_cfg"].update(hf_tokenizer_name="x"), "Hugging Face tokenizer"),
         (lambda c: c["text_cfg"].update(hf_tokenizer_name="bert-base-uncased"), "without .SEP."),
+        (lambda c: c.update(output_dict=True), "output_dict: a tower gives more than one vector"),
+        (lambda c: c["text_cfg"].update(output_tokens=True), r"text_cfg\.output_tokens: a tower"),
+        (
+            lambda c: c["vision_cfg"].update(pool_type="none"),
+            r"vision_cfg\.pool_type: none: a tower",
+        ),
+        (lambda c: c["vision_cfg"].update(attentional_pool="cascade"), "attentional_pool: a tower"),
+        (
+            lambda c: c["text_cfg"].update(proj_type="none", width=24),
+            r"proj_type = none: .* width: 1",
+        ),
     ],
 )
 def test_wrong_config_is_named(tiny_config, change, message):
     change(tiny_config)
     with pytest.raises(ConfigError, match=message):
         model_config(inline(tiny_config), 40, 16, 8)
+
+
+@pytest.mark.parametrize("pool", ["eos", "argmax"])
+def test_the_feature_of_a_text_is_read_at_the_end_token_whatever_its_number(tiny_config, pool):
+    tiny_config["text_cfg"]["pool_type"] = pool
+    config = model_config(inline(tiny_config), 40, 16, 8)
+    torch.manual_seed(0)
+    model = build(config)
+    text_BL = torch.tensor([[38, 5, 6, 39, 0, 0, 0, 0], [38, 7, 39, 0, 0, 0, 0, 0]])
+    first, second = model.encode_text(text_BL)
+    assert not torch.allclose(first, second)
+    tiny_config["text_cfg"]["pool_type"] = {"eos": "argmax", "argmax": "eos"}[pool]
+    other = build(model_config(inline(tiny_config), 40, 16, 8))
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.encode_text(text_BL)[0], first)
 
 
 def test_unknown_name_lists_close_ones():

@@ -72,6 +72,10 @@ def model_config(
     config["custom_text"] = True  # so that open_clip, too, reads the parameter names we write
     config["quick_gelu"] = bool(config.get("quick_gelu", False))
     config["text_cfg"]["vocab_size"] = rows
+    if config["text_cfg"].get("pool_type") == "eos" and not config["text_cfg"].get(
+        "hf_tokenizer_name"
+    ):
+        config["text_cfg"]["eos_id"] = rows - 1  # the last one of byte pairs
     forget_text_masks(config["text_cfg"])
     return _with_sizes(config, image_size, text_length)
 
