@@ -22,6 +22,7 @@ from clipgraft.batch_size import (
     watched,
 )
 from clipgraft.config import ConfigError
+from clipgraft.orphan import name_place
 from clipgraft.provenance import MANIFEST
 from clipgraft.settings import PretrainJob
 
@@ -99,6 +100,33 @@ def test_a_job_that_fails_for_another_reason_is_no_lack_of_memory(results):
     trials.inputs["index"] = trials.inputs["shard"]
     with pytest.raises(ConfigError, match=r"fails with parts of 31:(.|\n)*has no tokens"):
         trials.fits(31, 2)
+
+
+@pytest.mark.parametrize("step", [None, "0"])
+def test_in_a_job_of_slurm_trials_have_the_devices_of_this_machine(
+    step, results, tmp_path, monkeypatch
+):
+    """The launcher took them for stages that a Snakemake elsewhere has submitted, and hid the devices."""
+    (tmp_path / "pretrain.py").write_text(
+        "import os, sys; sys.exit('sees ' + os.environ['CUDA_VISIBLE_DEVICES'])"
+    )
+    monkeypatch.setattr("clipgraft.batch_size.SCRIPTS", tmp_path)
+    set_to = {"SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": "5,6", "TMPDIR": str(tmp_path)}
+    for name, value in {**set_to, **({"SLURM_STEP_ID": step} if step else {})}.items():
+        monkeypatch.setenv(name, value)
+    words = ["--configfile", str(results.parent / "config.yaml"), "--results", str(results)]
+    try:
+        with pytest.raises(SystemExit, match=r"fails with parts of \d+:\nsees 5\n"):
+            main(["small", "pretrain/full", *words])
+    finally:
+        name_place(is_local=False)
+
+
+def test_a_trial_that_ran_on_the_cpu_tells_nothing_of_devices(results, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "99")  # listed, and not there
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"tried on the CPU: torch sees none of the devices 99"):
+        trials_of(results, None).fits(1, 2)
 
 
 def test_who_is_killed_by_the_kernel_wanted_too_much():

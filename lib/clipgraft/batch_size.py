@@ -25,6 +25,7 @@ from pathlib import Path
 
 from clipgraft.config import ConfigError, read_config
 from clipgraft.launch import local_command, visible_devices
+from clipgraft.orphan import name_place
 from clipgraft.planning import plan_run
 from clipgraft.provenance import MANIFEST, read_manifest
 from clipgraft.runs import RESULTS
@@ -87,13 +88,20 @@ class Trials:
         """Train with parts of some size, and tell.
 
         Raises:
-            ConfigError: if the trial fails for another reason than memory.
+            ConfigError: if the trial fails for another reason than memory, or sees none of the devices.
         """
+        devices = visible_devices()
         with tempfile.TemporaryDirectory(prefix="clipgraft-batch-size-") as out:
             command = self.command(size, num_parts, Path(out))
-            said, peak_mb, is_over = watched(command, None if visible_devices() else self.memory_mb)
+            said, peak_mb, is_over = watched(command, None if devices else self.memory_mb)
             ended = (Path(out) / MANIFEST).exists()
-            if ended and (facts := read_manifest(Path(out))).get("device_mb"):
+            if ended and devices:
+                facts = read_manifest(Path(out))
+                if "device_mb" not in facts:
+                    raise ConfigError(
+                        f"{self.job.name} was tried on the CPU: torch sees none of the devices {','.join(devices)}. "
+                        "Hint: nvidia-smi, and torch's CUDA; CUDA_VISIBLE_DEVICES= tries on the CPU"
+                    )
                 peak_mb = facts["peak_device_mb"]
                 bound = self.memory_mb or round(FILLED * facts["device_mb"])
                 is_over = peak_mb > bound
@@ -262,6 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if memory_mb is None and not visible_devices():
             memory_mb = round(FILLED * free_mb())
         trials = Trials(job, finished_inputs(job, given.results), given.processes, memory_mb)
+        name_place(is_local=True)  # trials run here, also in a job of SLURM
         print(advice(trials, trials.largest()))
     except ConfigError as error:
         sys.exit(f"batch_size: {error}")
