@@ -69,7 +69,7 @@ SITE = next(iter(SETTINGS.values())).slurm
 CODE = {stage: fingerprint(ROOT / "scripts" / f"{stage}.py") for stage in STAGES}
 IN_IMAGE = DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method
 PYTHON = "python3" if IN_IMAGE else quote(sys.executable)
-LAUNCH = f"{PYTHON} -m clipgraft.launch"
+LAUNCH = f"{PYTHON} -m clipgraft.launch --seconds-to-save {SITE.seconds_to_save}"
 SCRIPTS = quote(str(ROOT / "scripts"))
 
 

@@ -9,10 +9,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 
 from clipgraft.launch import (
+    SECONDS_TO_SAVE,
+    end_twins,
     is_slurm_allocation,
     lease_folder,
     lease_wish,
@@ -220,3 +223,45 @@ def test_several_nodes_without_devices_see_none(tmp_path):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0,1"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert sorted(done.stdout.splitlines()) == ["0 True", "1 True"]
+
+
+def test_in_a_job_of_slurm_nobody_but_slurm_kills_what_saves(tmp_path):
+    script = tmp_path / "say.py"
+    script.write_text("import os; print(os.environ['TORCH_ELASTIC_SHUTDOWN_TIMEOUT'])")
+    command = [sys.executable, "-m", "clipgraft.launch", "--", str(script)]
+    hidden = ("SLURM_", "TORCH_ELASTIC_")
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+    step = {**plain, "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
+    here, there = (
+        int(subprocess.run(command, capture_output=True, check=True, env=each).stdout)
+        for each in (plain, step)
+    )
+    assert here == SECONDS_TO_SAVE
+    assert there > 30 * 24 * 3600  # more than any site gives
+
+
+@pytest.mark.parametrize(("given", "has"), [(0, SECONDS_TO_SAVE), (1200, 1200)])
+def test_an_older_job_of_the_same_work_has_the_time_that_the_site_gives(
+    given, has, tmp_path, monkeypatch
+):
+    """It does not listen, so it is ended, but not before; seconds pass at once."""
+    now = [0.0]
+    clock = SimpleNamespace(
+        monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + 20 * seconds)
+    )
+    monkeypatch.setattr("clipgraft.launch.time", clock)
+    told = []
+
+    def run(command, **_):
+        if command[0] == "scancel":
+            told.append((now[0], command[1:]))
+        is_over = any(words == ["6"] for _, words in told)
+        rows = ["7|/x|rule_train"] + ["6|/x|rule_train"] * (not is_over)
+        rows = [row for row in rows if "--jobs=6" not in command or row[0] == "6"]
+        return SimpleNamespace(returncode=0, stdout="\n".join(rows), stderr="")
+
+    monkeypatch.setattr("clipgraft.launch.subprocess.run", run)
+    end_twins(7, given)
+    (asked_at, signal), (ended_at, _) = told[-2:]
+    assert (asked_at, signal) == (0, ["--signal=TERM", "6"])
+    assert has < ended_at <= has + 40

@@ -37,20 +37,22 @@ HIDE_DEVICES = (
 )
 _QUESTIONS = 150
 SECONDS_TO_SAVE = 300  # torchrun kills workers this long after SIGTERM
+_FOR_EVER = 10**7  # seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Replace this process by the script, or by what starts the script on all devices."""
     given = _parse(arguments)
     leave_with_parents()  # also while it waits for devices
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))
+    on_slurm = is_on_slurm()  # which kills by itself, when the time that it has given is over
+    seconds = _FOR_EVER if on_slurm else SECONDS_TO_SAVE
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(seconds))
     # What torchrun passes on to its workers; of a signal that it does not know it would die alone.
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     if given.part:
         os.environ["CLIPGRAFT_PART"] = given.part
-    on_slurm = is_on_slurm()
     if is_slurm_allocation():
-        end_twins(int(os.environ["SLURM_JOB_ID"]))
+        end_twins(int(os.environ["SLURM_JOB_ID"]), given.seconds_to_save)
         os.environ |= {
             "PYTHON": sys.executable,
             "MASTER_ADDR": socket.gethostname(),
@@ -89,16 +91,19 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads per node")
     parser.add_argument("--batch-size", type=int, default=0, help="global; devices must divide it")
+    parser.add_argument("--seconds-to-save", type=int, default=0, help="that SLURM gives")
     parser.add_argument("--part", help="K-of-N: the share of the work that is this job's")
     parser.add_argument("command", nargs="+", help="script and its arguments")
     return parser.parse_args(arguments)
 
 
-def end_twins(job: int) -> None:
+def end_twins(job: int, seconds_to_save: int) -> None:
     """Have an older job of the same rule, wildcards and folder save and leave, and wait until it has.
 
-    There is one if its Snakemake was killed: the next one knows nothing of it and submits the same again.
+    There is one if its Snakemake was killed: the next one knows nothing of it and submits the same again. It has the time
+    that the site gives for saving, and at least SECONDS_TO_SAVE; then it is ended.
     """
+    seconds = max(SECONDS_TO_SAVE, seconds_to_save)
     rows = {row[0]: row[1:] for row in _queue(f"--user={os.getuid()}")}
     own = rows.get(str(job), ("", ""))
     if not own[1].startswith("rule_"):  # not of Snakemake, which may itself run in a job
@@ -112,9 +117,9 @@ def end_twins(job: int) -> None:
     subprocess.run(["scancel", "--signal=TERM", *twins], check=False)
     begun = time.monotonic()
     while _queue(f"--jobs={jobs}"):
-        if time.monotonic() - begun > 2 * SECONDS_TO_SAVE:
+        if time.monotonic() - begun > 2 * seconds:
             sys.exit(f"launch: error: job {jobs} does not end. Hint: squeue --jobs={jobs}, scancel")
-        if time.monotonic() - begun > SECONDS_TO_SAVE:
+        if time.monotonic() - begun > seconds:
             subprocess.run(["scancel", *twins], check=False)
         time.sleep(2)
 
