@@ -129,6 +129,19 @@ def test_a_trial_that_ran_on_the_cpu_tells_nothing_of_devices(results, monkeypat
         trials_of(results, None).fits(1, 2)
 
 
+def test_of_a_device_that_was_full_no_memory_of_the_host_is_told(
+    results, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "pretrain.py").write_text(
+        "raise SystemExit('torch.OutOfMemoryError: CUDA out of memory')"
+    )
+    monkeypatch.setattr("clipgraft.batch_size.SCRIPTS", tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert not trials_of(results, None).fits(31, 2)
+    assert capsys.readouterr().out.split() == "31 at a time too much does not fit".split()
+
+
 def test_who_is_killed_by_the_kernel_wanted_too_much():
     command = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
     assert watched(command, None)[2]

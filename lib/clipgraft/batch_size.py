@@ -108,7 +108,9 @@ class Trials:
         if not ended and not is_over and not any(word in said for word in _FULL):
             raise ConfigError(f"{self.job.name} fails with parts of {size}:\n{said[-2000:]}")
         is_good = ended and not is_over
-        print(f"{size:8,} at a time {peak_mb:12,} MB   {'fits' if is_good else 'does not fit'}")
+        # Of a GPU that was full nobody tells how much more it would have been; `peak_mb` is the host's.
+        took = f"{peak_mb:12,} MB" if ended or not devices else f"{'too much':>15}"
+        print(f"{size:8,} at a time {took}   {'fits' if is_good else 'does not fit'}")
         return is_good
 
     def command(self, size: int, num_parts: int, out: Path) -> list[str]:
