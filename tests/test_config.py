@@ -695,6 +695,11 @@ def test_another_kind_of_source_replaces_the_settings_of_the_first():
     assert merged == {"kind": "folder", "folder": "x"}
 
 
+def test_a_kind_that_is_no_word_is_named_also_in_an_overlay():
+    with pytest.raises(ConfigError, match=r"run 'a': download\.train = .*\['shapes'\]"):
+        load_config({"runs": {"a": {"download": {"train": {"kind": ["shapes"]}}}}})
+
+
 @pytest.mark.parametrize("key", ["image_reduction", "text_reduction", "text_mask"])
 def test_another_kind_of_reduction_replaces_the_settings_of_the_first(key):
     base = {"pretrain": [{"name": "short", key: {"kind": "random", "keep": 0.3}}]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import io
 import json
 import os
@@ -325,6 +326,43 @@ def test_a_glob_that_matches_nothing_or_an_unset_variable_is_named(tmp_path: Pat
     (tmp_path / "a.tar").touch()
     monkeypatch.setenv("SOME_DATA", str(tmp_path))
     assert [path.name for path in local_files("$SOME_DATA/*.tar")] == ["a.tar", "b.tar"]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"kind": "tars", "tars": "data/**.tar"}, r"'data/\*\*\.tar' names no files. Hint"),
+        ({"kind": "tars", "tars": "."}, r"'\.' names no files. Hint: 'folder/\*\.tar'"),
+        ({"kind": "urls", "table": "$TRAIN"}, r"'\$TRAIN' names no files"),
+        ({"kind": "folder", "folder": "~surely-no-user/x"}, "there is no such home folder"),
+        ({"kind": "parquet", "files": "/", "captions": {"caption": "c"}}, "'/' names no files"),
+    ],
+)
+def test_what_is_no_name_of_files_is_named(source, message, monkeypatch):
+    monkeypatch.setenv("TRAIN", "")
+    with pytest.raises(ConfigError, match=message):
+        versions({"download": {"train": source}})
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    closed = tmp_path / "closed.tar"
+    closed.write_bytes(b"")
+    opened = Path.open
+
+    def refusing(path, *words, **others):  # root, who may run tests, may read anything
+        if path == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *words, **others)
+
+    monkeypatch.setattr(Path, "open", refusing)
+    for over in (
+        {"download": {"train": {"kind": "tars", "tars": str(closed)}}},
+        {"model": {"pretrained": str(closed)}},
+    ):
+        with pytest.raises(
+            ConfigError, match=rf"{closed}' cannot be read: Permission denied. Hint"
+        ):
+            versions(over)
 
 
 def test_braces_are_spelled_out_as_in_a_shell():

@@ -27,8 +27,17 @@ class ConfigError(ValueError):
 
 
 def local_path(name: str) -> Path:
-    """A path as written: `$NAME` from the environment, `~` the home folder."""
-    return Path(os.path.expandvars(name)).expanduser()
+    """A path as written: `$NAME` from the environment, `~` the home folder.
+
+    Raises:
+        ConfigError: if nobody knows that home folder.
+    """
+    try:
+        return Path(os.path.expandvars(name)).expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            f"{name!r}: there is no such home folder. Hint: the path without ~"
+        ) from None
 
 
 def load_config(raw: Mapping[str, Any]) -> dict[str, RunSettings]:
@@ -219,7 +228,7 @@ def merge(base: Any, overlay: Any, where: str = "") -> Any:
 def _is_replaced(where: str, kind: Any) -> bool:
     """Whether another kind has other keys: of sources and reductions, not of losses or baselines."""
     is_reduction = where.rsplit(".", 1)[-1] in (*REDUCTION_KINDS, *TEXT_MASKS)
-    return is_reduction or kind in SOURCE_KINDS
+    return is_reduction or (isinstance(kind, str) and kind in SOURCE_KINDS)
 
 
 def _names(items: Any) -> list[str]:

@@ -74,7 +74,19 @@ def plan_run(name: str, run: RunSettings) -> list[PlannedJob]:
     Args:
         name: the run's name; only the report depends on it.
         run: validated settings.
+
+    Raises:
+        ConfigError: if files that it names are not there, cannot be read or do not fit.
     """
+    try:
+        return _plan_run(name, run)
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename!r} cannot be read: {error.strerror}. Hint: see to its permissions (`ls -ld`)"
+        ) from None
+
+
+def _plan_run(name: str, run: RunSettings) -> list[PlannedJob]:
     jobs: dict[str, PlannedJob] = {}
     settings: Settings
 

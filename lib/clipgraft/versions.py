@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from clipgraft import settings as cfg
 from clipgraft.architectures import our_file
 from clipgraft.aside import written_aside
-from clipgraft.config import local_path, validate
+from clipgraft.config import ConfigError, local_path, validate
 from clipgraft.evalset_tasks import data_folder
 from clipgraft.local_files import identity, listing, local_files, sampled
 from clipgraft.loss_settings import ReferenceSettings
@@ -176,7 +176,7 @@ def sources_of(settings: Settings, is_start: bool = True) -> Iterator[str]:
         is_start: whether its model starts anew; a later phase does not read the weights that the first one did.
     """
     if isinstance(settings, cfg.IndexJob) and settings.wordpiece is not None:
-        yield from map(identity, local_files(settings.wordpiece))
+        yield from map(identity, _matching(settings.wordpiece))
     if isinstance(settings, cfg.PretrainJob) and (path := our_file(settings.model)):
         yield identity(path)
     if isinstance(settings, cfg.PretrainJob) and is_start and settings.model.pretrained:
@@ -198,7 +198,19 @@ def sources_of(settings: Settings, is_start: bool = True) -> Iterator[str]:
         given = getattr(settings.source, key, None)
         for pattern in [given] if isinstance(given, str) else given or []:
             if "://" not in pattern:  # what is remote is taken at its name
-                yield from map(identity, local_files(pattern))
+                yield from map(identity, _matching(pattern))
+
+
+def _matching(pattern: str) -> list[Path]:
+    """`local_files`, also of what is no pattern to pathlib: here, since an edit there downloads everything again."""
+    try:
+        return local_files(pattern)
+    except ConfigError:
+        raise
+    except (IndexError, ValueError):
+        raise ConfigError(
+            f"{pattern!r} names no files. Hint: 'folder/*.tar'; with those in its folders 'folder/**/*.tar'"
+        ) from None
 
 
 def weights_of(stage: str, settings: Mapping[str, Any], is_start: bool) -> list[str]:
