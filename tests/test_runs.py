@@ -52,6 +52,28 @@ def test_what_neither_a_plan_nor_a_lock_names_may_go(place):
     assert unused(place, *words) == set()
 
 
+def test_what_was_stopped_may_go_unless_a_plan_names_it(place):
+    """A stopped training has no manifest, and may be the largest folder of all; so has what `explore` has embedded."""
+    results = place / "results"
+    job = next(
+        job for job in plan_run("small", read_config(SMALL)["small"]) if job.name == "pretrain/full"
+    )
+    (results / job.folder / "manifest.json").unlink()
+    (results / job.folder / ".resume").mkdir()
+    assert unused(place) == set()
+    for stopped in (
+        "pretrain/0123abcd/.resume",
+        "explore/bits",
+        "evalset/0123abcd",
+        "runs/0123abcd",
+    ):
+        (results / stopped).mkdir(parents=True)
+    command = [sys.executable, "-m", "clipgraft.runs", "unused"]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=True)
+    listed = [line.split()[-1] for line in done.stdout.splitlines()[:-1]]
+    assert listed == ["results/explore", "results/pretrain/0123abcd"]
+
+
 def test_a_config_that_cannot_be_read_is_named_and_nothing_is_listed(place):
     command = [sys.executable, "-m", "clipgraft.runs", "unused", "--configfile", "none.yaml"]
     done = subprocess.run(command, cwd=place, capture_output=True, text=True)

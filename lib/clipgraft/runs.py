@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from clipgraft.config import ConfigError, load_config, read_layers, sweep_points
 from clipgraft.integrity import to_the_present
 from clipgraft.planning import plan_runs
 from clipgraft.provenance import MANIFEST
+from clipgraft.settings import STAGES
 
 RESULTS = Path("results")
 
@@ -42,19 +44,22 @@ def link_run(run: str, versions: Mapping[str, str], results: Path = RESULTS) -> 
 
 
 def unused(planned: Collection[str], results: Path = RESULTS) -> Iterator[Path]:
-    """Folders of the store that no run needs; and what evaluations keep for one another, which may always go.
+    """Folders of the store that no run needs, stopped ones too; and what evaluations and `explore` keep, which may always go.
 
     Args:
         planned: folders in the store of runs that may not be finished, and so have no lock yet.
         results: the store; what locks name is in use.
     """
     yield from sorted((results / "evaluate").glob(".*"))
+    yield from results.glob("explore")
     used = set(planned)
     for lock in (results / "runs").glob(f"*/{LOCK}"):
         used |= set(json.loads(lock.read_text()).values())
-    for manifest in sorted(results.glob(f"*/*/{MANIFEST}")):
-        folder = manifest.parent
-        if folder.parent.name != "runs" and str(folder.relative_to(results)) not in used:
+    for folder in sorted(results.glob("*/*")):
+        stage = folder.parent.name
+        is_version = stage in STAGES and re.fullmatch("[0-9a-f]{8}", folder.name)
+        is_made = is_version or (stage != "runs" and (folder / MANIFEST).exists())
+        if is_made and str(folder.relative_to(results)) not in used:
             yield folder
 
 
