@@ -203,6 +203,17 @@ def test_devices_that_a_batch_does_not_divide_by_are_left_and_it_is_said(
     assert said == "launch: 6 GPUs wished for, 8 here, and a batch of 128 divides by 4: using 4\n"
 
 
+def test_under_wsl_it_is_said_how_devices_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")  # put back in the end
+    monkeypatch.setattr("clipgraft.launch.find_devices", list)
+    for place, hint in ((tmp_path / "none", ""), (tmp_path, "export CUDA_VISIBLE_DEVICES=0\n")):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+        monkeypatch.setattr("clipgraft.launch._WSL", place)
+        assert lease_wish(1) == []
+        said = capsys.readouterr().err
+        assert said.endswith(hint) and bool(said) == bool(hint)
+
+
 def test_no_devices_given_is_said_and_the_script_runs_without():
     """As `--resources gpu=0` has it: Snakemake scales the wish down, but not what a node would have of it."""
     words = ["--gpu", "0", "--gpus-per-node", "8", "--", "-c"]

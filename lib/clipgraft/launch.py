@@ -36,6 +36,7 @@ HIDE_DEVICES = (
     "export CUDA_VISIBLE_DEVICES="  # by each node itself: SLURM takes it off what it hands on
 )
 _QUESTIONS = 150
+_WSL = Path("/dev/dxg")  # stands there for all GPUs, of any maker
 SECONDS_TO_SAVE = 300  # torchrun kills workers this long after SIGTERM
 _FOR_EVER = 10**7  # seconds
 
@@ -206,6 +207,11 @@ def lease_wish(wish: int, batch_size: int = 0) -> list[str]:
         Device ids; empty where there are none, or none were wished for.
     """
     present = visible_devices()
+    if wish and "CUDA_VISIBLE_DEVICES" not in os.environ and not present and _WSL.exists():
+        print(
+            "launch: no GPUs found: WSL does not list them. Hint: if there is one of NVIDIA, export CUDA_VISIBLE_DEVICES=0",
+            file=sys.stderr,
+        )
     most = min(wish, len(present))
     count = _dividing(batch_size, most)
     if 0 < count < wish:
