@@ -41,9 +41,9 @@ ORDER = 16  # rows and visits of an epoch, int64, in every process
 
 # Rates in samples per second; the second word of a source is the file in benchmarks/results.
 DOWNLOAD = 100e6 / (20 * 3600)  # img2dataset, README: 100 M URLs in 20 h on one machine
-INDEX = 942.7 / 2  # per core; benchmarks index
-SHARD = 1 / (1 / 383.1 - 1 / 942.7) / 2  # per core; benchmarks index
-DECODE = {0.9: 9253 / 2, 0.4: 5286 / 2}  # per core, by the smallest crop; benchmarks loader
+INDEX = 942.7  # per core; benchmarks index
+SHARD = 1 / (1 / 383.1 - 1 / 942.7)  # per core; benchmarks index
+DECODE = {0.9: 9253.0, 0.4: 5286.0}  # per core, by the smallest crop; benchmarks loader
 KMEANS = 78850.0  # of both sides, per core, 3 tries of all points; benchmarks cluster
 
 LINK_NEAR, LINK_FAR = 300e9, 25e9  # bytes/s of a device: A100's NVLink one way; 200 Gb/s InfiniBand

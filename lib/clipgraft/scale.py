@@ -24,6 +24,7 @@ from clipgraft.schedule import num_steps
 PRESETS = Path(__file__).resolve().parent.parent.parent / "presets"
 STUDIES = {  # ours, but for the first one, which pretrains nothing
     "clipmoe_l14",
+    "experts_routers",
     "experts_small_batch",
     "experts_study",
     "inverse_scaling",
