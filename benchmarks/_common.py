@@ -141,7 +141,7 @@ def report(
         print(f"{row.name:<58} {values:>20} {row.unit:<9} {ratio:>6} {spread:<18} {reached}")
         if row.note:
             print(f"    {row.note}")
-    about: dict[str, object] = {"name": name, "machine": _machine(), "commit": _commit()}
+    about: dict[str, object] = {"name": name, "machine": _machine(), "commit": commit()}
     about |= {"rows": [_rounded(asdict(row)) for row in rows]}
     if profiles:
         about["profiles"] = {side: _rounded(shares) for side, shares in profiles.items()}
@@ -184,7 +184,8 @@ def _machine() -> str:
     return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}"
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Of the code that is measured; `-dirty` if it has been changed since."""
     done = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
     )

@@ -31,11 +31,11 @@ from clipgraft.experts import expert_objective
 from clipgraft.experts import trained_parameters as trained_in_expert
 from clipgraft.loss_settings import LossSettings
 from clipgraft.models.build import build, describe, normalize
-from clipgraft.models.moe import upcycle
+from clipgraft.models.moe import keep_kernels, upcycle
 from clipgraft.models.training_blocks import attend_by_torch
 from clipgraft.objectives import objective_of
 from clipgraft.recipes import TrainSettings
-from clipgraft.router import RoutingLoss
+from clipgraft.router import KERNELS, RoutingLoss
 from clipgraft.router import trained_parameters as trained_in_router
 from clipgraft.settings import ExpertJob, RouterJob
 
@@ -85,6 +85,8 @@ class Ours:
             assert hasattr(place, leaf), f"clipgraft has no {name}"
             setattr(place, leaf, REPLACED[name])
         torch.manual_seed(0)
+        if case.num_experts:
+            keep_kernels(KERNELS)  # as its stage does
         model, spec = build(case.config), describe(case.config)
         moe = mixture(model, case.num_experts) if case.num_experts else None
         world = dist.World(0, 1, torch.device(case.device))

@@ -19,7 +19,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
@@ -30,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from _common import ROOT, Row, report
+from _common import ROOT, Row, commit, report
 
 sys.path.insert(0, str(ROOT / "tests/faults"))
 from campaign import Place, bits, kill, wait_for
@@ -72,6 +71,11 @@ class Campaign:
         self.records, self.kills = given.folder / "faults.jsonl", given.kills
         self.deadline = time.monotonic() + 60 * given.minutes
         self.lock = threading.Lock()
+        codes = {each["code"] for each in self.events("whole")}
+        if codes - {commit()}:
+            raise SystemExit(
+                f"{given.folder} is the campaign of {', '.join(codes)}, and here is {commit()}. Hint: another --folder"
+            )
         self.whole = self.place("whole")
         if not (given.folder / "bits.json").exists():
             self.run_whole()
@@ -111,7 +115,7 @@ class Campaign:
             time.sleep(0.1)
         if process.returncode:
             raise SystemExit(f"the run without a fault has failed: {output}")
-        self.say(event="whole", seconds=round(time.monotonic() - begun, 1), code=_commit())
+        self.say(event="whole", seconds=round(time.monotonic() - begun, 1), code=commit())
         (self.folder / "bits.json").write_text(json.dumps(bits(results), indent=1))
 
     def events(self, kind: str) -> list[dict[str, Any]]:
@@ -315,11 +319,6 @@ def _kind(words: str, is_main: bool) -> str:
     if script is not None:
         return f"job {Path(script).stem}"
     return "worker"
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip()
 
 
 def main() -> None:

@@ -2,7 +2,8 @@
 
     python benchmarks/moe.py [--quick]
 
-A step is forward and backward of both towers at full length in training's precision, all weights trained. The peer of
+A step is forward and backward of both towers at full length in training's precision, all weights trained, in open_clip's
+own blocks (`train_step.py` measures those of trainings). The peer of
 the first row is the dense model: its samples per second over the FLOPs of top 2 of 4 experts over its own. The public
 loop is CLIP-MoE's, written from its description: for each expert, torch.where finds its tokens, they are gathered, and
 index_add brings them back. Texts are padded to 248 tokens there, and their padding is routed; lengths are those of
@@ -25,7 +26,8 @@ from torch import Tensor, nn
 from clipgraft.cost import forward_macs
 from clipgraft.devices import attention, precision
 from clipgraft.models.build import build
-from clipgraft.models.moe import MoeMlp, upcycle
+from clipgraft.models.moe import MoeMlp, keep_kernels, upcycle
+from clipgraft.router import KERNELS
 
 E, K = 4, 2
 SIZE, LENGTH, LONG = 224, 77, 248  # pixels, text tokens, text tokens of the published way
@@ -61,6 +63,7 @@ class PublicLoop(nn.Module):
 
 def models(layers: int, text_length: int, device: torch.device) -> dict[str, nn.Module]:
     """Dense, ours with experts that differ, and the public way to run the same experts."""
+    keep_kernels(KERNELS)  # as a training of routers does
     torch.manual_seed(0)
     dense = build(b16(layers, SIZE, text_length))
     states = [dense.state_dict(), *(build(b16(layers, SIZE, text_length)).state_dict() for _ in range(E - 1))]  # fmt: skip

@@ -2,8 +2,8 @@
 
     [REALDATA=...] python benchmarks/token_reduction.py [--quick]
 
-A step is forward, contrastive loss and backward of both towers as in training (its precision, its attention), pixels
-normalised beforehand; the optimizer, whose work does not depend on the length, is left out. Full length is 224 px and
+A step is forward, contrastive loss and backward of both towers in training's precision and attention and in open_clip's
+own blocks (`train_step.py` measures those of trainings), pixels normalised beforehand; the optimizer, whose work does not depend on the length, is left out. Full length is 224 px and
 77 tokens, open_clip's ViT-B-16. Widths are those of B/16 everywhere; --quick and the CPU have fewer layers, and say so.
 Captions are those of Flickr8k where REALDATA is set, else made-up ones with its lengths and its shares of classes.
 """

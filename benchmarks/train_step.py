@@ -188,16 +188,24 @@ def step_rows(
 
 
 def part_rows(case: Case, seconds: float, repeats: int) -> list[Row]:
-    """Stages that train a part: their samples per second beside those of a full step over their share of FLOPs."""
+    """Stages that train a part: their samples per second beside those of a full step over their share of FLOPs.
+
+    On a GPU, one that fails (memory, say) leaves the others their rows.
+    """
     rows = []
     for part, used in (("mlps", case), ("routers", replace(case, num_experts=E))):
-        rates, _, about = turns(
-            {name: Ours(name) for name in ("all", part)}, used, seconds, repeats
-        )
+        name = f"{case.name}: only {part}, time over its FLOP share"
+        sides: dict[str, Side] = {each: Ours(each) for each in ("all", part)}
+        try:
+            rates, _, about = turns(sides, used, seconds, repeats)
+        except RuntimeError as error:
+            if case.device == "cpu":
+                raise
+            rows.append(failed(name, error))
+            continue
         share = flops(used, part) / flops(used)
         bound = [rate / share for rate in rates["all"]]
         note = f"batch {case.batch}, {about}; peer: the full step over the share {share:.2f}"
-        name = f"{case.name}: only {part}, time over its FLOP share"
         rows.append(faster(name, rates[part], bound, "samples/s", REACH_SHARE, note))
     return rows
 
