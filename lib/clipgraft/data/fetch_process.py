@@ -135,7 +135,7 @@ def _guard_urls(schemes: set[str], allow_private: bool, seconds: float) -> None:
         return receive(self, buffer)
 
     # Of the socket: the timeout begins anew with each byte, those of headers too.
-    socket.SocketIO.readinto = receive_in_time  # type: ignore[method-assign]
+    socket.SocketIO.readinto = receive_in_time  # type: ignore[assignment,method-assign]
     urllib.request.OpenerDirector.open = open_checked  # type: ignore[method-assign]
     # Of the class: what answers with a redirect is read by urllib itself, before the next URL is opened.
     http.client.HTTPResponse.read = read_bounded  # type: ignore[method-assign]
