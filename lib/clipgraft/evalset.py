@@ -75,9 +75,8 @@ def _from_before(root: Path, task: EvalsetTask, encoder: Any, out: Path) -> dict
     if not path.is_file():
         return None
     before = json.loads(path.read_text())
-    with suppress(
-        ConfigError
-    ):  # of a task that may not be asked for; else it is said when it is measured
+    # Data that cannot be read may be of a task that nobody asks for; else it is said when it is measured.
+    with suppress(ConfigError):
         if before["made_of"] == _made_of(root, task, encoder):
             return dict(before["result"])
     return None
