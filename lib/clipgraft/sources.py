@@ -7,18 +7,21 @@ A source says which columns, keys or files hold what; several captions of an ima
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Discriminator,
     Field,
+    ModelWrapValidatorHandler,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
+    ValidationError,
     model_validator,
 )
+from pydantic_core import InitErrorDetails
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
@@ -46,6 +49,26 @@ class Settings(BaseModel):
         """Whether a setting without a value is one that was not given."""
         field = cls.model_fields.get(str(key))
         return field is not None and type(None) not in get_args(field.annotation)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _booleans(cls, raw: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Pydantic takes `true` for 1."""
+        found = handler(raw)
+        for key, value in raw.items() if isinstance(raw, Mapping) else ():
+            if _is_counted(value, getattr(found, key, None)):
+                wrong = InitErrorDetails(type="float_type", loc=(key,), input=value)
+                raise ValidationError.from_exception_data(cls.__name__, [wrong])
+        return found
+
+
+def _is_counted(raw: Any, got: Any) -> bool:
+    """Whether a boolean has become a number, also in a list or mapping."""
+    if isinstance(raw, Mapping) and isinstance(got, Mapping):
+        raw, got = list(raw.values()), list(got.values())
+    if isinstance(raw, list) and isinstance(got, list | tuple):
+        return any(map(_is_counted, raw, got))
+    return isinstance(raw, bool) and type(got) in (int, float)
 
 
 Attribute = Literal["colour", "shape", "texture", "size", "position", "background"]
