@@ -104,6 +104,18 @@ def test_a_finished_job_has_its_files_and_a_manifest_that_tells_all(script, tmp_
         assert key in manifest
 
 
+@pytest.mark.parametrize("key", ["stage", "settings", "inputs"])
+def test_a_key_that_a_manifest_lacks_is_named_with_its_file(script, tmp_path, key):
+    path = tmp_path / "out/manifest.json"
+    run(script, "--out", str(path.parent), *with_settings())
+    manifest = json.loads(path.read_text())
+    del manifest[key]
+    path.write_text(json.dumps(manifest))
+    done = run(script, str(path), "--out", str(tmp_path / "again"))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert str(path) in done.stderr and key in done.stderr
+
+
 def test_a_failed_job_leaves_the_outputs_of_the_run_before(script, tmp_path):
     out = tmp_path / "out"
     run(script, "--out", str(out), *with_settings())

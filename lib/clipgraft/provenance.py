@@ -27,11 +27,20 @@ PACKAGES = (
 )
 
 
+class _Manifest(dict[str, Any]):
+    """A manifest that names its file where a key is missing."""
+
+    path: Path
+
+    def __missing__(self, key: str) -> Any:
+        raise ConfigError(f"{self.path} has no `{key}`. Hint: delete it and run snakemake again")
+
+
 def read_manifest(path: str | Path) -> dict[str, Any]:
     """Read `manifest.json` (or the one in a folder).
 
     Raises:
-        ConfigError: if there is none, or it is not one.
+        ConfigError: if there is none, or it is not one; also later, where a key is read that it lacks.
     """
     path = Path(path)
     path = path if path.name == MANIFEST else path / MANIFEST
@@ -49,7 +58,9 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path} is not a manifest ({error}). Hint: delete it and run snakemake again"
         ) from None
-    return dict(manifest)
+    named = _Manifest(manifest)
+    named.path = path
+    return named
 
 
 def check_outputs(folder: Path, manifest: Mapping[str, Any]) -> None:
