@@ -206,13 +206,19 @@ def failures(stage):
     return lambda wildcards: num_failures(Path(f"results/{stage}/{wildcards.version}"))
 
 
-def url_downloads():
+def url_downloads(wildcards):
     """Manifests of the downloads that have something to fetch again."""
-    return [
+    found = [
         f"results/{job.folder}/manifest.json"
         for job in JOBS.values()
         if job.stage == "download" and job.settings["source"]["kind"] == "urls"
     ]
+    if not found:
+        warn_once(
+            "there is nothing to fetch again: no source of this config is of kind `urls`. Hint: of another config, "
+            "--configfile FILE -- before retry"
+        )
+    return found
 
 
 def wish(stage, key):

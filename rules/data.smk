@@ -33,7 +33,7 @@ rule download:
 rule retry:
     """Fetch again what failed in the downloads by URL, and only that; what stands on them is then out of date."""
     input:
-        url_downloads(),
+        url_downloads,
     log:
         "logs/retry.log",
     benchmark:

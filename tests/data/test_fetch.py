@@ -432,6 +432,11 @@ def test_snakemake_retries_the_downloads_of_a_mixed_data_set_and_then_indexes_ag
     assert _indexed(workflow.root) == {"own/x", *(f"web/{row:09d}" for row in range(4))}
 
 
+def test_a_retry_without_sources_of_urls_says_that_there_is_nothing_to_fetch(workflow):
+    said = workflow.snakemake("-n", "retry")
+    assert "nothing to fetch again: no source of this config is of kind `urls`" in said
+
+
 def test_a_lower_min_success_goes_on_with_what_there_is_and_another_one_runs_nothing(
     site, tmp_path, workflow
 ):
