@@ -104,6 +104,11 @@ def test_a_finished_job_has_its_files_and_a_manifest_that_tells_all(script, tmp_
         assert key in manifest
 
 
+def test_a_manifest_counts_the_processes_of_all_nodes(script, tmp_path):
+    run(script, "--out", str(tmp_path), *with_settings(), WORLD_SIZE="16", LOCAL_WORLD_SIZE="8")
+    assert json.loads((tmp_path / "manifest.json").read_text())["num_processes"] == 16
+
+
 @pytest.mark.parametrize("key", ["stage", "settings", "inputs"])
 def test_a_key_that_a_manifest_lacks_is_named_with_its_file(script, tmp_path, key):
     path = tmp_path / "out/manifest.json"

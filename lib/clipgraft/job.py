@@ -255,6 +255,7 @@ class Job:
             "outputs": outputs,
             "packages": provenance.package_versions(),
             "hardware": provenance.hardware(),
+            "num_processes": int(os.environ.get("WORLD_SIZE", "1")),
             "threads": self.threads,
             "seconds": round(time.monotonic() - self.started, 2),
             "peak_memory_mb": peak_memory_mb(),

@@ -102,7 +102,7 @@ def _cost_cells(manifests: Sequence[Mapping[str, Any]]) -> list[Cell]:
 
 
 def _num_devices(manifest: Mapping[str, Any]) -> int:
-    """What a job ran on: a training names its processes, one per device; the hardware is that of one of its nodes."""
+    """What a job ran on: its processes, one per device; the hardware is that of one of its nodes."""
     devices = len((manifest.get("hardware") or {}).get("devices") or [])
     return int(manifest.get("num_processes") or devices) if devices else 1
 
