@@ -2,6 +2,7 @@
 
 import base64
 import io
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -84,3 +85,27 @@ def test_rejected_images_are_shown_as_far_as_they_decode(tmp_path):
     assert [each.detail for each in sheet if each.uid == "cut"] == ["why cut"]
     few = [each.reason for each in rejects_sheet(tmp_path, tmp_path, 4)]
     assert sorted(few) == ["cut", "no image", "none", "small"]
+
+
+def test_a_sheet_of_rejects_reads_batches_and_shows_the_most_frequent_reason_first(tmp_path):
+    num = 300_000
+    place = pa.nulls(num, pa.int64())
+    columns = {
+        "uid": pa.array(range(num)).cast(pa.string()),
+        "reason": pa.array(["rare"] + ["often"] * (num - 1)),
+        "detail": pa.array(["why"] * num),
+        "tar": pa.nulls(num, pa.string()),
+        "image_offset": place,
+        "image_bytes": place,
+    }
+    pq.write_table(pa.table(columns), tmp_path / "rejects.parquet")
+    tracemalloc.start()
+    try:
+        sheet = rejects_sheet(tmp_path, tmp_path, 4)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert [(each.uid, each.reason) for each in sheet] == [
+        ("1", "often"), ("2", "often"), ("3", "often"), ("0", "rare")
+    ]  # fmt: skip
+    assert peak < 25 * num  # bytes; the reasons of all rows have twice that and more

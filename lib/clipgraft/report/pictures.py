@@ -102,17 +102,22 @@ def rejects_sheet(index: Path, download: Path, num_pictures: int) -> list[Reject
         download: folder that relative tar names refer to.
         num_pictures: at most so many.
     """
-    table = pq.read_table(index / "rejects.parquet")
-    rows_of: dict[str, list[int]] = {}
-    for row, reason in enumerate(table["reason"].to_pylist()):
-        rows_of.setdefault(reason, []).append(row)
-    some = [rows[:num_pictures] for rows in sorted(rows_of.values(), key=len, reverse=True)]
+    counts: Counter[str] = Counter()
+    rows_of: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    with pq.ParquetFile(index / "rejects.parquet") as file:
+        for batch in file.iter_batches(_BLOCK):
+            for place, reason in enumerate(batch["reason"].to_pylist()):
+                counts[reason] += 1
+                rows = rows_of.setdefault(reason, [])
+                if len(rows) < num_pictures:
+                    rows.append((counts.total(), batch.slice(place, 1).to_pylist()[0]))
+    some = [rows_of[reason] for reason, _ in counts.most_common()]
     in_turn = [row for row in chain(*zip_longest(*some)) if row is not None][:num_pictures]
-    rows = [row for rows in some for row in rows if row in in_turn]
-    shown = table.take(np.array(rows, np.int64)).to_pylist()
     return [
         Reject(_thumbnail_of(row, download), row["uid"], row["reason"], row["detail"])
-        for row in shown
+        for rows in some
+        for number, row in rows
+        if (number, row) in in_turn
     ]
 
 
