@@ -719,6 +719,19 @@ def test_weights_with_the_name_of_a_file_must_be_there_and_tags_need_not():
         versions({"model": {"pretrained": tag}, "index": {"vocabulary": "full"}})
 
 
+def test_public_weights_that_read_wordpiece_need_berts_own_pieces():
+    clipa = {"name": "ViT-L-14-CLIPA", "config": None}
+    phases = {"short": {"image_size": 14}, "full": {"image_size": 28}}
+    start = {"reference": {"model": clipa["name"], "pretrained": "x"}, "init_from": "reference"}
+    for model, short, where in (
+        ({**clipa, "pretrained": "datacomp1b"}, {}, r"model\.pretrained = 'datacomp1b'"),
+        (clipa, start, r"pretrain\.short\.init_from = reference"),
+    ):
+        overlay = {"model": model, "pretrain": merge(phases, {"short": short})}
+        with pytest.raises(ConfigError, match=rf"{where}.* Hint: index: {{wordpiece: vocab.txt}}"):
+            versions({**overlay, "index": {"vocabulary": "wordpiece"}})
+
+
 @pytest.mark.parametrize(
     ("name", "overlay", "words"),
     [

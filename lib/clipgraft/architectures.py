@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from clipgraft.config import ConfigError, local_path, validate
-from clipgraft.crosschecks import check_model
+from clipgraft.crosschecks import check_model, pieces_misfit
 from clipgraft.loss_settings import ReferenceSettings
 from clipgraft.misfits import interactive_misfit, tower_misfit
 from clipgraft.model_settings import ModelSettings, is_file_name
 from clipgraft.recipes import PhaseSettings
 from clipgraft.run_settings import RunSettings
+from clipgraft.settings import IndexSettings
 
 OURS = Path(__file__).resolve().parent.parent.parent / "presets" / "models"
 
@@ -49,13 +50,13 @@ def architecture(settings: ModelSettings, where: str = "model.name") -> dict[str
     return config
 
 
-def check_references(phase: PhaseSettings, model: ModelSettings, vocabulary: str) -> None:
+def check_references(phase: PhaseSettings, model: ModelSettings, index: IndexSettings) -> None:
     """What can be known of the references of a phase before anything runs.
 
     Args:
         phase: that learns from them.
         model: that starts from the first, if the phase says so.
-        vocabulary: `corpus`, `full` or `wordpiece`.
+        index: which vocabulary it reads.
 
     Raises:
         ConfigError: if one is not there, has not the dimension that a term needs, or reads another vocabulary than the
@@ -74,10 +75,10 @@ def check_references(phase: PhaseSettings, model: ModelSettings, vocabulary: str
         if dim and its and (misfit := interactive_misfit(phase, each.model, dim, its)):
             raise ConfigError(misfit)
     if phase.init_from and phase.references[0].pretrained is not None:
-        _check_start(phase, vocabulary)
+        _check_start(phase, index)
 
 
-def _check_start(phase: PhaseSettings, vocabulary: str) -> None:
+def _check_start(phase: PhaseSettings, index: IndexSettings) -> None:
     """A public model reads all of CLIP's vocabulary or of BERT's; which, is known of one of a hub when it is opened."""
     first = phase.references[0]
     if ":" in first.model:
@@ -87,11 +88,14 @@ def _check_start(phase: PhaseSettings, vocabulary: str) -> None:
         if misfit := tower_misfit(config):
             raise ConfigError(f"pretrain.{phase.name}.init_from: {first.model}: {misfit}")
         reads = ["wordpiece" if config["text_cfg"].get("hf_tokenizer_name") else "full"]
-    if vocabulary not in reads:
+    where = f"pretrain.{phase.name}.init_from = reference: {first.name}"
+    if index.vocabulary not in reads:
         raise ConfigError(
-            f"pretrain.{phase.name}.init_from = reference: {first.name} reads another vocabulary than "
-            f"index.vocabulary = {vocabulary} gives. Hint: index: {{vocabulary: {reads[0]}}}"
+            f"{where} reads another vocabulary than index.vocabulary = {index.vocabulary} gives. "
+            f"Hint: index: {{vocabulary: {reads[0]}}}"
         )
+    if misfit := pieces_misfit(index):
+        raise ConfigError(f"{where}: {misfit}")
 
 
 def check_architecture(run: RunSettings) -> None:

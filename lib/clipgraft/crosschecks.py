@@ -26,6 +26,7 @@ from clipgraft.spelling import hint
 
 if TYPE_CHECKING:
     from clipgraft.run_settings import RunSettings
+    from clipgraft.settings import IndexSettings
 
 
 def check(run: RunSettings) -> None:
@@ -170,9 +171,22 @@ def check_model(run: RunSettings, config: Mapping[str, Any]) -> None:
     if misfit:
         where = f"model.name = {run.model.name}" if run.model.name else "model.config"
         raise ValueError(f"{where}: {misfit}")
+    pretrained = run.model.pretrained
+    if pretrained and not is_file_name(pretrained) and (misfit := pieces_misfit(run.index)):
+        raise ValueError(f"model.pretrained = {pretrained!r}: {misfit}")
     _patches(run, config["vision_cfg"].get("patch_size", 16))  # as open_clip
     _positions(run, config["vision_cfg"].get("pos_embed_type") == "sin_cos_2d")
     _layers(run, config)
+
+
+def pieces_misfit(index: IndexSettings) -> str:
+    """Why a public model that reads WordPiece cannot read that of an index; empty if it can."""
+    if index.vocabulary != "wordpiece" or index.wordpiece is not None:
+        return ""
+    return (
+        "it reads BERT's own pieces, and index.wordpiece = null makes others from your captions. "
+        "Hint: index: {wordpiece: vocab.txt}, that of bert-base-uncased"
+    )
 
 
 def _layers(run: RunSettings, config: Mapping[str, Any]) -> None:

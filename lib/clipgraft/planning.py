@@ -126,7 +126,7 @@ def _plan_run(name: str, run: RunSettings) -> list[PlannedJob]:
     check_weights(run.model.pretrained, "model.pretrained")
     phases: list[PlannedJob] = []
     for phase in run.pretrain:
-        check_references(phase, run.model, run.index.vocabulary)
+        check_references(phase, run.model, run.index)
         settings = _extend(
             cfg.ShardJob, run.shard, image_size=phase.image_size, oversize=_oversize(run, phase)
         )
