@@ -258,6 +258,17 @@ def test_tables_and_parquet_files_come_from_a_web_server(ranges, site, tmp_path)
     assert indexed(tmp_path, source).all_captions() == [["one"], ["two"]]
 
 
+@pytest.mark.parametrize(
+    ("kind", "write"), [("csv", pa.csv.write_csv), ("parquet", pq.write_table)]
+)
+def test_a_connection_that_breaks_while_a_table_is_read_is_told_by_its_address(kind, write, site):
+    sink = io.BytesIO()
+    write(pa.table({"url": ["http://x/1"], "caption": [os.urandom(500_000).hex()]}), sink)
+    site.files[f"/t.{kind}"], site.cut_at = sink.getvalue(), 200_000
+    with pytest.raises(ConfigError, match=rf"{site.address}/t\.{kind} cannot be read: .*Hint: run"):
+        read_tables(UrlSource(kind="urls", table=f"{site.address}/t.{kind}"))
+
+
 def test_addresses_that_differ_in_their_query_or_name_no_tar_are_copied_apart(site, tmp_path):
     names = ("/get.tar?id=1", "/get.tar?id=2", "/files/1", "/files/2/", "/files-2.tar")
     for number, name in enumerate(names):

@@ -107,6 +107,13 @@ def _read_file(name: str, source: UrlSource, bad: list[str]) -> pa.Table:
         raise ConfigError(
             f"{name} cannot be read as {kind}: {error}. Hint: check how it was written, or get it again"
         ) from None
+    except Exception as error:  # of a connection that breaks each file system raises its own
+        if not is_remote(name) or isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            f"{name} cannot be read: {type(error).__name__}: {str(error)[:300]}. Hint: run snakemake again, or copy the "
+            "table to this machine"
+        ) from None
 
 
 def _read_lines(file: BinaryIO, kind: str, columns: list[str] | None, bad: list[str]) -> pa.Table:
