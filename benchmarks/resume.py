@@ -258,16 +258,17 @@ def rate(out: Path) -> float:
     )
 
 
-def two_processes(finished: Finished, folder: Path, num_samples: int, repeats: int) -> Row:
-    """One process, two of one training, and two trainings of half the batch, in turns; each process has one thread.
+def two_processes(finished: Finished, folder: Path, num_samples: int, repeats: int) -> list[Row]:
+    """Two processes of one thread each beside one, in turns: with the batch shared, and with a batch for each.
 
-    The last have the work of the second, and nothing to say to one another.
+    Two trainings of half the batch have the work of the first, and nothing to say to one another.
     """
     batch = int(finished.phase.settings["batch_size"])
-    sides: Mapping[str, list[tuple[str, int, int]]] = {
-        "one": [("one", 1, 1)],
-        "two": [("two", 2, 1)],
-        "apart": [("left", 1, 2), ("right", 1, 2)],
+    sides: Mapping[str, list[tuple[str, int, int]]] = {  # name, processes, batch of all of them
+        "one": [("one", 1, batch)],
+        "shared": [("shared", 2, batch)],
+        "apart": [("left", 1, batch // 2), ("right", 1, batch // 2)],
+        "each": [("each", 2, 2 * batch)],
     }
     measured: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(repeats):
@@ -275,20 +276,40 @@ def two_processes(finished: Finished, folder: Path, num_samples: int, repeats: i
             outs = [folder / f"{name}{number}" for name, *_ in trainings]
             commands: list[Any] = [
                 finished.training(
-                    out, num, samples_seen=num_samples // share, batch_size=batch // share
+                    out, num, samples_seen=num_samples * size // batch, batch_size=size
                 )
-                for out, (_, num, share) in zip(outs, trainings, strict=True)
+                for out, (_, num, size) in zip(outs, trainings, strict=True)
             ]
             codes = [process.wait() for process in [started(command) for command in commands]]
             assert set(codes) == {0}, commands
             measured[side].append(sum(rate(out) for out in outs))
-    ratios = [two / (2 * one) for one, two in zip(measured["one"], measured["two"], strict=True)]
-    one, two, apart = (statistics.median(measured[side]) for side in sides)
-    note = f"of two trainings of half the batch that know nothing of one another: {two / apart:.2f}"
-    spread = (min(ratios), max(ratios))
-    efficiency = statistics.median(ratios)
-    name = "two processes on two cores, of twice one"
-    return Row(name, two, 2 * one, "img/s", efficiency, EFFICIENCY, spread, two / apart, note)
+
+    one, shared, apart = (statistics.median(measured[side]) for side in ("one", "shared", "apart"))
+    notes = {
+        "shared": f"{batch // 2} a process; of two trainings of half the batch that know nothing of one another: "
+        f"{shared / apart:.2f}; these, of twice one: {apart / (2 * one):.2f}",
+        "each": f"{batch} a process",
+    }
+    names, rows = {"shared": "one batch for both", "each": "a batch for each"}, []
+    for side, note in notes.items():
+        two = statistics.median(measured[side])
+        ratios = [
+            ours / (2 * peer) for ours, peer in zip(measured[side], measured["one"], strict=True)
+        ]
+        rows.append(
+            Row(
+                f"two processes on two cores, {names[side]}, of twice one",
+                two,
+                2 * one,
+                "img/s",
+                statistics.median(ratios),
+                EFFICIENCY,
+                (min(ratios), max(ratios)),
+                two / apart if side == "shared" else None,
+                note,
+            )
+        )
+    return rows
 
 
 def saving_rows(finished: Finished, folder: Path, what: str, *, quick: bool) -> list[Row]:
@@ -321,7 +342,7 @@ def main() -> None:
         rows += [
             within(f"restart to first step, {what}", restarts, RESTART_SECONDS, "s"),
             within(f"snakemake with nothing to do, {what}", no_op, NO_OP_SECONDS, "s"),
-            two_processes(finished, folder, 3200 if quick else 38400, repeats if quick else 3),
+            *two_processes(finished, folder, 3200 if quick else 38400, repeats if quick else 3),
         ]
     report("resume", rows)
 
