@@ -136,10 +136,19 @@ def is_stopped(pid: int) -> bool:
 
 
 def bits(results: Path) -> dict[str, str]:
-    """sha256 of all weights, arrays and tars, by path, as the manifests have them."""
+    """What no kill may change, by path: sha256 of all outputs as the manifests have it; of a series, what `_lasting` says."""
     return {
-        str(path.parent.relative_to(results) / name): about["sha256"]
+        str((path.parent / name).relative_to(results)): _lasting(path.parent / name)
+        if name.endswith("metrics.jsonl")
+        else about["sha256"]
         for path in sorted(results.glob("*/*/manifest.json"))
         for name, about in json.loads(path.read_text())["outputs"].items()
-        if name.endswith((".safetensors", ".npy", ".tar"))
     }
+
+
+def _lasting(series: Path) -> str:
+    """Of a training: each look at the model, and where it ended; not times, nor means over steps since the last save."""
+    rows = [json.loads(line) for line in series.read_text().splitlines()]
+    looks = [{**row, "seconds": None} for row in rows if "watch" in row]
+    ends = [[row[name] for name in ("step", "lr", "tau")] for row in rows if "loss" in row][-1:]
+    return json.dumps([looks, ends])
