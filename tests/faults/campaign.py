@@ -14,8 +14,7 @@ from pathlib import Path
 
 MARK = "CLIPGRAFT_CAMPAIGN"  # in the environment of every process that a run starts
 UNFINISHED = (".writing", ".resume", ".left", ".lock", "*.tmp", ".*.tmp")
-# After every run, without a fault too: a cache of torch, and of each start of torchrun a folder for logs that has none.
-OF_TORCH = ("torchinductor_*", "torchelastic_*")
+OF_TORCH = "torchinductor_*"  # a cache, after every run, without a fault too
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class Place:
         """Files that only a job at work has, and temporary files."""
         results = self.root / "results"
         left = [path for pattern in UNFINISHED for path in results.rglob(pattern)]
-        others = [path for path in self.tmp.iterdir() if not any(map(path.match, OF_TORCH))]
+        others = [path for path in self.tmp.iterdir() if not path.match(OF_TORCH)]
         return sorted(str(path) for path in [*left, *others])
 
 
