@@ -83,9 +83,48 @@ def test_times_of_files_decide_nothing(finished):
 def test_when_the_clock_goes_back_jobs_go_on(finished):
     for path in (finished.root / "results").glob("*/*/manifest.json"):
         os.utime(path, (time.time() + 3600,) * 2)  # as if written before
-    (finished.root / manifest_of(finished, "report")).unlink()
-    finished.snakemake("--cores", "1")
-    assert finished.planned() == []
+    manifest = manifest_of(finished, "report")
+    (finished.root / manifest).unlink()
+    finished.snakemake("--cores", "1", str(manifest))
+    assert (finished.root / manifest).exists() and finished.planned() == []
+
+
+# Python's clock has jumped by so many hours whenever it is looked at again; saves of state are noted.
+JUMPS = """
+import itertools, runpy, sys, time
+runpy.run_path({no_network!r})
+real, looks = time.time, itertools.count()
+
+def note(event, words):
+    if event == "os.rename" and "/.resume/" in str(words[1]):
+        with open({notes!r}, "a") as file:
+            file.write("saved ")
+
+sys.addaudithook(note)
+time.time = lambda: real() + 3600 * {hours} * next(looks)
+"""
+
+
+def trained(finished, folder: Path, hours: int) -> tuple[bytes, int]:
+    """Weights of the first phase, and how often state was saved."""
+    folder.mkdir()
+    no_network = Path(__file__).parents[1] / "no_network/sitecustomize.py"
+    notes = folder / "notes.txt"
+    notes.touch()
+    code = JUMPS.format(no_network=str(no_network), notes=str(notes), hours=hours)
+    (folder / "sitecustomize.py").write_text(code)
+    path = os.pathsep.join([str(folder), os.environ["PYTHONPATH"]])
+    out = folder / "out"
+    done = replay(finished, "pretrain/short", out, CLIPGRAFT_SAVE_SECONDS="0", PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+    return (out / "model.safetensors").read_bytes(), len(notes.read_text().split())
+
+
+def test_a_clock_that_jumps_during_training_changes_no_bit_and_no_save(finished, tmp_path):
+    whole = trained(finished, tmp_path / "still", 0)
+    assert whole[1] > 3
+    assert trained(finished, tmp_path / "back", -1) == whole
+    assert trained(finished, tmp_path / "forward", 1) == whole
 
 
 # --- disks --------------------------------------------------------------------------------------------------
