@@ -4,8 +4,9 @@ The DAG is run once without a fault; states of its trainings are kept as they co
 that run is drawn, and a checkout is made to look as it did then: what was done is there, and of what was at work its
 last state. The command for what was at work is given, one of its processes gets SIGKILL (Snakemake, a job, or a worker
 of a job), everything must leave by itself, and the same command is given again, to be killed some more times. When it
-has finished, all weights, arrays and tars must be those of the run without a fault, and no temporary file may be left.
-So no kill pays for what came before it. Two such checkouts are at work at a time, with one thread for each job.
+has finished, all outputs must be those of the run without a fault, but for the times of a training (`campaign.bits`);
+the same command must have nothing to do, and no temporary file may be left. So no kill pays for what came before it.
+Two such checkouts are at work at a time, with one thread for each job.
 
     python benchmarks/faults.py --folder DIR --kills 200
 
@@ -142,7 +143,9 @@ class Campaign:
         kills = [each for moment in moments for each in moment["kills"]]
         victims = Counter(each["victim"] for each in kills)
         of_each = ", ".join(f"{num} {victim}" for victim, num in victims.most_common())
-        same = sum(not each["differing"] for each in moments)
+        same = sum(bool(each["compared"]) and not each["differing"] for each in moments)
+        compared = sum(each["compared"] for each in moments)
+        done = sum(not each["planned"] for each in moments)
         clean = sum(not each["unfinished"] for each in moments)
         quiet = sum(not each["orphans"] for each in kills)
         row = Row("minutes of two cores for 200 kills", None, 60.0, "minutes", None, 1.0, note=TINY)
@@ -157,7 +160,9 @@ class Campaign:
                 same,
                 moments,
                 "moments",
+                f"{compared:,} outputs of killed jobs compared",
             ),
+            _share("moments after which nothing was planned", done, moments, "moments"),
             _share("moments that left no temporary file", clean, moments, "moments"),
             _share(
                 "kills that left no process and were gone on from", quiet, kills, "kills", of_each
@@ -198,6 +203,7 @@ class Stream:
         process = self.place.start(command, self.output)
         if process.wait():
             self._stuck(process.returncode)
+        planned = self._planned(command)
         orphans = self.place.wait_until_empty(SECONDS_TO_LEAVE)
         expected, found_bits = self.campaign.bits, bits(self.place.root / "results")
         ours = tuple(f"{job.folder}/" for job in running)
@@ -210,11 +216,15 @@ class Stream:
             jobs=[job.folder for job in running],
             kills=kills,
             seconds=round(time.monotonic() - begun, 1),
+            compared=len(wanted),
             differing=differing,
+            planned=planned,
             unfinished=[*self.place.unfinished(), *orphans.values()],
         )
         if differing:
             raise SystemExit(f"other bits than without a fault: {', '.join(differing)}")
+        if planned:
+            raise SystemExit(f"the same command would do more: {planned}")
 
     def _go_back_to(self, moment: float) -> list[Done]:
         """Link what was done then, and the last states; returns what was at work, or else came next."""
@@ -294,6 +304,14 @@ class Stream:
             "seconds_to_leave": round(time.monotonic() - killed, 1),
             "orphans": list(orphans.values()),
         }
+
+    def _planned(self, command: list[str | Path]) -> str:
+        """What a dry run of the same command still plans; empty if nothing."""
+        log = self.output.with_name("planned.txt")
+        log.unlink(missing_ok=True)
+        code = self.place.start([*command, "-n"], log).wait()
+        said = log.read_text()
+        return "" if code == 0 and "Nothing to be done" in said else said[-2000:]
 
     def _stuck(self, code: int) -> None:
         last = self.output.read_text()[-2000:]

@@ -224,16 +224,18 @@ def test_no_devices_given_is_said_and_the_script_runs_without():
     assert "launch: no GPUs: --resources gpu=0" in done.stderr
 
 
-def test_several_nodes_without_devices_see_none(tmp_path):
+def test_several_nodes_without_devices_see_none_and_leave_no_file(tmp_path):
     """One process for each of them, on this machine."""
     script = tmp_path / "say.py"
-    script.write_text(
-        "import os; print(os.environ['RANK'], os.environ['CUDA_VISIBLE_DEVICES'] == '')"
-    )
+    word = "f\"{os.environ['RANK']} {os.environ['CUDA_VISIBLE_DEVICES'] == ''}\\n\""
+    script.write_text(f"import os; os.write(1, {word}.encode())")  # at once: two processes write
     command = [sys.executable, "-m", "clipgraft.launch", "--nodes", "2", "--", str(script)]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0,1"}
+    tmp = tmp_path / "tmp"
+    tmp.mkdir()
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0,1", "TMPDIR": str(tmp)}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert sorted(done.stdout.splitlines()) == ["0 True", "1 True"]
+    assert not list(tmp.iterdir())
 
 
 def test_in_a_job_of_slurm_nobody_but_slurm_kills_what_saves(tmp_path):

@@ -50,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(seconds))
     # What torchrun passes on to its workers; of a signal that it does not know it would die alone.
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+    # Its own logs, of which there are none: of each start it would leave an empty folder in TMPDIR.
+    os.environ.setdefault("PET_LOG_DIR", os.devnull)
     if given.part:
         os.environ["CLIPGRAFT_PART"] = given.part
     if is_slurm_allocation():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import tempfile
 
 import pytest
@@ -43,6 +46,23 @@ def test_reading_before_the_write_is_settled_is_a_mistake():
 
 def test_a_table_for_which_there_is_no_room_is_said_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with pytest.raises(OSError, match="clipgraft-memory-"):
+    with pytest.raises(OSError, match=str(tmp_path)):
         SampleMemory(2**50, [0.0])
+    assert not os.listdir(tmp_path)
+
+
+KILLED = """
+import os, signal
+from clipgraft import dist
+from clipgraft.data.memory import SampleMemory
+
+dist.barrier = lambda: os.kill(os.getpid(), signal.SIGKILL)
+SampleMemory(1000, [0.5])
+"""
+
+
+def test_a_process_that_is_killed_while_it_fills_the_table_leaves_no_file(tmp_path):
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", KILLED], env=environment)
+    assert done.returncode == -signal.SIGKILL
     assert not os.listdir(tmp_path)

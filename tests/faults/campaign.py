@@ -14,8 +14,7 @@ from pathlib import Path
 
 MARK = "CLIPGRAFT_CAMPAIGN"  # in the environment of every process that a run starts
 UNFINISHED = (".writing", ".resume", ".left", ".lock", "*.tmp", ".*.tmp")
-# After every run, without a fault too: a cache of torch, and of each start of torchrun a folder for logs that has none.
-OF_TORCH = ("torchinductor_*", "torchelastic_*")
+OF_TORCH = "torchinductor_*"  # a cache, after every run, without a fault too
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class Place:
         """Files that only a job at work has, and temporary files."""
         results = self.root / "results"
         left = [path for pattern in UNFINISHED for path in results.rglob(pattern)]
-        others = [path for path in self.tmp.iterdir() if not any(map(path.match, OF_TORCH))]
+        others = [path for path in self.tmp.iterdir() if not path.match(OF_TORCH)]
         return sorted(str(path) for path in [*left, *others])
 
 
@@ -136,10 +135,19 @@ def is_stopped(pid: int) -> bool:
 
 
 def bits(results: Path) -> dict[str, str]:
-    """sha256 of all weights, arrays and tars, by path, as the manifests have them."""
+    """What no kill may change, by path: sha256 of all outputs as the manifests have it; of a series, what `_lasting` says."""
     return {
-        str(path.parent.relative_to(results) / name): about["sha256"]
+        str((path.parent / name).relative_to(results)): _lasting(path.parent / name)
+        if name.endswith("metrics.jsonl")
+        else about["sha256"]
         for path in sorted(results.glob("*/*/manifest.json"))
         for name, about in json.loads(path.read_text())["outputs"].items()
-        if name.endswith((".safetensors", ".npy", ".tar"))
     }
+
+
+def _lasting(series: Path) -> str:
+    """Of a training: each look at the model, and where it ended; not times, nor means over steps since the last save."""
+    rows = [json.loads(line) for line in series.read_text().splitlines()]
+    looks = [{**row, "seconds": None} for row in rows if "watch" in row]
+    ends = [[row[name] for name in ("step", "lr", "tau")] for row in rows if "loss" in row][-1:]
+    return json.dumps([looks, ends])

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from campaign import bits
 
 from clipgraft import integrity
 from clipgraft.checkpoint import read_weights
@@ -246,3 +247,27 @@ def test_a_manifest_from_the_future_comes_to_the_present_and_others_stay(tmp_pat
     times = {path.parent.name: path.stat().st_mtime - now for path in tmp_path.glob("*/*.json")}
     assert times["past"] == pytest.approx(-100, abs=1)
     assert 0 <= times["future"] < 500
+
+
+def test_two_runs_differ_in_any_output_but_not_in_the_times_of_a_training(tmp_path):
+    folder = tmp_path / "evaluate/0123abcd"
+    folder.mkdir(parents=True)
+    outputs = {name: {"sha256": name} for name in ("result.json", "answers.parquet", "page.html")}
+    watch = {"step": 2, "seconds": 0.5, "watch": {"mean_R@1": 0.25}}
+    row = {"step": 4, "seconds": 0.9, "lr": 0.1, "tau": 0.07, "loss": 1.5}
+    series = folder / "metrics.jsonl"
+
+    def found(*rows: dict, **others: str) -> dict[str, str]:
+        about = outputs | {"metrics.jsonl": {"sha256": str(rows)}}
+        about |= {name: {"sha256": value} for name, value in others.items()}
+        (folder / "manifest.json").write_text(json.dumps({"outputs": about}))
+        series.write_text("".join(json.dumps(each) + "\n" for each in rows))
+        return bits(tmp_path)
+
+    before = found(watch, row)
+    assert len(before) == 4
+    assert found(row | {"step": 3}, watch | {"seconds": 7}, row | {"seconds": 8}) == before
+    assert found(watch | {"watch": {"mean_R@1": 0.5}}, row) != before
+    assert found(watch, row | {"tau": 0.08}) != before
+    for name in outputs:
+        assert found(watch, row, **{name: "other"}) != before

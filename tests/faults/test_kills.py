@@ -128,22 +128,22 @@ def test_what_a_job_finishes_without_its_snakemake_is_not_done_again(place, phas
     assert "Nothing to be done" in log.with_suffix(".n.txt").read_text()
 
 
+def by_two_processes(phase: Path, out: Path) -> list[str | Path]:
+    launch = [sys.executable, "-m", "clipgraft.launch", "--nodes=2", "--threads=2", "--"]
+    return [*launch, "scripts/pretrain.py", phase / "manifest.json", "--out", out]
+
+
 @pytest.mark.parametrize("victim", ["a worker", "torchrun"])
 def test_of_several_processes_none_is_left_and_all_go_on(place, phase, victim, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-
-    def command(out: Path) -> list[str | Path]:
-        return [*torchrun, "scripts/pretrain.py", phase / "manifest.json", "--out", out]
-
     whole, out = place.root / "results/try/whole", place.root / "results/try/killed"
     if not whole.exists():
-        run_to_the_end(place, command(whole))
-    process = place.start(command(out), tmp_path / "killed.txt")
+        run_to_the_end(place, by_two_processes(phase, whole))
+    process = place.start(by_two_processes(phase, out), tmp_path / "killed.txt")
     assert wait_for(lambda: list(out.glob(".resume/*.pt")), SECONDS)
     kill(process.pid if victim == "torchrun" else max(trainers(place)))
     assert process.wait(timeout=SECONDS) != 0
     assert place.wait_until_empty(SECONDS) == {}
-    run_to_the_end(place, command(out))
+    run_to_the_end(place, by_two_processes(phase, out))
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert place.unfinished() == []
     shutil.rmtree(out)
@@ -151,8 +151,7 @@ def test_of_several_processes_none_is_left_and_all_go_on(place, phase, victim, t
 
 def test_of_several_processes_all_learn_that_there_is_nothing_left_to_do(place, phase, tmp_path):
     out, log = place.root / "results/try/alone", tmp_path / "log.txt"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*torchrun, "scripts/pretrain.py", phase / "manifest.json", "--out", out]
+    command = by_two_processes(phase, out)
     stops = stopping_at("model.safetensors", tmp_path / "stops")
     with snakemake() as (parent, word):
         process = place.start(command, log, **word, **stops)

@@ -16,8 +16,8 @@ import yaml
 from campaign import Place, wait_for
 from mounts import mounted
 
-from clipgraft.config import load_config
-from clipgraft.planning import plan_runs
+from clipgraft.config import load_config, sweep_points
+from clipgraft.planning import SWEEP, plan_runs
 
 SECONDS = 180  # for what takes five on an idle machine
 
@@ -83,29 +83,94 @@ def test_times_of_files_decide_nothing(finished):
 def test_when_the_clock_goes_back_jobs_go_on(finished):
     for path in (finished.root / "results").glob("*/*/manifest.json"):
         os.utime(path, (time.time() + 3600,) * 2)  # as if written before
-    (finished.root / manifest_of(finished, "report")).unlink()
-    finished.snakemake("--cores", "1")
-    assert finished.planned() == []
+    manifest = manifest_of(finished, "report")
+    (finished.root / manifest).unlink()
+    finished.snakemake("--cores", "1", str(manifest))
+    assert (finished.root / manifest).exists() and finished.planned() == []
+
+
+# Python's clock has jumped by so many hours whenever it is looked at again; saves of state are noted.
+JUMPS = """
+import itertools, runpy, sys, time
+runpy.run_path({no_network!r})
+real, looks = time.time, itertools.count()
+
+def note(event, words):
+    if event == "os.rename" and "/.resume/" in str(words[1]):
+        with open({notes!r}, "a") as file:
+            file.write("saved ")
+
+sys.addaudithook(note)
+time.time = lambda: real() + 3600 * {hours} * next(looks)
+"""
+
+
+def trained(finished, folder: Path, hours: int) -> tuple[bytes, int]:
+    """Weights of the first phase, and how often state was saved."""
+    folder.mkdir()
+    no_network = Path(__file__).parents[1] / "no_network/sitecustomize.py"
+    notes = folder / "notes.txt"
+    notes.touch()
+    code = JUMPS.format(no_network=str(no_network), notes=str(notes), hours=hours)
+    (folder / "sitecustomize.py").write_text(code)
+    path = os.pathsep.join([str(folder), os.environ["PYTHONPATH"]])
+    out = folder / "out"
+    done = replay(finished, "pretrain/short", out, CLIPGRAFT_SAVE_SECONDS="0", PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+    return (out / "model.safetensors").read_bytes(), len(notes.read_text().split())
+
+
+def test_a_clock_that_jumps_during_training_changes_no_bit_and_no_save(finished, tmp_path):
+    whole = trained(finished, tmp_path / "still", 0)
+    assert whole[1] > 3
+    assert trained(finished, tmp_path / "back", -1) == whole
+    assert trained(finished, tmp_path / "forward", 1) == whole
 
 
 # --- disks --------------------------------------------------------------------------------------------------
 
 
 def replay(finished, job: str, out: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    script = finished.root / f"scripts/{job.split('/')[0]}.py"
-    manifest = finished.root / manifest_of(finished, job)
+    manifest = str(finished.root / manifest_of(finished, job))
+    return run_script(finished, job.split("/")[0], [manifest], out, **env)
+
+
+def run_script(
+    finished, stage: str, words: list[str], out: Path, **env: str
+) -> subprocess.CompletedProcess[str]:
+    script = finished.root / f"scripts/{stage}.py"
     return subprocess.run(
-        [sys.executable, script, manifest, "--out", out, "--threads", "1"],
+        [sys.executable, script, *words, "--out", out, "--threads", "1"],
         env={**os.environ, **env},
         capture_output=True,
         text=True,
     )
 
 
-@pytest.mark.parametrize("job", ["cluster/1", "evaluate/base/renders"])
-def test_a_full_disk_is_said_by_the_stages_that_write_little(finished, tmp_path, job):
+def words_for(finished, job: str) -> list[str]:
+    """Of a job of the run, its manifest; of a stage that the run has not, settings and inputs."""
+    if job == "soup":
+        settings, inputs = {}, {"expert_0": finished.root / manifest_of(finished, "pretrain/full")}
+    elif job == "scaling":  # of points that are all the run
+        raw = yaml.safe_load((finished.root / "small.yaml").read_text())
+        raw["sweep"] = {"seed": {"s0": {"seed": 0}, "s1": {"seed": 1}}}
+        [planned] = plan_runs(load_config(raw), sweep_points(raw))[SWEEP]
+        settings, jobs = planned.settings, [name.partition("/")[2] for name in planned.inputs]
+        names = zip(planned.inputs, jobs, strict=True)
+        inputs = {name: finished.root / manifest_of(finished, of) for name, of in names}
+    else:
+        return [str(finished.root / manifest_of(finished, job))]
+    given = [word for name, path in inputs.items() for word in ("--input", f"{name}={path}")]
+    return ["--settings", json.dumps(settings), *given]
+
+
+@pytest.mark.parametrize("job", ["cluster/1", "evaluate/base/renders", "soup", "scaling"])
+def test_a_full_disk_is_said_by_stages_that_write_little_or_that_the_run_has_not(
+    finished, tmp_path, job
+):
+    words = words_for(finished, job)
     with mounted(tmp_path, "-t", "tmpfs", "-o", "size=4096", "tmpfs"):
-        done = replay(finished, job, tmp_path / "out")
+        done = run_script(finished, job.split("/")[0], words, tmp_path / "out")
         left = [
             path for path in tmp_path.rglob("*") if path.is_file() and ".features" not in path.parts
         ]

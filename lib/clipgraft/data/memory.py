@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import numpy as np
 import torch
@@ -35,23 +36,19 @@ class SampleMemory:
         self._have_written = dist.ask_largest(lambda: 0)
         self._pending: tuple[Tensor, Callable[[], Tensor]] | None = None
         shape = (num_samples, len(initial_C))
-        path = ""
-        if self._is_writer:
-            descriptor, path = tempfile.mkstemp(prefix="clipgraft-memory-")
-            try:  # with its room reserved: a map of a file that finds none ends the process without a word
-                os.posix_fallocate(descriptor, 0, 4 * num_samples * len(initial_C))
-            except OSError as error:
-                os.unlink(path)
-                raise OSError(error.errno, error.strerror, path) from None
-            finally:
-                os.close(descriptor)
-        path = dist.same_on_node(path)
-        self._table_NC = np.memmap(path, np.float32, "r+", shape=shape)
-        if self._is_writer:
-            self._table_NC[:] = np.asarray(initial_C, np.float32)
-        dist.barrier()
-        if self._is_writer:
-            os.unlink(path)
+        with ExitStack() as until_all_map_it:
+            path = ""
+            if self._is_writer:
+                file = until_all_map_it.enter_context(tempfile.TemporaryFile())
+                try:  # with its room reserved: a map of a file that finds none ends the process without a word
+                    os.posix_fallocate(file.fileno(), 0, 4 * num_samples * len(initial_C))
+                except OSError as error:
+                    raise OSError(error.errno, error.strerror, tempfile.gettempdir()) from None
+                path = f"/proc/{os.getpid()}/fd/{file.fileno()}"  # it has no other name
+            self._table_NC = np.memmap(dist.same_on_node(path), np.float32, "r+", shape=shape)
+            if self._is_writer:
+                self._table_NC[:] = np.asarray(initial_C, np.float32)
+            dist.barrier()
 
     def read(self, rows_B: Tensor, device: torch.device) -> Tensor:
         """The numbers [B, C] of some samples; all processes together, once after each `write` that was settled."""
