@@ -136,6 +136,31 @@ def test_every_stage_is_a_target_with_all_that_it_needs(workflow):
     assert len(list(workflow.root.glob("results/*/*/manifest.json"))) == 2
 
 
+# In place of Apptainer: notes the image and runs the command outside of it.
+APPTAINER = """#!/bin/sh
+[ "$1" != --version ] || exec echo apptainer version 1.3.4
+while [ "${1%.sif}" = "$1" ]; do shift; done
+printf '%s\\n' "$*" >> called.txt
+shift
+exec "$@"
+"""
+
+
+def test_in_the_image_rules_are_run_by_its_python(workflow):
+    stand_in = workflow.root / "bin/apptainer"
+    stand_in.parent.mkdir()
+    stand_in.write_text(APPTAINER)
+    stand_in.chmod(0o755)
+    path = [str(stand_in.parent), str(Path(sys.executable).parent), os.environ["PATH"]]
+    words = ("--cores", "2", "--sdm", "apptainer", "--until", "download")
+    workflow.snakemake(*words, PATH=os.pathsep.join(path))
+    called = (workflow.root / "called.txt").read_text().splitlines()
+    assert len(called) == len(list(workflow.root.glob("results/download/*/manifest.json"))) == 2
+    for line in called:
+        assert line.startswith(f"{workflow.root}/envs/clipgraft.sif ")
+        assert "python3 " in line and sys.executable not in line
+
+
 def test_what_an_edit_would_run_again_can_be_kept(finished):
     finished.edit("lib/clipgraft/objectives.py", "\n\n\ndef ", "\n\n\n_EDITED = 1\n\n\ndef ")
     assert {"pretrain", "finetune_expert", "finetune_router"} <= set(finished.planned())

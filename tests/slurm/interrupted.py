@@ -88,14 +88,31 @@ class Training:
         """Files of the saved state."""
         return list(self.site.root.glob("results/pretrain/*/.resume/**/*.pt"))
 
-    def workers(self) -> list[int]:
-        """The processes that train."""
-        mark, found = f"{self.site.root}/scripts/pretrain.py".encode(), []
+    def saved(self) -> int:
+        """When that was last, in ns; 0: there is none."""
+        times = [0]
+        for path in self.state():
+            with suppress(OSError):
+                times.append(path.stat().st_mtime_ns)
+        return max(times)
+
+    def processes(self) -> dict[int, list[bytes]]:
+        """The words of all that were told to train: the launcher, srun, torchrun of each node, and the workers."""
+        mark, found = f"{self.site.root}/scripts/pretrain.py".encode(), {}
         for pid in processes_of(self.site.sandbox):
             with suppress(OSError):
                 words = (Path("/proc") / str(pid) / "cmdline").read_bytes().split(b"\0")
-                found += [pid] if words[1:3] == [b"-u", mark] else []
+                found |= {pid: words} if mark in words else {}
         return found
+
+    def workers(self) -> list[int]:
+        """The processes that train."""
+        return [pid for pid, words in self.processes().items() if words[1] == b"-u"]
+
+    def wait_for_progress(self) -> None:
+        """Wait until it has saved once more."""
+        before = self.saved()
+        wait_until(lambda: self.saved() > before, "a state saved later", 60)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -128,13 +145,14 @@ class Training:
         """The same command once more."""
         self.process = self.site.begin(*UNTIL, *words)
 
-    def finish(self, reference: Path) -> None:
-        """Wait until snakemake is done, and compare the weights with those of the reference."""
+    def finish(self, reference: Path, is_resumed: bool = True) -> None:
+        """Wait until snakemake is done and nobody trains, and compare the weights with those of the reference."""
         try:
             code = self.process.wait(timeout=450)
         finally:
             self.process.send_signal(signal.SIGKILL)
         assert code == 0, self.printed[-6000:]
-        assert "resumed at step" in self.log
+        assert ("resumed at step" in self.log) == is_resumed
         assert weights(self.site.root) == weights(reference)
         assert not self.state()
+        wait_until(lambda: not self.processes(), "those who trained to leave", 60)

@@ -131,6 +131,12 @@ class Sandbox:
             os.kill(pid, number)
             wait_until(lambda: not self.pid(name), f"{name} to end")
 
+    def nodes_of(self, job: str) -> list[str]:
+        """Those that have run the first `srun` of a job, after their own logs."""
+        said = f"launch task StepId={job}.0 "
+        logs = sorted((self.folder / "log").glob("slurmd-*.log"))
+        return [log.stem.removeprefix("slurmd-") for log in logs if said in log.read_text()]
+
     def nodes_are_up(self) -> bool:
         """Whether all nodes take jobs."""
         states = self.ask("sinfo", "--noheader", "-N", "-p", "gpu", "-o", "%T").split()

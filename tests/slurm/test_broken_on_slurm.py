@@ -1,4 +1,4 @@
-"""What breaks under a training (Snakemake, a node, the controller) costs no more than what was not saved yet."""
+"""What breaks under a training (a node, a daemon, the controller) costs no more than what was not saved yet."""
 
 from __future__ import annotations
 
@@ -19,21 +19,6 @@ pytestmark = LONG
 @pytest.fixture(scope="module")
 def prepared(sandbox, tmp_path_factory):
     return prepare(tmp_path_factory.mktemp("prepared"))
-
-
-def test_a_killed_snakemake_leaves_a_job_that_the_next_one_ends_and_takes_over(
-    sandbox, prepared, tmp_path
-):
-    training = Training.begin(prepared, tmp_path / "site", sandbox)
-    orphan = training.job
-    training.kill(signal.SIGKILL)
-    assert training.job == orphan
-    with training.held():
-        training.again("--unlock")
-        assert training.process.wait(timeout=200) == 0
-        training.again("--slurm-keep-successful-logs")
-    training.finish(prepared / "reference")
-    assert f"job {orphan} is at this work, too" in training.slurm_log(str(int(orphan) + 1))
 
 
 def test_a_node_that_dies_costs_nothing_but_time(sandbox, prepared, tmp_path):
@@ -71,12 +56,26 @@ def of_node(sandbox, node):
     return sorted(set(found))
 
 
+def test_daemons_that_are_killed_and_started_again_go_unnoticed(sandbox, prepared, tmp_path):
+    training = Training.begin(prepared, tmp_path / "site", sandbox)
+    first, workers = training.job, training.workers()
+    assert first and len(workers) == 2
+    for node in ("node1", "node2"):  # the first one has the batch step, too
+        sandbox.kill(node)
+        sandbox.start(node)
+    training.wait_for_progress()
+    assert training.job == first and training.workers() == workers
+    training.finish(prepared / "reference", is_resumed=False)
+    assert training.printed.count("submitted with SLURM jobid") == 1
+    assert "Restarts=0" in sandbox.ask("scontrol", "show", "job", first)
+
+
 def test_a_minute_without_the_controller_goes_unnoticed(sandbox, prepared, tmp_path):
     training = Training.begin(prepared, tmp_path / "site", sandbox)
     sandbox.kill("slurmctld")
+    training.wait_for_progress()
     time.sleep(60)
     assert not training.ended(), training.printed[-3000:]
     sandbox.start("slurmctld")
-    process = training.process
-    assert process.wait(timeout=400) == 0, training.printed[-6000:]
+    training.finish(prepared / "reference", is_resumed=False)
     assert training.printed.count("submitted with SLURM jobid") == 1

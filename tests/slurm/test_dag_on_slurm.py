@@ -99,6 +99,11 @@ def test_trainings_ran_on_both_nodes(finished):
         trained = manifests(finished.root, stage)
         assert trained
         assert {about["num_processes"] for about in trained.values()} == {2}
+        printed = (finished.root / "first.txt").read_text()
+        jobs = re.findall(rf"SLURM jobid (\d+) \(log: \S+/rule_{stage}/", printed)
+        assert len(jobs) == len(trained)
+        for job in jobs:
+            assert finished.sandbox.nodes_of(job) == ["node1", "node2"]
 
 
 def test_where_it_runs_is_no_reason_to_run_again(finished):

@@ -63,6 +63,9 @@ def waiting(sandbox, tmp_path):
         "runtime": 90,
     }
     path.write_text(yaml.safe_dump(raw))
+    path = tmp_path / "workflow/profiles/slurm/config.yaml"
+    text = path.read_text().replace("# slurm_account: lab", "slurm_account: lab")
+    path.write_text(text.replace("# slurm_partition: gpu", "slurm_partition: scavenge"))
     return Site(tmp_path, sandbox)
 
 
@@ -95,6 +98,7 @@ def test_slurm_is_asked_for_devices_as_the_site_wants_it(waiting, devices, kind,
         process.wait(timeout=60)
     about = dict(word.split("=", 1) for word in job.split() if "=" in word)
     assert about["NumNodes"] == "2-2" and about["CPUs/Task"] == "3" and about["Requeue"] == "1"
+    assert about["Account"] == "lab" and about["Partition"] == "scavenge"
     assert about["MinMemoryNode"] == "2500M" and about["TimeLimit"] == "01:30:00"
     assert about.get("TresPerNode") == per_node
     assert about.get("TresPerJob") == in_all

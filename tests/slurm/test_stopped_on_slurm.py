@@ -1,15 +1,12 @@
-"""A training that SLURM or its user stops has saved, goes on when it is started again, and ends with the same weights."""
+"""A training that SLURM stops has saved, goes on when it is started again, and ends with the same weights."""
 
 from __future__ import annotations
 
 import re
-import shutil
-import signal
 
 import pytest
-from cluster_site import LONG, Site
-from interrupted import UNTIL, Training, prepare
-from sandbox import wait_until
+from cluster_site import LONG
+from interrupted import Training, prepare
 
 pytestmark = LONG
 
@@ -17,18 +14,6 @@ pytestmark = LONG
 @pytest.fixture(scope="module")
 def prepared(sandbox, tmp_path_factory):
     return prepare(tmp_path_factory.mktemp("prepared"))
-
-
-def test_ctrl_c_cancels_jobs_which_save(sandbox, prepared, tmp_path):
-    training = Training.begin(prepared, tmp_path / "site", sandbox)
-    assert training.job
-    with training.held():
-        training.process.send_signal(signal.SIGINT)
-    assert training.process.wait(timeout=200) != 0
-    wait_until(lambda: not training.job, "the job to be cancelled")
-    assert "told to stop: saved at step" in training.log
-    training.again()
-    training.finish(prepared / "reference")
 
 
 def test_at_its_time_limit_a_training_saves_is_submitted_again_and_resumes(
@@ -55,14 +40,3 @@ def test_a_preempted_training_saves_and_comes_back(sandbox, prepared, tmp_path):
         sandbox.ask("squeue", "--noheader", "--states=all", f"--jobs={urgent}", "-o%T")
         == "COMPLETED"
     )
-
-
-def test_a_failed_job_shows_its_log(sandbox, prepared, tmp_path):
-    shutil.copytree(prepared / "site", tmp_path / "site")
-    (path,) = (tmp_path / "site/results/index").glob("*/tokens/ids.npy")
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    printed = Site(tmp_path / "site", sandbox).snakemake(*UNTIL, "--retries", "0", code=1)
-    assert "ids.npy is damaged: its sha256 is" in printed
-    assert "run snakemake again" in printed
