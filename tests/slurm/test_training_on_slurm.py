@@ -10,6 +10,8 @@ from cluster_site import Site
 from interrupted import UNTIL, Training, prepare
 from sandbox import wait_until
 
+pytestmark = pytest.mark.timeout(1200)  # where cores are shared each of them takes minutes
+
 
 @pytest.fixture(scope="module")
 def prepared(sandbox, tmp_path_factory):
