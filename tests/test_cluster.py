@@ -241,6 +241,23 @@ def test_labels_accumulate_as_numbers_in_base_of_the_cluster_pairs():
         assert digits[label] == [clusters_N2[row].tolist() for clusters_N2 in rounds]
 
 
+def test_labels_and_agreement_take_little_more_than_a_number_per_sample():
+    num = 200_000
+    clusters_N2 = np.random.default_rng(0).integers(3, size=(num, 2), dtype=np.int32)
+    before_N = clusters_N2[:, 0].copy()
+    for most, work in (  # bytes per sample: an int64, and labels int32
+        (8 + 4, lambda: accumulate(before_N, clusters_N2)),
+        (8, lambda: agreement(*clusters_N2.T)),
+    ):
+        tracemalloc.start()
+        try:
+            work()
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert peak < 1.1 * most * num
+
+
 def test_agreement_is_sklearns_normalised_mutual_information():
     rng = np.random.default_rng(0)
     one_N = rng.integers(5, size=300)
