@@ -34,13 +34,13 @@ TEXT = torch.tensor(
 )
 
 
-def drawn(top_k: int, idle: int | None = None, seed: int = 0) -> list[Tensor]:
+def drawn(top_k: int, idle: int | None = None, seed: int = 0, num: int = T) -> list[Tensor]:
     """Tokens, gates, stacked weights, all wanting gradients, and choices; expert `idle` has no tokens."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(T, D), (T, top_k), (E, H, D), (E, H), (E, D, H), (E, D)]
+    shapes = [(num, D), (num, top_k), (E, H, D), (E, H), (E, D, H), (E, D)]
     leaves = [torch.randn(shape, generator=generator) * 0.5 for shape in shapes]
     choices = [e for e in range(E) if e != idle]
-    rows = [torch.randperm(len(choices), generator=generator)[:top_k] for _ in range(T)]
+    rows = [torch.randperm(len(choices), generator=generator)[:top_k] for _ in range(num)]
     topk_TK = torch.tensor(choices)[torch.stack(rows)]
     return [*(leaf.requires_grad_() for leaf in leaves), topk_TK]
 
@@ -80,11 +80,13 @@ def test_every_way_is_the_definition_forward_and_backward(backend, top_k, idle):
         assert all((grad[idle] == 0).all() for grad in ours[2:])
 
 
-def in_bf16(leaves: list[Tensor], topk: Tensor, backend: str, device: str) -> list[Tensor]:
-    """What a way makes of these numbers on a device, and its gradients."""
+def in_bf16(
+    leaves: list[Tensor], topk: Tensor, backend: str, device: str, *, enabled: bool = True
+) -> list[Tensor]:
+    """What a way makes of these numbers on a device, and its gradients; in float32 if not enabled."""
     leaves = [leaf.detach().to(device).requires_grad_() for leaf in leaves]
     x, gates, *weights = leaves
-    with torch.autocast(device, torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16, enabled=enabled):
         y = mix(Experts(*weights, F.gelu), x, gates, topk.to(device), backend)
     return [each.detach().cpu() for each in (y, *gradients(y, leaves))]
 
@@ -111,6 +113,36 @@ def test_on_a_gpu_every_way_is_the_definition_forward_and_backward(backend, top_
         is_stack = number >= 2  # each expert by itself
         for our, their in zip(ours, theirs, strict=True) if is_stack else [(ours, theirs)]:
             assert_near(our, their)
+
+
+@pytest.mark.parametrize("backend", WAYS)
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+        ),
+    ],
+)
+@pytest.mark.parametrize("is_bf16", [False, True])
+def test_the_same_numbers_come_out_the_same_bits(backend, device, is_bf16):
+    """Of so many tokens that threads share them, which add up rows by index in the order in which they arrive.
+
+    (On GPUs for every such sum, on CPUs for `index_put` in float32, which is the gradient of `x[index]`.)
+    """
+    if device == "cuda" and backend == "grouped" and not is_bf16:
+        pytest.skip("grouped is for bf16")
+    *leaves, topk = drawn(2, num=4096)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        first, *others = [in_bf16(leaves, topk, backend, device, enabled=is_bf16) for _ in range(6)]
+    finally:
+        torch.set_num_threads(threads)
+    for other in others:
+        assert all(map(torch.equal, first, other))
 
 
 @pytest.mark.parametrize("backend", WAYS)
