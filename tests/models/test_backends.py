@@ -296,7 +296,7 @@ def test_compiled_towers_have_the_same_numbers(tiny_config, generator, device):
     for name, x in (("visual", images().to(device)), ("text", TEXT.to(device))):
         own = getattr(plain, name)
         compiled = torch.compile(getattr(model, name), backend=generator)
-        torch.testing.assert_close(compiled(x), own(x), rtol=1e-5, atol=1e-5)
+        assert (compiled(x) - own(x)).norm() <= 1e-5 * own(x).norm()
         for tower in (compiled, own):
             tower(x).square().sum().backward()
         for ours, theirs in zip(compiled.parameters(), own.parameters(), strict=True):
