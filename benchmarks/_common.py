@@ -12,8 +12,9 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -119,11 +120,11 @@ def within(name: str, ours: list[float], bound: float, unit: str, note: str = ""
 
 def report(
     name: str,
-    rows: list[Row],
+    rows: Iterable[Row],
     profiles: Mapping[str, Mapping[str, float]] | None = None,
     file: Path | None = None,
 ) -> None:
-    """Print the table and the JSON object.
+    """Print the table, each row as it comes, and the JSON object.
 
     Args:
         name: of the benchmark.
@@ -133,7 +134,9 @@ def report(
     """
     if profiles:
         _print_profiles(profiles)
+    measured = []
     for row in rows:
+        measured.append(row)
         reached = "" if row.ratio is None or row.target is None else _verdict(row)
         values = "  ".join(_short(value) for value in (row.ours, row.peer))
         ratio = "not measured" if row.ratio is None else f"{row.ratio:.2f}"
@@ -141,8 +144,9 @@ def report(
         print(f"{row.name:<58} {values:>20} {row.unit:<9} {ratio:>6} {spread:<18} {reached}")
         if row.note:
             print(f"    {row.note}")
+        sys.stdout.flush()
     about: dict[str, object] = {"name": name, "machine": _machine(), "commit": commit()}
-    about |= {"rows": [_rounded(asdict(row)) for row in rows]}
+    about |= {"rows": [_rounded(asdict(row)) for row in measured]}
     if profiles:
         about["profiles"] = {side: _rounded(shares) for side, shares in profiles.items()}
     if file is None:

@@ -3,17 +3,19 @@
     python benchmarks/moe.py [--quick]
 
 A step is forward and backward of both towers at full length in training's precision, all weights trained, in open_clip's
-own blocks (`train_step.py` measures those of trainings). The peer of
-the first row is the dense model: its samples per second over the FLOPs of top 2 of 4 experts over its own. The public
-loop is CLIP-MoE's, written from its description: for each expert, torch.where finds its tokens, they are gathered, and
-index_add brings them back. Texts are padded to 248 tokens there, and their padding is routed; lengths are those of
-Flickr8k (12.1 +- 4.0 tokens, and start and end), and of longer captions (65 +- 20). Widths are those of B/16.
+own blocks. The peer of the first row is the dense model: its samples per second over the FLOPs of top 2 of 4 experts
+over its own. The row "as trainings run it" has the same sides in the blocks of trainings, where the last block of a
+dense tower computes the one token that is read, that of a mixture all; FLOPs are what each computes.
+
+The public loop is CLIP-MoE's, written from its description: for each expert, torch.where finds its tokens, they are
+gathered, and index_add brings them back. Texts are padded to 248 tokens there, and their padding is routed; lengths are
+those of Flickr8k (12.1 +- 4.0 tokens, and start and end), and of longer captions (65 +- 20). Widths are those of B/16.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 
@@ -27,6 +29,7 @@ from clipgraft.cost import forward_macs
 from clipgraft.devices import attention, precision
 from clipgraft.models.build import build
 from clipgraft.models.moe import MoeMlp, keep_kernels, upcycle
+from clipgraft.models.training_blocks import speed_up
 from clipgraft.router import KERNELS
 
 E, K = 4, 2
@@ -110,9 +113,10 @@ def in_training(device: torch.device) -> ExitStack:
     return stack
 
 
-def step_rows(layers: int, batch: int, device: torch.device, repeats: int) -> list[Row]:
-    """Samples per second of a whole training step: the cost of experts."""
-    sides = models(layers, LENGTH, device)
+def step_rates(
+    sides: Mapping[str, nn.Module], batch: int, device: torch.device, repeats: int
+) -> dict[str, list[float]]:
+    """Samples per second of a whole step of each side."""
     images = torch.randn(batch, 3, SIZE, SIZE, device=device)
     text = texts(batch, LENGTH).to(device)
 
@@ -123,7 +127,12 @@ def step_rows(layers: int, batch: int, device: torch.device, repeats: int) -> li
         name: partial(step, partial(forward, model), model, batch, device)
         for name, model in sides.items()
     }
-    measured = rates(work, repeats)
+    return rates(work, repeats)
+
+
+def step_rows(layers: int, batch: int, device: torch.device, repeats: int) -> list[Row]:
+    """Samples per second of a whole training step: the cost of experts."""
+    measured = step_rates(models(layers, LENGTH, device), batch, device, repeats)
     share = flops_ratio(layers)
     by_flops = [rate / share for rate in measured["dense"]]
     note = f"B/16 widths, {layers} layers, batch {batch}, {about(device)}"
@@ -142,13 +151,37 @@ def step_rows(layers: int, batch: int, device: torch.device, repeats: int) -> li
     ]
 
 
-def flops_ratio(layers: int) -> float:
-    """FLOPs of top K over those of the dense model: each further expert of a token is another MLP."""
+def training_row(layers: int, batch: int, device: torch.device, repeats: int) -> Row:
+    """The same as trainings run it."""
+    sides = models(layers, LENGTH, device)
+    del sides["public"]
+    for model in sides.values():
+        speed_up(model)
+    measured = step_rates(sides, batch, device, repeats)
+    share = flops_ratio(layers, one_token=True)
+    cost = (
+        f"B/16 widths, {layers} layers, batch {batch}, {about(device)}; peer: dense "
+        f"({np.median(measured['dense']):,.1f} samples/s) over the FLOP ratio {share:.2f}; "
+        f"{flops_ratio(layers):.2f} if its last blocks computed all tokens"
+    )
+    by_flops = [rate / share for rate in measured["dense"]]
+    name = f"{device.type}: top {K} of {E} as trainings run it, beside FLOPs"
+    return faster(name, measured["ours"], by_flops, "samples/s", None, cost)
+
+
+def flops_ratio(layers: int, *, one_token: bool = False) -> float:
+    """FLOPs of top K over those of the dense model: each further expert of a token is another MLP.
+
+    Args:
+        layers: of each tower.
+        one_token: of the last blocks of the dense model, all but keys and values is of one token.
+    """
     config, tokens = b16(layers, SIZE, LENGTH), (SIZE // 16) ** 2 + 1
     dense = forward_macs(config, tokens, LENGTH)
     widths = ((config["vision_cfg"]["width"], tokens), (config["text_cfg"]["width"], LENGTH))
     mlps = sum(layers * 8 * width**2 * length for width, length in widths)
-    return (dense + (K - 1) * mlps) / dense
+    spared = sum((10 * width**2 + 2 * width * length) * (length - 1) for width, length in widths)
+    return (dense + (K - 1) * mlps) / (dense - spared * one_token)
 
 
 def text_rows(layers: int, batch: int, device: torch.device, repeats: int) -> list[Row]:
@@ -192,22 +225,29 @@ def about(device: torch.device) -> str:
     return f"{str(precision(device)).removeprefix('torch.')} on {what}"
 
 
+def rows_of(*, quick: bool) -> Iterator[Row]:
+    """All rows, as they are measured."""
+    cpu = torch.device("cpu")
+    layers, batch, repeats = (2, 4, 3) if quick else (2, 32, 7)
+    yield from step_rows(layers, batch, cpu, repeats)
+    yield training_row(3 * layers, batch, cpu, repeats)  # of which one is the last
+    yield from text_rows(layers, 4 * batch, cpu, repeats)
+    if not torch.cuda.is_available():
+        name = f"cuda: top {K} of {E}, texts, and the grouped product"
+        yield Row(name, None, None, "samples/s", None, None, note="no CUDA device")
+        return
+    cuda = torch.device("cuda")
+    yield from step_rows(12, 256, cuda, 9)
+    yield from text_rows(12, 1024, cuda, 9)
+    yield from backend_rows(12, 256, cuda, 9)
+
+
 def main() -> None:
     """Measure and report."""
     args = arguments()
     one_core()
     torch.set_num_threads(1)
-    cpu = torch.device("cpu")
-    layers, batch, repeats = (2, 4, 3) if args.quick else (2, 32, 7)
-    rows = step_rows(layers, batch, cpu, repeats) + text_rows(layers, 4 * batch, cpu, repeats)
-    if torch.cuda.is_available():
-        cuda = torch.device("cuda")
-        rows += step_rows(12, 256, cuda, 9) + text_rows(12, 1024, cuda, 9)
-        rows += backend_rows(12, 256, cuda, 9)
-    else:
-        name = f"cuda: top {K} of {E}, texts, and the grouped product"
-        rows.append(Row(name, None, None, "samples/s", None, None, note="no CUDA device"))
-    report("moe", rows)
+    report("moe", rows_of(quick=args.quick))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from clipgraft.config import (
     sweep_points,
     with_nulls,
 )
+from clipgraft.crosschecks import unequal_steps
 from clipgraft.planning import SWEEP, plan_runs
 from clipgraft.runs import shown
 from clipgraft.settings import STAGES
@@ -58,6 +59,9 @@ for run, jobs in RUNS.items() if workflow.is_main_process else ():
                 f"{job.name} of run {run} is that of a run before it, which says how it is made: "
                 f"{', '.join(f'{key} = {json.dumps(first[key])}' for key in others)}. Hint: the same in both"
             )
+for run, settings_of in SETTINGS.items() if workflow.is_main_process else ():
+    if message := unequal_steps(settings_of):
+        logger.warning(f"run {run}: {message}")
 WISHES = {
     (job.stage, job.version): SETTINGS.get(
         run, next(iter(SETTINGS.values()))

@@ -18,6 +18,7 @@ from test_train import folder, make_data, phase
 from clipgraft.baseline_settings import KINDS
 from clipgraft.checkpoint import load_model, read_weights
 from clipgraft.config import ConfigError, load_config, merge
+from clipgraft.crosschecks import unequal_steps
 from clipgraft.evaluation.ensemble import load_side_by_side
 from clipgraft.experts import finetune_expert
 from clipgraft.planning import plan_run, plan_runs
@@ -72,6 +73,33 @@ def test_trained_baselines_see_what_experts_and_routers_see(overlay):
     seen = {kind: samples_after_base(jobs, kind) for kind in (*KINDS, "moe", "upcycled")}
     assert {seen[kind] for kind in ("mlp", "full", "copies", "two_experts")} == {seen["moe"]}
     assert seen["soup"] == seen["ensemble"] == seen["upcycled"] < seen["moe"]
+
+
+def test_baselines_that_take_another_number_of_steps_are_named_where_batches_differ():
+    def said(expert: int, router: int, *kinds: str, **more: int) -> str:
+        sizes = {"finetune_expert": expert, "finetune_router": router}
+        overlay = {section: {"batch_size": size} for section, size in sizes.items()}
+        raw = {**SMALL, "baselines": {kind: dict(more) for kind in kinds}}
+        return unequal_steps(load_config(merge(raw, overlay))["small"])
+
+    assert said(16, 16, *KINDS) == said(8, 16, "two_experts", "soup", "ensemble") == ""
+    assert said(8, 16, "mlp", samples_seen=96) == ""
+    told = said(8, 16, *KINDS)
+    assert "expert.batch_size = 8, finetune_router.batch_size = 16" in told
+    assert ": baselines.mlp, baselines.full, baselines.copies with as many samples" in told
+
+
+def steps_after_base(jobs: dict[str, PlannedJob], model: str) -> int:
+    before = made_of(jobs["pretrain/full"])
+    jobs_of = made_of(jobs[f"evaluate/{model}/renders"])
+    after = [job.settings for folder, job in jobs_of.items() if folder not in before]
+    return sum(each["samples_seen"] // each["batch_size"] for each in after if "batch_size" in each)
+
+
+def test_two_experts_take_as_many_steps_as_the_mixture_whatever_the_batches():
+    jobs = planned({"finetune_expert": {"batch_size": 8}, "finetune_router": {"batch_size": 16}})
+    steps = {kind: steps_after_base(jobs, kind) for kind in ("mlp", "copies", "two_experts", "moe")}
+    assert steps["copies"] < steps["moe"] == steps["two_experts"] < steps["mlp"]
 
 
 def test_a_baseline_of_other_length_sees_so_many_samples():

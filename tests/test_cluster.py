@@ -241,6 +241,23 @@ def test_labels_accumulate_as_numbers_in_base_of_the_cluster_pairs():
         assert digits[label] == [clusters_N2[row].tolist() for clusters_N2 in rounds]
 
 
+def test_labels_and_agreement_take_little_more_than_a_number_per_sample():
+    num = 200_000
+    clusters_N2 = np.random.default_rng(0).integers(3, size=(num, 2), dtype=np.int32)
+    before_N = clusters_N2[:, 0].copy()
+    for most, work in (  # bytes per sample: an int64, and labels int32
+        (8 + 4, lambda: accumulate(before_N, clusters_N2)),
+        (8, lambda: agreement(*clusters_N2.T)),
+    ):
+        tracemalloc.start()
+        try:
+            work()
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert peak < 1.1 * most * num
+
+
 def test_agreement_is_sklearns_normalised_mutual_information():
     rng = np.random.default_rng(0)
     one_N = rng.integers(5, size=300)
@@ -281,11 +298,12 @@ def test_two_rounds_chain_their_labels(tmp_path):
 
 
 def test_rounds_may_cluster_other_sides_and_numbers(tmp_path):
-    embed, out = embeddings(tmp_path / "e0", 0), [tmp_path / name for name in "abc"]
+    embed, out = embeddings(tmp_path / "e0", 0), [tmp_path / name for name in "abcd"]
     settings = [
         ClusterJob(seed=0, by="joint", joint_clusters=4),
         ClusterJob(seed=0, by="image", image_clusters=2),
         ClusterJob(seed=0, image_clusters=3, text_clusters=2),
+        ClusterJob(seed=0, by="text", text_clusters=3),
     ]
     previous = None
     for job, folder in zip(settings, out, strict=True):
@@ -293,11 +311,14 @@ def test_rounds_may_cluster_other_sides_and_numbers(tmp_path):
         cluster(job, embed, previous, folder)
         previous = folder
     about = [json.loads((folder / "clusters.json").read_text()) for folder in out]
-    assert [each["by"] for each in about] == ["joint", "image", "image_x_text"]
-    assert [np.load(folder / "clusters.npy").shape[1] for folder in out] == [1, 1, 2]
+    assert [each["by"] for each in about] == ["joint", "image", "image_x_text", "text"]
+    assert [np.load(folder / "clusters.npy").shape[1] for folder in out] == [1, 1, 2, 1]
     assert np.load(out[0] / "joint_centroids.npy").shape == (4, 16)
-    assert about[1]["agreement"] == {} and list(about[2]["agreement"]) == ["image"]
-    assert [list(map(len, each["digits"][0])) for each in about] == [[1], [1, 1], [1, 1, 2]]
+    assert [list(each["agreement"] or ()) for each in about] == [[], [], ["image"], ["text"]]
+    digits = [[1], [1, 1], [1, 1, 2], [1, 1, 2, 1]]
+    assert [list(map(len, each["digits"][0])) for each in about] == digits
+    text = kmeans(Points.open(embed / "text.npy"), 3)
+    np.testing.assert_array_equal(np.load(out[3] / "clusters.npy")[:, 0], text.assigned_N)
 
 
 def test_what_was_left_out_and_merged_is_said(tmp_path, caplog):

@@ -15,12 +15,14 @@ from PIL import Image
 
 import clipgraft
 from clipgraft.checkpoint import load_model, save_model
+from clipgraft.config import ConfigError
 from clipgraft.data.images import decode, prepare
 from clipgraft.data.tokens import Tokenizer
 from clipgraft.data.vocabulary import Encoder, write_merges
 from clipgraft.models.build import build, describe, normalize
 from clipgraft.models.moe import insert_experts, upcycle
 
+CHANGED = {"folder": "c_fc_bias", "expert": "c_fc.bias"}  # of an MLP
 TEXTS = ["a dog", "two dogs, and more than there is room for"]
 
 
@@ -57,6 +59,58 @@ def test_features_are_those_of_the_stage_evaluate(folder):
     with torch.inference_mode():
         assert torch.equal(model.encode_image(image), ours.encode_image(image))
         assert torch.equal(model.encode_text(ids), ours.encode_text(ids))
+
+
+@pytest.fixture
+def expert(tmp_path, tiny_config, folder):
+    """A dense base, and an expert that changed one tensor of it."""
+    tiny_config["text_cfg"]["vocab_size"] = Encoder([]).vocab_size
+    model, spec = build(tiny_config), describe(tiny_config)
+    for name in ("base", "expert"):
+        (tmp_path / name).mkdir()
+    save_model(tmp_path / "base", model, spec, folder / "merges.txt.gz")
+    changed = "text.transformer.resblocks.0.mlp.c_fc.weight"
+    torch.nn.init.normal_(model.get_parameter(changed))
+    save_model(
+        tmp_path / "expert",
+        model,
+        spec,
+        folder / "merges.txt.gz",
+        [changed],
+        tmp_path / "base",
+    )
+    return tmp_path / "expert"
+
+
+@pytest.mark.parametrize("kind", ["folder", "expert"])
+def test_a_model_that_was_changed_is_saved_whole_and_loaded_again(tmp_path, kind, request):
+    like = request.getfixturevalue(kind)
+    model, preprocess, tokenizer = clipgraft.load(like)
+    with torch.no_grad():
+        model.text.transformer.resblocks[0].mlp.get_parameter(CHANGED[kind]).add_(1)
+    clipgraft.save(model, tmp_path / "new/one", like)
+    again, *functions = clipgraft.load(str(tmp_path / "new/one"))
+    assert again.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    ids = tokenizer(TEXTS)
+    with torch.inference_mode():
+        features = [each.encode_text(ids) for each in (model, again, clipgraft.load(like)[0])]
+    assert torch.equal(features[0], features[1]) and not torch.equal(features[0], features[2])
+    assert functions[0] == preprocess and torch.equal(functions[1](TEXTS), ids)
+    old, new = (json.loads((each / "model.json").read_text()) for each in (like, tmp_path / "new/one"))  # fmt: skip
+    assert new == {**old, "kind": "moe" if old["moe"] else "dense", "base": None}
+
+
+def test_a_model_is_saved_neither_over_another_nor_as_what_it_is_not(tmp_path, folder, expert):
+    model = clipgraft.load(folder)[0]
+    with pytest.raises(ConfigError, match=r"base exists\. Hint: the name of a new folder"):
+        clipgraft.save(model, tmp_path / "base", folder)
+    with pytest.raises(ConfigError, match=r"c_fc\.bias of the model to save: none, in .*expert"):
+        clipgraft.save(model, tmp_path / "new", expert)
+    with pytest.raises(ConfigError, match=r"no_model/model\.json does not exist"):
+        clipgraft.save(model, tmp_path / "new", tmp_path / "no_model")
+    assert not (tmp_path / "new").exists()
 
 
 def test_workers_of_a_data_loader_can_have_both_functions(folder):

@@ -72,6 +72,18 @@ def test_a_setting_changes_its_stage_and_what_follows(overlay, stages):
     assert differing(overlay) == stages
 
 
+def test_each_expert_begins_as_the_base_or_as_the_one_before():
+    for init, begins in (
+        ("base", ["pretrain/full"] * 3),
+        ("previous", ["pretrain/full", "finetune_expert/1", "finetune_expert/2"]),
+    ):
+        overlay = {"moe": {"num_experts": 4}, "finetune_expert": {"init": init}}
+        run = load_config(merge(copy.deepcopy(SMALL), overlay))["small"]
+        jobs = {job.name: job for job in plan_run("small", run)}
+        inits = [jobs[f"finetune_expert/{k}"].inputs["init"] for k in (1, 2, 3)]
+        assert [job.name for job in inits] == begins
+
+
 def with_phases(**changes: object) -> dict:
     return {"pretrain": [{**phase, **changes} for phase in SMALL["pretrain"]]}
 

@@ -26,3 +26,19 @@ def load(folder: str | Path, device: str = "cpu") -> tuple[Any, Any, Any]:
 
     ready = importlib.import_module("clipgraft.loading").load_ready(Path(folder), device)
     return ready.model, ready.preprocess, ready.tokenizer
+
+
+def save(model: Any, folder: str | Path, like: str | Path) -> None:
+    """Write a model folder, for `load` and for every stage: a model that `load` gave, and you have changed.
+
+    Args:
+        model: its weights are saved, in the precision they have.
+        folder: a new one.
+        like: the model folder that it came from; sizes, preparation of images and tokenizer are taken from there.
+
+    Raises:
+        ConfigError: if `folder` exists, `like` is no model folder, or the model is built in another way.
+    """
+    import importlib
+
+    importlib.import_module("clipgraft.loading").save_like(model, Path(folder), Path(like))

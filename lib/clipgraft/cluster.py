@@ -73,6 +73,7 @@ def cluster(
         _announce(side, about[side], settings.min_size, points.num)
         columns.append(found.assigned_N)
     clusters_NS = np.stack(columns, 1)
+    columns = list(clusters_NS.T)  # views: what was stacked goes
     labels_N, parent_C, digits_CS = accumulate(None if previous is None else before_N, clusters_NS)
     sizes_C = np.bincount(labels_N)
     check_labels(about["rounds"], sizes_C)
@@ -115,9 +116,12 @@ def accumulate(
         before [C]; and this round's digit of each [C, S].
     """
     shape = tuple(clusters_NS.max(0) + 1)
-    key_N = np.ravel_multi_index(tuple(clusters_NS.T), shape)
+    key_N = np.zeros(len(clusters_NS), np.int64)
     if before_N is not None:
-        key_N += before_N.astype(np.int64) * np.prod(shape)
+        key_N += before_N
+    for cluster_N, num in zip(clusters_NS.T, shape, strict=True):
+        key_N *= num  # in place: at these lengths temporaries count
+        key_N += cluster_N
     is_used = np.zeros(key_N.max() + 1, bool)
     is_used[key_N] = True
     labels_N = (is_used.cumsum(dtype=np.int32) - 1)[key_N]
@@ -153,7 +157,10 @@ def check_labels(number: int, sizes_C: np.ndarray) -> None:
 def agreement(one_N: np.ndarray, other_N: np.ndarray) -> float:
     """Normalised mutual information of two clusterings, by the mean of their entropies: 1 = the same clusters."""
     num_A, num_B = one_N.max() + 1, other_N.max() + 1
-    counts = np.bincount(one_N.astype(np.int64) * num_B + other_N, minlength=num_A * num_B)
+    key_N = one_N.astype(np.int64)
+    key_N *= num_B
+    key_N += other_N
+    counts = np.bincount(key_N, minlength=num_A * num_B)
     joint_AB = counts.reshape(num_A, num_B) / len(one_N)
     each = _entropy(joint_AB.sum(1)) + _entropy(joint_AB.sum(0))
     return 2 * (each - _entropy(joint_AB)) / each if each else 1.0

@@ -54,6 +54,25 @@ def check(run: RunSettings) -> None:
     _parallel(run)
 
 
+def unequal_steps(run: RunSettings) -> str:
+    """What is to be said of baselines that see as many samples in another number of steps; empty if none does."""
+    expert, router = run.finetune_expert, run.finetune_router
+    if run.moe is None or expert is None or router is None:
+        return ""
+    names = [
+        f"baselines.{name}"
+        for name, about in run.baselines.items()
+        if about.kind in ("mlp", "full", "copies") and about.samples_seen is None
+    ]
+    if not names or expert.batch_size == router.batch_size:
+        return ""
+    return (
+        f"finetune_expert.batch_size = {expert.batch_size}, finetune_router.batch_size = {router.batch_size}: "
+        f"{', '.join(names)} with as many samples as experts and routers in another number of steps. "
+        "Hint: one batch_size for both"
+    )
+
+
 def _data(run: RunSettings) -> None:
     if "train" not in run.download:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""A model folder, ready to use: the model, how it sees images, and how it reads texts.
+"""A model folder, ready to use: the model, how it sees images, and how it reads texts; and how one is written again.
 
-What `clipgraft.load` returns. Images and texts take the same way as in stage `evaluate`, so numbers found here are those
-of its results; both functions can be pickled, for the workers of a data loader.
+What `clipgraft.load` returns, and `clipgraft.save` does. Images and texts take the same way as in stage `evaluate`, so
+numbers found here are those of its results; both functions can be pickled, for the workers of a data loader.
 """
 
 # Shapes: B batch, L text length, H side of an image
@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from clipgraft.checkpoint import load_model
+from clipgraft.checkpoint import load_model, save_model
+from clipgraft.config import ConfigError
 from clipgraft.data.images import prepare, to_rgb
 from clipgraft.data.tokens import Tokenizer
 from clipgraft.models.build import normalize
@@ -93,3 +94,26 @@ def load_ready(folder: Path, device: str = "cpu") -> Ready:
         Tokenize(loaded.tokenizer, length),
         loaded.spec,
     )
+
+
+def save_like(model: nn.Module, folder: Path, like: Path) -> None:
+    """Write a model into a new folder, with all else as in another model folder.
+
+    Raises:
+        ConfigError: if `folder` exists, `like` is no model folder, or the names and shapes of weights differ.
+    """
+    if folder.exists():
+        raise ConfigError(f"{folder} exists. Hint: the name of a new folder")
+    known = load_model(like, insert_experts=insert_experts)
+    ours, theirs = (
+        {name: list(tensor.shape) for name, tensor in each.state_dict().items()}
+        for each in (model, known.model)
+    )
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise ConfigError(
+                f"{name} of the model to save: {ours.get(name, 'none')}, in {like}: {theirs.get(name, 'none')}. "
+                "Hint: like: the folder that the model was loaded from; and the bare model, neither compiled nor in DDP"
+            )
+    folder.mkdir(parents=True)
+    save_model(folder, model, known.spec, known.tokenizer)
