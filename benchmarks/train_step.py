@@ -60,10 +60,9 @@ ON = {
     ),
     "of these the last block for one token, beside all": Ours(without=(f"{_TOWERS}.reads_one",)),
 }
+ATTENTION = "of these attention written out, beside torch's choice"
 ON_CPU = {  # no choice elsewhere
-    "of these attention of short sequences, beside torch's choice": Ours(
-        without=(f"{_TOWERS}.attend", "devices.attention")
-    ),
+    ATTENTION: Ours(without=(f"{_TOWERS}.attend", "devices.attention")),
     "freed memory kept, beside given back": Ours(without=("devices.keep_freed_memory",)),
 }
 OFF = {
@@ -111,6 +110,15 @@ def cpu_cases(*, quick: bool) -> list[Case]:
         Case("Flickr8k model", flickr8k, 256, 10, threads=CORES),
         Case("ViT-B/32", b32, 32, 24, lengths=FLICKR8K, threads=CORES),
     ]
+
+
+def long_case(*, quick: bool) -> Case:
+    """Two blocks with as many tokens as a full-length ViT-B/16 has, for the switch of attention."""
+    config = config_of("B/16", 224, CONTEXT)
+    for part in ("vision_cfg", "text_cfg"):
+        config[part]["layers"] = 2
+    case = Case("ViT-B/16 full, 2 blocks", config, 8, CONTEXT, threads=CORES)
+    return replace(case, config=small(config), batch=4, threads=1) if quick else case
 
 
 def gpu_cases(*, quick: bool) -> list[Case]:
@@ -211,11 +219,11 @@ def part_rows(case: Case, seconds: float, repeats: int) -> list[Row]:
 
 
 def switch_rows(
-    case: Case, seconds: float, repeats: int, switches: Mapping[str, Ours]
+    case: Case, seconds: float, repeats: int, switches: Mapping[str, Ours], longest: int = 16
 ) -> list[Row]:
     """Ours as it is beside ours with one thing changed: above 1, the switch pays (where it is off: would pay)."""
-    text = {**case.config["text_cfg"], "context_length": CONTEXT}  # longer than any text
-    case = replace(case, config={**case.config, "text_cfg": text}, longest=16)
+    text = {**case.config["text_cfg"], "context_length": CONTEXT}  # longer than most texts
+    case = replace(case, config={**case.config, "text_cfg": text}, longest=longest)
     rows = []
     for name, changed in switches.items():
         what = f"{case.name}: {name}{' (off by default)' * (name in OFF)}"
@@ -229,7 +237,7 @@ def switch_rows(
             continue
         sides = ("changed", "as_is") if name in OFF else ("as_is", "changed")
         with_it, without = (rates[side] for side in sides)
-        note = f"batch {case.batch}, {about}, context {CONTEXT}, longest text 16 tokens"
+        note = f"batch {case.batch}, {about}, context {CONTEXT}, longest text {longest} tokens"
         rows.append(faster(what, with_it, without, "samples/s", None, note))
     return rows
 
@@ -283,6 +291,10 @@ def main() -> None:
     if "switches" in args.only:
         for case in of_cpu:
             rows += switch_rows(case, seconds, repeats, {**ON, **ON_CPU})
+        long = long_case(quick=args.quick)
+        if args.device != "cuda" and args.model in long.name:
+            attention = {ATTENTION: ON_CPU[ATTENTION]}
+            rows += switch_rows(long, seconds, repeats, attention, long.longest)
         for case in on_gpu[:1]:
             rows += switch_rows(case, seconds, repeats, ON)
         off = {name: OFF[name] for name in OFF if not (args.quick and "compile" in name)}
