@@ -10,7 +10,8 @@ as normalised floats for open_clip, whose workers do that. open_clip has two row
 is its default, and with as many tokens as ours computes, which is the claim.
 
 MFU is the model's FLOPs (three forward passes; what is computed twice and padding are not counted; attention as if
-nothing were masked) over the rate of square matrix products in the same precision, in the same turns. Bounds of trained
+nothing were masked) over the rate of square matrix products in the same precision, in the same turns. Ours computes fewer:
+of a last block one token, where no other is read. The notes say the share without what is left out, too. Bounds of trained
 parts: their time over their share of the FLOPs of a full step.
 
 On a GPU: `python benchmarks/train_step.py --device cuda --only step --json FILE`, under ten minutes; then the same with
@@ -32,7 +33,7 @@ from _common import ROOT, Row, command_line, faster, report  # first: sets threa
 from _sides import TOP_K, Matmul, OpenClip, Ours
 from _turns import Case, Side, text_lengths, turns
 
-from clipgraft.cost import Trained, sample_flops
+from clipgraft.cost import FLOPS_PER_MAC, Trained, sample_flops
 
 CORES = len(os.sched_getaffinity(0))  # threads of every side
 VOCABULARY, CONTEXT, E = 49_408, 77, 4
@@ -156,6 +157,25 @@ def flops(case: Case, weights: Literal["all", "mlps", "routers"] = "all") -> flo
     return statistics.fmean(sample_flops(case.config, tokens, n, trained, moe) for n in lengths)
 
 
+def left_out(case: Case) -> float:
+    """FLOPs of one sample of a step that `LastTrainingBlock` does not compute; blocks of experts compute all tokens."""
+    if case.num_experts:
+        return 0.0
+    vision = case.config["vision_cfg"]
+    image_tokens = 1 + (vision["image_size"] // vision["patch_size"]) ** 2
+    lengths = text_lengths(case, 0).tolist()
+    words = statistics.fmean(_not_read(case.config["text_cfg"], n) for n in lengths)
+    return _not_read(vision, image_tokens) + words
+
+
+def _not_read(tower: Mapping[str, Any], length: int) -> float:
+    """Queries, attention, its projection and the MLP, of all tokens of a block but one."""
+    width = tower["width"]
+    hidden = int(width * tower.get("mlp_ratio", 4.0))
+    macs = 2 * width**2 + 2 * width * length + 2 * width * hidden
+    return float(FLOPS_PER_MAC * macs * (length - 1))
+
+
 def step_rows(
     case: Case, seconds: float, repeats: int
 ) -> tuple[list[Row], dict[str, dict[str, float]]]:
@@ -176,7 +196,8 @@ def step_rows(
     gain = of_sample / flops(replace(case, num_experts=0))
     pairs = zip(rates["ours"], rates["matmul"], strict=True)
     share = statistics.median(rate * of_sample / matmul for rate, matmul in pairs)
-    note = f"batch {case.batch}, {about}, MFU {share:.1%}"
+    computed = share * (1 - left_out(case) / of_sample)
+    note = f"batch {case.batch}, {about}, MFU {share:.1%}, {computed:.1%} without what is left out"
     note += f"; peer: its dense step over the FLOP ratio {gain:.2f}" * bool(case.num_experts)
     rows = []
     for side, (what, target) in PEERS.items():

@@ -27,6 +27,7 @@ from clipgraft.data.labels import read_labels
 from clipgraft.data.shards import Shards
 from clipgraft.data.tokens import BEGINS, CLASS, Tokens
 from clipgraft.models.build import build, normalize
+from clipgraft.models.training_blocks import speed_up
 
 ROOT = Path(__file__).parent.parent
 PARTS = {"attention", "mlp", "model", "loss", "optimizer", "data", "gaps"}
@@ -254,20 +255,24 @@ def test_sides_are_given_the_same_pictures_and_texts():
     assert not torch.equal(ours.images_BCHW, other.images_BCHW)
 
 
-def test_flops_of_a_step_are_those_that_torch_counts_without_padding():
+@pytest.mark.parametrize("is_fast", [False, True])
+def test_flops_of_a_step_are_those_that_torch_counts_without_padding(is_fast):
     from _turns import batch_of, text_lengths
-    from train_step import flops, gpu_cases
+    from train_step import flops, gpu_cases, left_out
 
     case = replace(gpu_cases(quick=True)[-1], num_experts=0, lengths=(14.1, 4.0), longest=24)
     images_BCHW, text_BL = batch_of(case, 0, 77)
     model = build(case.config)
+    if is_fast:
+        speed_up(model)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         for row, length in enumerate(text_lengths(case, 0)):
             pixels = images_BCHW[row : row + 1].float()
             image_BD, text_BD, _ = model(pixels, text_BL[row : row + 1, :length])
             (image_BD.sum() + text_BD.sum()).backward()
     counted = counter.get_total_flops() / case.batch
-    assert flops(case) == pytest.approx(counted, rel=0.02)
+    assert 0 < left_out(case) < flops(case)
+    assert flops(case) - is_fast * left_out(case) == pytest.approx(counted, rel=1e-6)
 
 
 def test_operators_belong_to_the_part_that_caused_them_also_backwards():
