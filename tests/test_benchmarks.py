@@ -30,7 +30,7 @@ from clipgraft.models.build import build, normalize
 from clipgraft.models.training_blocks import speed_up
 
 ROOT = Path(__file__).parent.parent
-PARTS = {"attention", "mlp", "model", "loss", "optimizer", "data", "gaps"}
+PARTS = {"attention", "mlp", "model", "loss", "optimizer", "normalise + copies", "gaps"}
 
 
 @pytest.fixture(autouse=True)
