@@ -159,7 +159,8 @@ def _print_profiles(profiles: Mapping[str, Mapping[str, float]]) -> None:
     parts = list(next(iter(profiles.values())))
     print(f"{'share of a step, by torch profiler':<58} {'  '.join(f'{p:>9}' for p in parts)}")
     for side, shares in profiles.items():
-        print(f"{side:<58} {'  '.join(f'{shares[part]:>9.1%}' for part in parts)}")
+        values = [f"{shares[part]:>{max(9, len(part))}.1%}" for part in parts]
+        print(f"{side:<58} {'  '.join(values)}")
 
 
 def _verdict(row: Row) -> str:

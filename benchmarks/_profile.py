@@ -19,7 +19,8 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-PARTS = ("attention", "mlp", "model", "loss", "optimizer", "data", "gaps")
+INPUTS = "normalise + copies"  # what stands outside of all modules: data lie ready
+PARTS = ("attention", "mlp", "model", "loss", "optimizer", INPUTS, "gaps")
 _MARK, _BACKWARD = "part: ", "autograd::engine::evaluate_function: "
 
 
@@ -130,7 +131,7 @@ def _part(event: Any, made: Mapping[int, str]) -> str:
         return "optimizer"
     part = next((name.removeprefix(_MARK) for name in names if name.startswith(_MARK)), None)
     if part is None:  # clipping has no module and no mark
-        return "optimizer" if any("norm" in name or "foreach" in name for name in names) else "data"
+        return "optimizer" if any("norm" in name or "foreach" in name for name in names) else INPUTS
     return part
 
 

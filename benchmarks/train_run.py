@@ -2,9 +2,9 @@
 
     python benchmarks/train_run.py [--quick] [--json FILE]
 
-Both read the same photos and captions. open_clip reads them from WebDataset tars, as it is made to; ours from shards that
-its own stages made of those tars first (the rows say how long that took, once for all trainings). Same architecture, full
-vocabulary, 16 text tokens (longer captions are cut), batch, number of samples, AdamW settings, clipping, schedule, crops
+Ours reads shards of 112 px, which its own stages made of tars of photos first. open_clip has rows for both: the tars of
+photos, and our shards, the same JPEGs with captions as the .txt files that it wants. "With preparation", beside it on photos,
+adds the seconds that index and shards took to a training of ours; they serve all trainings of that size. Same architecture, full vocabulary, 16 text tokens (longer captions are cut), batch, number of samples, AdamW settings, clipping, schedule, crops
 of 90 to 100 % of the area and precision. Each side has all cores: torch's threads and ours for decoding, torch's threads
 and --workers processes of open_clip's, whose default is 4; the number that was fastest in the first round has rows of its
 own. Other differences: open_clip writes a log line for every step, which gives the times, and one checkpoint at the end;
@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import webdataset
 import yaml
 from _common import ROOT, Row, command_line, faster, report, within  # first: sets threads
 from _photos import write_photos
@@ -46,6 +47,7 @@ SIZE, CONTEXT, VOCABULARY = 112, 16, 49_408
 REACH, DATA_WAIT = 2.5, 0.03
 CORES = len(os.sched_getaffinity(0))
 DEFAULT_WORKERS = 4  # of open_clip
+SOURCES = {"photos": "photos", "shards": "our shards"}  # what open_clip reads: folder, name
 OPTIM = {"lr": 5.0e-4, "weight_decay": 0.2, "beta2": 0.98, "eps": 1.0e-6, "max_grad_norm": 1.0}
 # Its main, with one more model, and without the mark at the end of a tar: open_clip 3.3 is made for webdataset up to
 # 0.2.86, and later versions have that mark, which stops its reader.
@@ -122,9 +124,10 @@ class Both:
     """Photos, shards and the model's config in a folder, and the commands of both sides."""
 
     def __init__(self, root: Path, plan: Plan) -> None:
-        """Write the photos, and make shards of them."""
+        """Write the photos, and make shards of them, for open_clip too."""
         self.root, self.plan = root, plan
-        self.made_of = write_photos(root / "photos", plan.num_photos, max(plan.num_photos // 16, 8))
+        per_tar = max(plan.num_photos // 16, 8)
+        self.made_of = write_photos(root / "photos", plan.num_photos, per_tar)
         config = {**plan.config, "custom_text": True, "quick_gelu": False}
         (root / "benchmark.json").write_text(json.dumps(config))
         self.phase = self._phase()
@@ -132,6 +135,7 @@ class Both:
         for job in self.phase.inputs.values():
             self._make(job)
         self.prepared = time.monotonic() - start
+        self._write_shards_again(per_tar)
 
     def _make(self, job: PlannedJob) -> None:
         """What a job needs, and the job, as its rule would."""
@@ -140,6 +144,17 @@ class Both:
             for each in job.inputs.values():
                 self._make(each)
             self._run(self._script(job, out), self.root / f"{job.stage}.log")
+
+    def _write_shards_again(self, per_tar: int) -> None:
+        """Our shards with captions in .txt files: open_clip passes over samples without."""
+        (self.root / "shards").mkdir()
+        tars = sorted(map(str, self._folder(self.phase.inputs["shard"]).glob("*.tar")))
+        form = str(self.root / "shards/%05d.tar")
+        with webdataset.ShardWriter(form, maxcount=per_tar, verbose=0) as writer:
+            for sample in webdataset.WebDataset(tars, shardshuffle=False):
+                [caption] = json.loads(sample["json"])["captions"]
+                names = {"__key__": sample["__key__"], "jpg": sample["jpg"], "txt": caption}
+                writer.write(names)
 
     def _script(self, job: PlannedJob, out: Path) -> list[str]:
         words = [ROOT / f"scripts/{job.stage}.py", "--settings", json.dumps(job.settings)]
@@ -191,15 +206,15 @@ class Both:
         losses = [row["loss"] for row in rows if row["step"] > self.plan.steps * 3 // 4]
         return Outcome(rate, self.plan.samples / seconds, share, statistics.fmean(losses))
 
-    def open_clip(self, name: str, workers: int) -> Outcome:
-        """Train with open_clip's program."""
+    def open_clip(self, name: str, source: str, workers: int) -> Outcome:
+        """Train with open_clip's program on a folder of tars."""
         is_gpu = torch.cuda.is_available()
         mixed = precision(torch.device("cuda" if is_gpu else "cpu")) == torch.bfloat16
         options = {
             "model": "benchmark",
             "precision": "amp_bf16" if mixed else "fp32",
             "device": "cuda" if is_gpu else "cpu",
-            "train-data": "::".join(self.tars_of(workers)),
+            "train-data": "::".join(self.tars_of(source, workers)),
             "train-num-samples": self.plan.samples,
             "dataset-type": "webdataset",
             "batch-size": self.plan.batch,
@@ -228,9 +243,9 @@ class Both:
         rate = len(half) * self.plan.batch / took
         return Outcome(rate, self.plan.samples / seconds, waited / took, loss)
 
-    def tars_of(self, workers: int) -> list[str]:
+    def tars_of(self, source: str, workers: int) -> list[str]:
         """Named so often that each of open_clip's workers has as many, and a whole batch; or it would bring none."""
-        tars = sorted(map(str, (self.root / "photos").glob("*.tar")))
+        tars = sorted(map(str, (self.root / source).glob("*.tar")))
         times = workers // math.gcd(workers, len(tars))
         return tars * (times * -(-self.plan.batch * workers // (self.plan.num_photos * times)))
 
@@ -253,27 +268,36 @@ def measure(both: Both, repeats: int) -> list[Row]:
     possible = [number for number in range(1, CORES + 1) if both.plan.steps % number == 0]
     tried = possible[-1:] if is_gpu or repeats == 1 else sorted({1, possible[-1], DEFAULT_WORKERS})
     ours = [both.ours("ours0")]
-    peers = {workers: [both.open_clip(f"open_clip{workers}-0", workers)] for workers in tried}
-    best = max(peers, key=lambda workers: peers[workers][0].rate)
-    kept = sorted({best, DEFAULT_WORKERS} & set(tried))
+    peers = {
+        (source, workers): [both.open_clip(f"{source}{workers}-0", source, workers)]
+        for source in SOURCES
+        for workers in tried
+    }
+    best = {source: max(tried, key=lambda n: peers[source, n][0].rate) for source in SOURCES}
+    kept = [
+        (source, workers)
+        for source in SOURCES
+        for workers in sorted({best[source], DEFAULT_WORKERS} & set(tried))
+    ]
     for number in range(1, repeats):
         ours.append(both.ours(f"ours{number}"))
-        for workers in kept:
-            peers[workers].append(both.open_clip(f"open_clip{workers}-{number}", workers))
+        for source, workers in kept:
+            name = f"{source}{workers}-{number}"
+            peers[source, workers].append(both.open_clip(name, source, workers))
     rows = []
-    about = f"{both.made_of}; {both.prepared:,.0f} s for the shards, once; batch {both.plan.batch}, {both.plan.steps} steps"
-    for workers in kept:
-        is_best, is_default = workers == best and len(tried) > 1, workers == DEFAULT_WORKERS
-        who = f"{workers} workers{', its best' * is_best}{', its default' * is_default}"
-        note = f"{about}; {_last(ours, peers[workers])}"
-        for what, key in (("excluding", "rate"), ("including", "whole")):
-            mine, theirs = ([getattr(x, key) for x in side] for side in (ours, peers[workers]))
-            target = REACH if key == "rate" and workers == best else None
-            name = f"{what} start-up, beside {who}"
-            rows.append(faster(name, mine, theirs, "images/s", target, note))
+    for source, workers in kept:
+        is_best = workers == best[source]
+        marks = ", its best" * (is_best and len(tried) > 1)
+        marks += ", its default" * (workers == DEFAULT_WORKERS)
+        beside = f"open_clip on {SOURCES[source]}, {workers} workers{marks}"
+        target = REACH if is_best else None
+        rows += _rows(both, ours, peers[source, workers], beside, target, source == "photos")
     least = 1e-4  # what `metrics.jsonl` may round to 0
     waits = [max(each.wait, least) for each in ours]
-    note = f"open_clip's: {statistics.median(x.wait for x in peers[best]):.1%}"
+    note = "open_clip's: " + ", ".join(
+        f"{statistics.median(x.wait for x in peers[source, best[source]]):.1%} on {name}"
+        for source, name in SOURCES.items()
+    )
     if min(waits) == least:
         note += f"; {least:.2%} stands for at most that"
     wait = within("share of time that waits for data", waits, DATA_WAIT, "share", note)
@@ -284,9 +308,29 @@ def measure(both: Both, repeats: int) -> list[Row]:
     return rows
 
 
-def _last(ours: list[Outcome], peers: list[Outcome]) -> str:
+def _rows(
+    both: Both,
+    ours: list[Outcome],
+    peers: list[Outcome],
+    beside: str,
+    target: float | None,
+    are_photos: bool,
+) -> list[Row]:
+    """Ours beside one way to run open_clip; the target is for the rate without start-up."""
     mine, theirs = (statistics.median(each.loss for each in side) for side in (ours, peers))
-    return f"loss of the last quarter {mine:.3f} (ours), {theirs:.3f}"
+    note = f"{both.made_of}; {both.prepared:,.0f} s for index and shards, once; batch {both.plan.batch}, "
+    note += f"{both.plan.steps} steps; loss of the last quarter {mine:.3f} (ours), {theirs:.3f}"
+    rates = [x.rate for x in ours], [x.rate for x in peers]
+    wholes = [x.whole for x in ours], [x.whole for x in peers]
+    rows = [
+        faster(f"excluding start-up, {beside}", *rates, "images/s", target, note),
+        faster(f"including start-up, {beside}", *wholes, "images/s", None, note),
+    ]
+    if are_photos:
+        prepared = [1 / (1 / rate + both.prepared / both.plan.samples) for rate in wholes[0]]
+        name = f"with preparation, {beside}"
+        rows.append(faster(name, prepared, wholes[1], "images/s", None, note))
+    return rows
 
 
 def main() -> None:

@@ -10,7 +10,8 @@ as normalised floats for open_clip, whose workers do that. open_clip has two row
 is its default, and with as many tokens as ours computes, which is the claim.
 
 MFU is the model's FLOPs (three forward passes; what is computed twice and padding are not counted; attention as if
-nothing were masked) over the rate of square matrix products in the same precision, in the same turns. Bounds of trained
+nothing were masked) over the rate of square matrix products in the same precision, in the same turns. Ours computes fewer:
+of a last block one token, where no other is read. The notes say the share without what is left out, too. Bounds of trained
 parts: their time over their share of the FLOPs of a full step.
 
 On a GPU: `python benchmarks/train_step.py --device cuda --only step --json FILE`, under ten minutes; then the same with
@@ -32,7 +33,7 @@ from _common import ROOT, Row, command_line, faster, report  # first: sets threa
 from _sides import TOP_K, Matmul, OpenClip, Ours
 from _turns import Case, Side, text_lengths, turns
 
-from clipgraft.cost import Trained, sample_flops
+from clipgraft.cost import FLOPS_PER_MAC, Trained, sample_flops
 
 CORES = len(os.sched_getaffinity(0))  # threads of every side
 VOCABULARY, CONTEXT, E = 49_408, 77, 4
@@ -60,16 +61,17 @@ ON = {
     ),
     "of these the last block for one token, beside all": Ours(without=(f"{_TOWERS}.reads_one",)),
 }
+ATTENTION = "of these attention written out, beside torch's choice"
 ON_CPU = {  # no choice elsewhere
-    "of these attention of short sequences, beside torch's choice": Ours(
-        without=(f"{_TOWERS}.attend", "devices.attention")
-    ),
+    ATTENTION: Ours(without=(f"{_TOWERS}.attend", "devices.attention")),
     "freed memory kept, beside given back": Ours(without=("devices.keep_freed_memory",)),
 }
 OFF = {
     "grad_checkpointing": Ours(changes={"grad_checkpointing": True}),
     "accumulate: 2": Ours(changes={"accumulate": 2}),
     "compile": Ours(changes={"compile": True}),
+}
+OFF_ON_GPU = {  # no effect elsewhere
     "compile and cuda_graphs": Ours(changes={"compile": True, "cuda_graphs": True}),
 }
 
@@ -113,6 +115,15 @@ def cpu_cases(*, quick: bool) -> list[Case]:
     ]
 
 
+def long_case(*, quick: bool) -> Case:
+    """Two blocks with as many tokens as a full-length ViT-B/16 has, for the switch of attention."""
+    config = config_of("B/16", 224, CONTEXT)
+    for part in ("vision_cfg", "text_cfg"):
+        config[part]["layers"] = 2
+    case = Case("ViT-B/16 full, 2 blocks", config, 8, CONTEXT, threads=CORES)
+    return replace(case, config=small(config), batch=4, threads=1) if quick else case
+
+
 def gpu_cases(*, quick: bool) -> list[Case]:
     """What is claimed for a GPU; quick: the first and the last, as many tokens, narrow, on the CPU."""
     short, full, l14 = (
@@ -148,6 +159,25 @@ def flops(case: Case, weights: Literal["all", "mlps", "routers"] = "all") -> flo
     return statistics.fmean(sample_flops(case.config, tokens, n, trained, moe) for n in lengths)
 
 
+def left_out(case: Case) -> float:
+    """FLOPs of one sample of a step that `LastTrainingBlock` does not compute; blocks of experts compute all tokens."""
+    if case.num_experts:
+        return 0.0
+    vision = case.config["vision_cfg"]
+    image_tokens = 1 + (vision["image_size"] // vision["patch_size"]) ** 2
+    lengths = text_lengths(case, 0).tolist()
+    words = statistics.fmean(_not_read(case.config["text_cfg"], n) for n in lengths)
+    return _not_read(vision, image_tokens) + words
+
+
+def _not_read(tower: Mapping[str, Any], length: int) -> float:
+    """Queries, attention, its projection and the MLP, of all tokens of a block but one."""
+    width = tower["width"]
+    hidden = int(width * tower.get("mlp_ratio", 4.0))
+    macs = 2 * width**2 + 2 * width * length + 2 * width * hidden
+    return float(FLOPS_PER_MAC * macs * (length - 1))
+
+
 def step_rows(
     case: Case, seconds: float, repeats: int
 ) -> tuple[list[Row], dict[str, dict[str, float]]]:
@@ -168,7 +198,8 @@ def step_rows(
     gain = of_sample / flops(replace(case, num_experts=0))
     pairs = zip(rates["ours"], rates["matmul"], strict=True)
     share = statistics.median(rate * of_sample / matmul for rate, matmul in pairs)
-    note = f"batch {case.batch}, {about}, MFU {share:.1%}"
+    computed = share * (1 - left_out(case) / of_sample)
+    note = f"batch {case.batch}, {about}, MFU {share:.1%}, {computed:.1%} without what is left out"
     note += f"; peer: its dense step over the FLOP ratio {gain:.2f}" * bool(case.num_experts)
     rows = []
     for side, (what, target) in PEERS.items():
@@ -211,14 +242,15 @@ def part_rows(case: Case, seconds: float, repeats: int) -> list[Row]:
 
 
 def switch_rows(
-    case: Case, seconds: float, repeats: int, switches: Mapping[str, Ours]
+    case: Case, seconds: float, repeats: int, switches: Mapping[str, Ours], longest: int = 16
 ) -> list[Row]:
     """Ours as it is beside ours with one thing changed: above 1, the switch pays (where it is off: would pay)."""
-    text = {**case.config["text_cfg"], "context_length": CONTEXT}  # longer than any text
-    case = replace(case, config={**case.config, "text_cfg": text}, longest=16)
+    text = {**case.config["text_cfg"], "context_length": CONTEXT}  # longer than most texts
+    case = replace(case, config={**case.config, "text_cfg": text}, longest=longest)
     rows = []
     for name, changed in switches.items():
-        what = f"{case.name}: {name}{' (off by default)' * (name in OFF)}"
+        is_off = name in OFF or name in OFF_ON_GPU
+        what = f"{case.name}: {name}{' (off by default)' * is_off}"
         if not changed.is_possible():
             rows.append(failed(what, RuntimeError("not in this version")))
             continue
@@ -227,9 +259,9 @@ def switch_rows(
         except RuntimeError as error:  # no compiler, say
             rows.append(failed(what, error))
             continue
-        sides = ("changed", "as_is") if name in OFF else ("as_is", "changed")
+        sides = ("changed", "as_is") if is_off else ("as_is", "changed")
         with_it, without = (rates[side] for side in sides)
-        note = f"batch {case.batch}, {about}, context {CONTEXT}, longest text 16 tokens"
+        note = f"batch {case.batch}, {about}, context {CONTEXT}, longest text {longest} tokens"
         rows.append(faster(what, with_it, without, "samples/s", None, note))
     return rows
 
@@ -283,11 +315,17 @@ def main() -> None:
     if "switches" in args.only:
         for case in of_cpu:
             rows += switch_rows(case, seconds, repeats, {**ON, **ON_CPU})
+        long = long_case(quick=args.quick)
+        if args.device != "cuda" and args.model in long.name:
+            attention = {ATTENTION: ON_CPU[ATTENTION]}
+            rows += switch_rows(long, seconds, repeats, attention, long.longest)
         for case in on_gpu[:1]:
             rows += switch_rows(case, seconds, repeats, ON)
-        off = {name: OFF[name] for name in OFF if not (args.quick and "compile" in name)}
-        for case in [*of_cpu[:2][-1:], *on_gpu[:1]]:  # compiling takes minutes
+        off = {name: OFF[name] for name in OFF if not (args.quick and name == "compile")}
+        for case in of_cpu[:2][-1:]:  # compiling takes minutes
             rows += switch_rows(case, seconds, repeats, off)
+        for case in on_gpu[:1]:
+            rows += switch_rows(case, seconds, repeats, {**off, **OFF_ON_GPU})
     if not has_gpu:
         name = "cuda: B/16 (I50,T16) and full, L/14, MoE L/14, beside open_clip; MFU"
         rows.append(Row(name, None, None, "samples/s", None, None, note="no CUDA device"))

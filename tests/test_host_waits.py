@@ -1,6 +1,6 @@
 """A step never makes a device wait for the host, or the host for a device, but where it is named here.
 
-On a CPU nothing waits; but what would is dispatched all the same, and seen.
+On a CPU nothing waits; but what would is called all the same, and seen. A row of `metrics.jsonl` is no part of a step.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import pytest
 import torch
 from test_references import made
 from test_train import LOSSES, folder, make_data, phase
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipgraft.data.tokens import Tokens
@@ -41,6 +42,12 @@ WAITS = {
     "lift_fresh",
 }
 NAMED = {"trimmed"}  # functions that may: it looks at texts before they are sent
+TOLD = {"tell_real_tokens"}  # likewise, where texts have experts
+COPIES = {
+    torch.Tensor.cpu,
+    torch.Tensor.numpy,
+    torch.Tensor.tolist,
+}  # on a CPU nothing is dispatched
 ONCE = {"_of_channels"}  # in the first step of a process
 
 
@@ -59,6 +66,24 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Copies(TorchFunctionMode):
+    """Which functions of the library copy to the host or from it, and wait."""
+
+    def __init__(self, found: set[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        to = [x for x in (*args[1:], *named.values()) if isinstance(x, torch.device | str)]
+        moves = func is torch.Tensor.to and to and not named.get("non_blocking")
+        caller = sys._getframe(1)
+        is_torch = "/torch/" in caller.f_code.co_filename  # it asks for the device that it is on
+        if func in COPIES or (moves and not is_torch):
+            self.found.add(function_of_ours(caller))
+        return func(*args, **named)
+
+
 def function_of_ours(frame: FrameType | None) -> str:
     """The innermost one of the library that a frame was called by."""
     while frame is not None and "/clipgraft/" not in frame.f_code.co_filename:
@@ -73,7 +98,7 @@ def steps_seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[set[str]]]:
     step = Fit._step
 
     def seen(self: Fit, *arguments: Any) -> Any:
-        with Waits() as waits:
+        with Waits() as waits, Copies(waits.found):
             result = step(self, *arguments)
         found.append(waits.found - ONCE)
         return result
@@ -120,7 +145,8 @@ def test_a_step_of_pretraining_waits_for_nothing(root, tmp_path, monkeypatch, ca
     settings = phase(samples_seen=48, temperature=0.1, references=named, **changes)
     with steps_seen(monkeypatch) as found:
         pretrain(settings, root / "index", root / "shard", None, folder(tmp_path / "out"))
-    remembered = {"read"} if settings.loss.is_global else set()
+    # Of samples: the host reads the numbers of a batch, and writes new ones once the rest of the step is queued.
+    remembered = {"read", "settle"} if settings.loss.is_global else set()
     captions = {"<lambda>"} if named else set()  # as a reference reads them
     assert found == [NAMED | remembered | captions] * 3
 
@@ -132,7 +158,7 @@ def test_the_threshold_of_the_temperature_is_the_one_number_that_is_read(
     settings = phase(samples_seen=48, temperature=0.1, loss=LOSSES["v3"])
     with steps_seen(monkeypatch) as found:
         pretrain(settings, root / "index", root / "shard", None, folder(tmp_path / "out"))
-    assert found == [NAMED | {"read", "_tau"}] * 3
+    assert found == [NAMED | {"read", "settle", "_tau"}] * 3
 
 
 def test_a_step_of_an_expert_waits_for_nothing_where_labels_share_a_batch(
@@ -152,19 +178,29 @@ def test_a_step_of_an_expert_waits_for_nothing_where_labels_share_a_batch(
     assert found == [NAMED] * 2
 
 
-def test_a_step_of_a_router_waits_for_what_texts_and_experts_leave_out_alone(
-    root, tmp_path, monkeypatch
-):
+def test_a_step_of_a_router_waits_for_what_experts_leave_out_alone(root, tmp_path, monkeypatch):
     settings = RouterJob(samples_seen=40, batch_size=20, optim={"lr": 1e-3}, seed=0)
     inputs = root / "moe", root / "index", root / "shard"
     monkeypatch.setenv("CLIPGRAFT_MOE_BACKEND", "loop")  # elsewhere `grouped`, which does not wait
     with steps_seen(monkeypatch) as found:
         finetune_router(settings, *inputs, folder(tmp_path / "out"))
-    assert found == [NAMED | {"_before_text", "_loop"}] * 2
+    assert found == [NAMED | TOLD | {"_loop"}] * 2
+
+
+@pytest.mark.parametrize("copy", ["cpu", "numpy", "tolist", "to"])
+def test_a_copy_to_the_host_is_seen(copy):
+    found: set[str] = set()
+    with Copies(found):
+        getattr(torch.ones(1), copy)(*["cpu"] if copy == "to" else [])
+        assert found == {""}
+        found.clear()
+        torch.ones(1).to("cpu", non_blocking=True).to(torch.float64)
+    assert not found
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_step_on_a_gpu_waits_for_nothing(root, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stage", ["pretrain", "finetune_router"])
+def test_a_step_on_a_gpu_waits_for_nothing(root, tmp_path, monkeypatch, stage):
     """As torch sees it, which says where."""
     step = Fit._step
 
@@ -176,9 +212,14 @@ def test_a_step_on_a_gpu_waits_for_nothing(root, tmp_path, monkeypatch):
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(Fit, "_step", seen)
+    monkeypatch.setenv("CLIPGRAFT_MOE_BACKEND", "dense")  # runs at any width; `grouped` is alike
+    data, out = (root / "index", root / "shard"), folder(tmp_path / "out")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        settings = phase(samples_seen=48)
-        pretrain(settings, root / "index", root / "shard", None, folder(tmp_path / "out"))
+        if stage == "pretrain":
+            pretrain(phase(samples_seen=48), *data, None, out)
+        else:
+            settings = RouterJob(samples_seen=40, batch_size=20, optim={"lr": 1e-3}, seed=0)
+            finetune_router(settings, root / "moe", *data, out)
     where = {Path(each.filename).name for each in said if "synchronizing" in str(each.message)}
     assert where <= {"build.py"}  # `_of_channels`, once

@@ -235,6 +235,12 @@ def test_all_groups_fall_to_the_minimum_that_is_set_each_from_its_own_peak(step,
         assert rates[id(named[name])] == pytest.approx(rate), name
 
 
+def test_adamw_is_fused():
+    parameters = {"weight": torch.nn.Parameter(torch.ones(2, 2))}
+    groups = build_optimizer(parameters, OptimSettings(lr=0.1), 0.1).param_groups
+    assert [group["fused"] for group in groups] == [True]
+
+
 def test_the_temperature_may_have_a_group_of_its_own_and_nothing_else_changes():
     parameters = {
         "visual.weight": torch.nn.Parameter(torch.ones(2, 2)),

@@ -34,7 +34,7 @@ from clipgraft.config import ConfigError, load_config
 from clipgraft.data.tokens import Tokens
 from clipgraft.experts import finetune_expert
 from clipgraft.graft import assemble
-from clipgraft.parallel import sharded_dim
+from clipgraft.parallel import in_all_processes, sharded_dim
 from clipgraft.pretrain import pretrain
 from clipgraft.router import finetune_router
 from clipgraft.settings import AssembleJob, ExpertJob, RouterJob
@@ -349,6 +349,19 @@ def test_parts_of_a_batch_cost_no_more_collectives_of_gradients(found, way):
         for num_parts in (1, 3)
     )
     assert whole == parts and sum(whole.values()) >= 2 * STEPS
+
+
+@pytest.mark.filterwarnings("ignore:`broadcast_buffers`")
+def test_gradients_are_averaged_where_they_are(tmp_path, monkeypatch):
+    """They are views of what is sent, with no copy of their own; a group of one process is enough to see it."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    torch_dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        whole = in_all_processes(torch.nn.Linear(3, 2), dist.World(0, 2, torch.device("cpu")))
+        whole(torch.ones(1, 3)).sum().backward()
+    finally:
+        torch_dist.destroy_process_group()
+    assert len({p.grad.untyped_storage().data_ptr() for p in whole.parameters()}) == 1
 
 
 @pytest.mark.parametrize("first", ["ddp", "fsdp"])

@@ -86,7 +86,10 @@ def sharded_modules(model: nn.Module) -> list[Any]:
 
 
 def in_all_processes(model: nn.Module, world: dist.World) -> nn.Module:
-    """What is called in training: the model itself if it is sharded or alone, else in DDP."""
+    """What is called in training: the model itself if it is sharded or alone, else in DDP.
+
+    Without a static graph: with one, torch fails in batches of several parts (`no_sync`), and a step is no faster.
+    """
     if world.size == 1 or sharded_modules(model):
         return model
     return nn.parallel.DistributedDataParallel(

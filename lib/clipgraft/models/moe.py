@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipgraft import devices
 from clipgraft.config import ConfigError
 from clipgraft.models.backends import Experts, choose_backend, mix, wished_backend
 from clipgraft.models.build import Layers, is_padding_unseen, layer_numbers
@@ -48,6 +49,7 @@ class TowerState:
     is_forward: bool = False  # false while gradient checkpointing computes a block again
     real_BL: Tensor | None = None  # tokens that are not padding; None: all are, or padding is seen
     real_T: Tensor | None = None  # their places in the flattened batch, found once for all layers
+    told_T: Tensor | None = None  # the same of the batch that comes next, from `tell_real_tokens`
     backend: str = "auto"
 
 
@@ -210,6 +212,16 @@ def routings(model: nn.Module) -> dict[str, Routing]:
     return taken
 
 
+def tell_real_tokens(model: Any, text_BL: Tensor, device: torch.device) -> None:
+    """Tell experts which tokens of the next texts are no padding, found before these are sent to the device.
+
+    Without it the text tower looks itself, and a GPU waits until the host knows how many there are.
+    """
+    state = getattr(model.text, "moe_state", None)
+    if state is not None and is_padding_unseen(model.text):
+        state.told_T = devices.send(_real_tokens(text_BL).flatten().nonzero().squeeze(1), device)
+
+
 def router_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The routers, by parameter name."""
     return {f"{path}.router": moe.router for path, moe in _moe_layers(model)}
@@ -251,11 +263,17 @@ def _before(tower: nn.Module, _: tuple[Any, ...]) -> None:
 
 def _before_text(tower: nn.Module, arguments: tuple[Any, ...]) -> None:
     _before(tower, arguments)
-    text_BL = arguments[0]
+    state, text_BL = tower.moe_state, arguments[0]
+    state.real_BL = _real_tokens(text_BL)
+    state.real_T, state.told_T = state.told_T, None
+    if state.real_T is None:
+        state.real_T = state.real_BL.flatten().nonzero().squeeze(1)
+
+
+def _real_tokens(text_BL: Tensor) -> Tensor:
+    """Padding follows the end token, the highest id. Id 0 alone is no sign of it: it is "!"."""
     position_L = torch.arange(text_BL.shape[1], device=text_BL.device)
-    # Padding follows the end token, the highest id. Id 0 alone is no sign of it: it is "!".
-    tower.moe_state.real_BL = position_L <= text_BL.argmax(1, keepdim=True)
-    tower.moe_state.real_T = tower.moe_state.real_BL.flatten().nonzero().squeeze(1)
+    return position_L <= text_BL.argmax(1, keepdim=True)
 
 
 def _after(tower: nn.Module, *_: Any) -> None:

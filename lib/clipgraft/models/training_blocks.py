@@ -1,8 +1,8 @@
 """Towers to train with: open_clip's numbers and parameter names, in less time. Only classes change, as in `patches`.
 
 - Self-attention is one product for queries, keys and values, and none of the copies of `nn.MultiheadAttention`. Where
-  the mask is the causal one it is not given as numbers, so that flash attention can be used on GPUs. On CPUs torch has
-  kernels for long sequences; short ones are written out here, forward and backward.
+  the mask is the causal one it is not given as numbers, so that flash attention can be used on GPUs. For CPUs it is
+  written out here, forward and backward: in bf16 torch's kernels take longer at all lengths (benchmarks/LOG.md).
 - Where a feature is that of one token, the last block computes that token alone; nothing else reads the others.
 
 Gradients are autograd's wherever they can be, so what is frozen costs nothing, and sharding, checkpointing and
@@ -141,7 +141,7 @@ def reads_one(tower: Any, last: nn.Module) -> bool:
 def attend(qkv_BLC: Tensor, num_heads: int, is_causal: bool) -> Tensor:
     """Self-attention without a mask, or the causal one."""
     if qkv_BLC.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _ShortAttention.apply(qkv_BLC, num_heads, is_causal)
+        return _CpuAttention.apply(qkv_BLC, num_heads, is_causal)
     return attend_by_torch(qkv_BLC, num_heads, is_causal)
 
 
@@ -152,8 +152,8 @@ def attend_by_torch(qkv_BLC: Tensor, num_heads: int, is_causal: bool) -> Tensor:
     return mixed_BHLd.transpose(1, 2).flatten(2)
 
 
-class _ShortAttention(torch.autograd.Function):
-    """Self-attention of short sequences on a CPU: heads are brought together in one copy, forward and backward."""
+class _CpuAttention(torch.autograd.Function):
+    """Self-attention on a CPU: heads are brought together in one copy, forward and backward; [N, L, L] is kept between."""
 
     @staticmethod
     def forward(ctx: Any, qkv_BLC: Tensor, num_heads: int, is_causal: bool) -> Tensor:
