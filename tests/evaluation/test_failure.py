@@ -1,6 +1,7 @@
 """Laws of failed tasks."""
 
 import json
+import re
 
 import pytest
 
@@ -27,6 +28,25 @@ def test_what_a_user_has_to_mend_is_the_result_and_is_counted(tmp_path):
 def test_a_success_is_passed_on_and_counts_for_nothing(tmp_path):
     assert or_failure("renders", tmp_path, tmp_path, lambda: {"num_images": 3}) == {"num_images": 3}
     assert num_failures(tmp_path) == 0 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (PermissionError(13, "Permission denied", "0.tar"), "PermissionError: .*denied: '0.tar'"),
+        (RuntimeError("CUDA out of memory"), "RuntimeError: CUDA out of memory"),
+    ],
+)
+def test_what_a_machine_has_to_mend_is_the_result_with_its_traceback_in_the_log(
+    tmp_path, caplog, error, reason
+):
+    def fail():
+        raise error
+
+    facts = or_failure("renders", tmp_path, tmp_path, fail)
+    assert re.fullmatch(reason, facts["failed"])
+    assert json.loads((tmp_path / "result.json").read_text()) == {"task": "renders", **facts}
+    assert num_failures(tmp_path) == 1 and "in fail\n    raise error" in caplog.text
 
 
 def test_our_own_mistakes_are_not_results(tmp_path):
