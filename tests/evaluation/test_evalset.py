@@ -19,6 +19,7 @@ from PIL import Image
 from sklearn.metrics import (
     average_precision_score,
     balanced_accuracy_score,
+    confusion_matrix,
     f1_score,
     jaccard_score,
     recall_score,
@@ -140,6 +141,15 @@ def test_classification_is_that_of_scikit_learn(tmp_path, encoder, oracle):
     assert result["zero_shot"]["class"]["acc1"] == metrics["acc1"]
     assert result["partial"] == ["30 samples instead of 10,000"]
     assert result["task"] == "evalset/cifar10" and result["dataset"] == "CIFAR-10"
+
+
+def test_the_confusion_of_more_than_a_hundred_classes_is_kept(tmp_path, encoder, oracle):
+    images, label_N = pictures(NUM), labels_of(101)
+    classes = [f"{one} {other}" for one in WORDS for other in WORDS][:101]
+    write_classes(tmp_path / "wds_own_test", images, label_N, classes, TEMPLATES)
+    guess_N = oracle.scores(images, classes, TEMPLATES).argmax(1)
+    expected = confusion_matrix(label_N, guess_N, labels=range(101))
+    assert run(tmp_path, "own", encoder)["zero_shot"]["class"]["confusion"] == expected.tolist()
 
 
 def test_the_main_metric_is_that_of_the_table(tmp_path, encoder, oracle):

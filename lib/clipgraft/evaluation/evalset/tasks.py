@@ -44,7 +44,6 @@ from clipgraft.evaluation.rows import Rows, blocks_of
 from clipgraft.evaluation.zero_shot import best_classes, check_templates, evaluate_zero_shot
 
 CLASSES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
-MAX_CONFUSION = 100  # classes; the table of more is longer than anyone reads
 
 
 @dataclass(frozen=True)
@@ -104,8 +103,6 @@ def _classes(task: EvalsetTask, folder: Path, encoder: Encoder) -> Measured:
     image_ND = encoder.images(data.pictures)
     weight_CD = encoder.classifier(classes, templates)
     about = evaluate_zero_shot(image_ND, weight_CD, torch.from_numpy(label_N), classes)
-    if len(classes) > MAX_CONFUSION:
-        about["confusion"] = None
     metrics = {key: about[key] for key in ("acc1", "acc5", "mean_per_class_recall")}
     if len(classes) == 5:
         metrics["acc5"] = 1.0
