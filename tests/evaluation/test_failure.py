@@ -1,5 +1,6 @@
 """Laws of failed tasks."""
 
+import errno
 import json
 import re
 
@@ -47,6 +48,19 @@ def test_what_a_machine_has_to_mend_is_the_result_with_its_traceback_in_the_log(
     assert re.fullmatch(reason, facts["failed"])
     assert json.loads((tmp_path / "result.json").read_text()) == {"task": "renders", **facts}
     assert num_failures(tmp_path) == 1 and "in fail\n    raise error" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "full"), OSError(errno.EROFS, "read-only"), OSError("No space left")],
+)
+def test_a_disk_that_takes_no_results_is_no_failure_of_the_task(tmp_path, error):
+    def fail():
+        raise error
+
+    with pytest.raises(OSError) as raised:
+        or_failure("renders", tmp_path, tmp_path, fail)
+    assert raised.value is error and not list(tmp_path.iterdir())
 
 
 def test_our_own_mistakes_are_not_results(tmp_path):

@@ -14,6 +14,7 @@ from typing import Any
 
 from clipgraft.aside import write_json
 from clipgraft.config import ConfigError
+from clipgraft.disk import is_disk_full, is_of_the_disk
 from clipgraft.versions import FAILURES
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,9 @@ def or_failure(task: str, job_folder: Path, out: Path, measure: Callable[[], Any
     try:
         return measure()
     except MENDABLE as error:
+        is_mistake = isinstance(error, ConfigError)
+        if not is_mistake and (is_of_the_disk(error) or is_disk_full(error, out)):
+            raise  # no result can be written
         reason = reason_of(task, error)
         write_json(out / "result.json", {"task": task, "failed": reason})
         with (job_folder / FAILURES).open("a") as file:
