@@ -1,4 +1,10 @@
-"""CLIP_benchmark evaluates a mixture of experts through our loader: the accuracy of a plain loop."""
+"""CLIP_benchmark evaluates a mixture of experts through our loader: the accuracy of a plain loop.
+
+It wants a numpy older than ours, so it comes from a folder of its own:
+
+    uv pip install --no-deps --target peer clip-benchmark==1.6.2 pycocoevalcap==1.2 numpy==2.2.6
+    PYTHONPATH=lib:peer pytest -n 0 tests/test_clip_benchmark.py
+"""
 
 from __future__ import annotations
 
@@ -65,7 +71,10 @@ def pictures(tmp_path) -> list[Image.Image]:
     return drawn
 
 
-@pytest.mark.skipif(find_spec("clip_benchmark") is None, reason="clip-benchmark is not installed")
+@pytest.mark.skipif(
+    find_spec("clip_benchmark") is None,
+    reason="clip-benchmark is not installed: the head of this file says how",
+)
 def test_clip_benchmark_finds_the_accuracy_of_a_plain_loop(mixture, pictures, tmp_path):
     words = ["--model_type", "clipgraft", "--model", "moe", "--pretrained", str(mixture)]
     words += ["--dataset", "wds/noise", "--dataset_root", str(tmp_path / "set"), "--no_amp"]

@@ -66,7 +66,10 @@ def make_run(results: Path, name: str = "tiny") -> Path:
         np.save(stored / f"{side}.npy", planted(side).astype(np.float16))
     add("embed/0", stored, {}, model=base, index=index["train"])
     moe = add("finetune_router/moe", _moe(_new(results, "finetune_router", 0), base, tokens), {})
-    for number, (key, model) in enumerate({"base": base, "moe": moe, "untrained": base}.items()):
+    expert = _expert(_new(results, "finetune_expert", 0), base, tokens)
+    expert = add("finetune_expert/1", expert, {}, init=base)
+    models = {"base": base, "expert_1": expert, "moe": moe, "untrained": base}
+    for number, (key, model) in enumerate(models.items()):
         out = _new(results, "evaluate", number)
         untrained = 3 if key == "untrained" else None
         task = TaskSettings.model_validate(TASK)
@@ -129,16 +132,28 @@ def _base(folder: Path, tokens: Path) -> Path:
     return folder
 
 
+def _expert(folder: Path, base: Path, tokens: Path) -> Path:
+    """What it changed alone; the rest is its base's."""
+    loaded = load_model(base)
+    changed = _changed(loaded.model, torch.Generator().manual_seed(2))
+    loaded.model.load_state_dict(changed, strict=False)
+    merges = tokens / "merges.txt.gz"
+    save_model(folder, loaded.model, loaded.spec, merges, only=changed, base=base)
+    return folder
+
+
+def _changed(model: torch.nn.Module, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Other MLPs, as of an expert."""
+    return {
+        name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in model.state_dict().items()
+        if "mlp" in name
+    }
+
+
 def _moe(folder: Path, base: Path, tokens: Path) -> Path:
     loaded, generator = load_model(base), torch.Generator().manual_seed(1)
-    states = [
-        {
-            name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
-            for name, tensor in loaded.model.state_dict().items()
-            if "mlp" in name
-        }
-        for _ in range(3)
-    ]
+    states = [_changed(loaded.model, generator) for _ in range(3)]
     layers = {"image_layers": "all", "text_layers": [1]}
     moe = upcycle(loaded.model, states, top_k=2, generator=generator, **layers)
     save_model(folder, loaded.model, {**loaded.spec, "moe": moe}, tokens / "merges.txt.gz")

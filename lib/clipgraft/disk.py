@@ -19,7 +19,7 @@ def disk_trouble(out: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        if _is_disk_full(error, out):
+        if is_disk_full(error, out):
             raise ConfigError(_disk_full(error, out)) from error
         if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise ConfigError(
@@ -34,8 +34,8 @@ def is_of_the_disk(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (*_FULL, errno.EROFS)
 
 
-def _is_disk_full(error: OSError | RuntimeError, out: Path) -> bool:
-    """Not all libraries pass the error number on; then a disk without room is taken for the cause."""
+def is_disk_full(error: Exception, out: Path) -> bool:
+    """Whether the disk of a folder is full. Not all libraries pass the error number on; then one without room is the cause."""
     if isinstance(error, OSError) and error.errno in _FULL:
         return True
     has_reason = isinstance(error, OSError) and error.errno is not None

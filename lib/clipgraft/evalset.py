@@ -85,16 +85,14 @@ def _from_before(root: Path, task: EvalsetTask, encoder: Any, out: Path) -> dict
 def _result(root: Path, task: EvalsetTask, encoder: Any, out: Path) -> dict[str, Any]:
     """A new result, or why there is none."""
     from clipgraft.evaluation.evalset.evaluate import result_of
+    from clipgraft.evaluation.failure import MENDABLE, reason_of
 
     try:
         result = result_of(root, task, encoder)
         about = {"made_of": _made_of(root, task, encoder), "result": result}
-    except ConfigError as error:
-        log.error("%s: %s", task.key, error)
-        return {"task": f"evalset/{task.key}", "failed": str(error)}
-    except (OSError, RuntimeError) as error:  # such as a disk that is gone, or too little memory
-        log.exception("%s", task.key)
-        return {"task": f"evalset/{task.key}", "failed": f"{type(error).__name__}: {error}"}
+    except MENDABLE as error:
+        name = f"evalset/{task.key}"
+        return {"task": name, "failed": reason_of(name, error)}
     write_json(_result_file(out, task), about)
     return result
 

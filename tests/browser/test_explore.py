@@ -76,6 +76,9 @@ def test_a_query_finds_pictures_and_a_click_tells_what_is_on_one(tab):
     assert page.locator("#patches rect").count() == 0
     turn_to(page, "by words")
     page.wait_for_selector("#words_choices:has-text('No experts in the text tower of base')")
+    page.check("#model input[value=expert_1]")
+    wait_for_model(page, "expert_1: dense")
+    page.wait_for_selector("#words_choices:has-text('No experts in the text tower of expert_1')")
 
 
 def test_a_dropped_file_is_looked_at_and_a_broken_one_is_named(tab, tmp_path):

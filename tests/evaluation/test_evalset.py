@@ -19,6 +19,7 @@ from PIL import Image
 from sklearn.metrics import (
     average_precision_score,
     balanced_accuracy_score,
+    confusion_matrix,
     f1_score,
     jaccard_score,
     recall_score,
@@ -140,6 +141,15 @@ def test_classification_is_that_of_scikit_learn(tmp_path, encoder, oracle):
     assert result["zero_shot"]["class"]["acc1"] == metrics["acc1"]
     assert result["partial"] == ["30 samples instead of 10,000"]
     assert result["task"] == "evalset/cifar10" and result["dataset"] == "CIFAR-10"
+
+
+def test_the_confusion_of_more_than_a_hundred_classes_is_kept(tmp_path, encoder, oracle):
+    images, label_N = pictures(NUM), labels_of(101)
+    classes = [f"{one} {other}" for one in WORDS for other in WORDS][:101]
+    write_classes(tmp_path / "wds_own_test", images, label_N, classes, TEMPLATES)
+    guess_N = oracle.scores(images, classes, TEMPLATES).argmax(1)
+    expected = confusion_matrix(label_N, guess_N, labels=range(101))
+    assert run(tmp_path, "own", encoder)["zero_shot"]["class"]["confusion"] == expected.tolist()
 
 
 def test_the_main_metric_is_that_of_the_table(tmp_path, encoder, oracle):
@@ -362,6 +372,36 @@ def test_retrieval_is_that_of_plain_loops_in_every_layout(tmp_path, encoder, ora
     assert result["retrieval"]["num_texts"] == len(texts)
 
 
+def test_many_images_wait_in_a_file(tmp_path, model, monkeypatch):
+    """And what is found is the same: accuracy by groups, average precision, recall, pairs and associations."""
+    images, rng = pictures(NUM), np.random.default_rng(2)
+    slides, is_in_NC = rng.integers(0, 4, (NUM, 3)), rng.integers(0, 2, (NUM, 6))
+    folder = tmp_path / "wds_wilds-camelyon17_test"
+    write_classes(folder, images, labels_of(2), WORDS[:2], metadata=slides)
+    folder = tmp_path / "wds_many_test"
+    write_classes(folder, images, labels_of(6), WORDS[:6], metadata=is_in_NC)
+    (folder / "dataset_type.txt").write_text("multilabel")
+    write_captions(tmp_path / "wds_x_test", images, captions_of(NUM))
+    write_mmvp(tmp_path / "MMVP_VLM", images[:4], WORDS[:4], ["Color", "State"])
+    winogavil(tmp_path)
+    keys = ["wilds/camelyon17", "many", "x", "mmvp_vlm", "misc/winogavil"]
+    (tmp_path / "scratch").mkdir()
+    encoder = Encoder([model], tmp_path / "cache", scratch=tmp_path / "scratch")
+    monkeypatch.setattr("clipgraft.evaluation.rows.BLOCK", 7)
+    plain = [run(tmp_path, key, encoder) for key in keys]
+    monkeypatch.setattr("clipgraft.evaluation.rows.LARGE_BYTES", 100)
+    seen, places = encoder.images, []
+
+    def watched(of):
+        found = seen(of)
+        places.extend(path.name for path in tmp_path.glob("scratch/*/*"))
+        return found
+
+    monkeypatch.setattr(encoder, "images", watched)
+    assert [run(tmp_path, key, encoder) for key in keys] == plain
+    assert places == ["images"] * len(keys) and not list(tmp_path.glob("scratch/*"))
+
+
 def test_many_captions_are_encoded_in_blocks_and_wait_in_a_file(tmp_path, model, monkeypatch):
     write_captions(tmp_path / "wds_x_test", pictures(NUM), captions_of(NUM))
     (tmp_path / "scratch").mkdir()
@@ -379,7 +419,8 @@ def test_many_captions_are_encoded_in_blocks_and_wait_in_a_file(tmp_path, model,
     )
     assert run(tmp_path, "x", encoder) == plain
     assert max(num_texts) == 7 and len(num_texts) > 3
-    assert [path.name for path in places] == ["texts"] and not list(tmp_path.glob("scratch/*"))
+    assert {path.name for path in places} == {"images", "texts"}
+    assert not list(tmp_path.glob("scratch/*"))
 
 
 def test_equal_captions_count_alone(tmp_path, encoder):

@@ -17,6 +17,7 @@ from clipgraft.checkpoint import save_model
 from clipgraft.data.vocabulary import Encoder, clip_merges
 from clipgraft.evalset import evaluate_folder, table
 from clipgraft.evaluation.evalset import evaluate
+from clipgraft.evaluation.failure import or_failure
 from clipgraft.models.build import build, describe
 from clipgraft.settings import EvalsetJob
 
@@ -88,6 +89,32 @@ def test_a_folder_that_may_not_be_read_fails_its_own_task_alone(model, root, tmp
     monkeypatch.setattr(os, "scandir", refusing)
     results = evaluate_folder([model], root, tmp_path / "out", names=["own", "mnist"], threads=1)
     assert results["mnist"]["metrics"] and "cannot be read" in results["own"]["failed"]
+
+
+def test_a_tar_that_may_not_be_read_is_the_same_failure_by_hand_and_in_a_job(
+    model, root, tmp_path, caplog, monkeypatch
+):
+    tar = root / "wds_own_test" / "test" / "0.tar"
+
+    def refusing(place, mode):  # root, who may run tests, may read anything
+        if str(place) == str(tar):
+            raise PermissionError(errno.EACCES, "Permission denied", str(place))
+        return open(place, mode)
+
+    monkeypatch.setattr("tarfile.bltn_open", refusing)
+    out, job = tmp_path / "out", tmp_path / "job"
+    found = evaluate_folder([model], root, out, names=["own", "mnist"], threads=1)
+    assert found["mnist"]["metrics"] and str(tar) in found["own"]["failed"]
+    (job / "writing").mkdir(parents=True)
+    wanted, cache = EvalsetJob(folder=str(root), evalset="own"), out / ".classifiers"
+    or_failure(
+        found["own"]["task"],
+        job,
+        job / "writing",
+        lambda: evaluate.evaluate_evalset(wanted, [model], job / "writing", cache),
+    )
+    assert json.loads((job / "writing" / "result.json").read_text()) == found["own"]
+    assert caplog.text.count("Traceback") == 2
 
 
 def test_a_job_of_the_run_writes_the_same_result(model, root, tmp_path):

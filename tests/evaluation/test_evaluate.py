@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,8 @@ def index(samples, tmp_path_factory) -> Path:
     download, out = tmp_path_factory.mktemp("download"), tmp_path_factory.mktemp("index")
     with tarfile.open(download / "0.tar", "w") as tar:
         for i, sample in enumerate(samples):
-            about = {"captions": sample.captions, **sample.attributes}
+            kinds = ["long", "short"][: len(sample.captions)]
+            about = {"captions": sample.captions, "caption_kinds": kinds, **sample.attributes}
             add(tar, f"{i:03d}.png", png(sample.image))
             add(tar, f"{i:03d}.json", json.dumps(about).encode())
     rows = [{"key": f"{i:03d}", "file": "0.tar", "status": "ok", "message": ""} for i in range(NUM)]
@@ -96,9 +98,8 @@ def unit(vectors: torch.Tensor) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def test_numbers_are_those_of_the_model_used_by_hand(model, index, samples, tmp_path):
-    _, result, examples = run(model, index, tmp_path / "out", TASK)
-
+def by_hand(model: Path, index: Path, samples) -> tuple[np.ndarray, Callable]:
+    """Features of all images, and a function from texts to theirs."""
     loaded = load_model(model)
     tower = loaded.model.eval()
     pixels = np.stack([np.asarray(sample.image) for sample in samples]) / 255
@@ -109,7 +110,12 @@ def test_numbers_are_those_of_the_model_used_by_hand(model, index, samples, tmp_
     def texts(strings: list[str]) -> np.ndarray:
         return unit(tower.encode_text(tokenizer(strings, context_length=LENGTH)))
 
-    image_ND = unit(tower.encode_image(inputs))
+    return unit(tower.encode_image(inputs)), texts
+
+
+def test_numbers_are_those_of_the_model_used_by_hand(model, index, samples, tmp_path):
+    _, result, examples = run(model, index, tmp_path / "out", TASK)
+    image_ND, texts = by_hand(model, index, samples)
     captions = [caption for sample in samples for caption in sample.captions]
     scores = image_ND @ texts(captions).T
     ranked = [[captions[m] for m in np.argsort(-row)] for row in scores]
@@ -290,9 +296,19 @@ def test_kinds_of_captions_and_the_first_five_are_chosen(model, index, samples, 
     whole = captions(True)
     assert whole["protocol"] == "all" and whole["num_texts"] == 2 * NUM - 1
     kinds = {kind for kinds in Samples.open(index).all_caption_kinds() for kind in kinds}
-    assert captions({"captions": sorted(kinds)}) == whole
-    with pytest.raises(ConfigError, match=r"retrieval\.captions: .*'long'.*Hint: the kinds"):
-        captions({"captions": ["long"]})
+    assert kinds == {"long", "short"} and captions({"captions": sorted(kinds)}) == whole
+    assert captions({"captions": ["short"]})["num_texts"] == NUM - 1
+    found, own = captions({"captions": ["long"]}), [sample.captions[0] for sample in samples]
+    image_ND, texts = by_hand(model, index, samples)
+    score_NU = image_ND @ texts(own).T
+    to_text = [own[best] == own[n] for n, best in enumerate(score_NU.argmax(1))]
+    to_image = [own[best] == own[u] for u, best in enumerate(score_NU.argmax(0))]
+    assert found["num_texts"] == NUM
+    assert found["image_to_text"]["R@1"] == pytest.approx(np.mean(to_text), abs=1e-6)
+    assert found["text_to_image"]["R@1"] == pytest.approx(np.mean(to_image), abs=1e-6)
+    assert found["image_to_text"] != whole["image_to_text"]
+    with pytest.raises(ConfigError, match=r"retrieval\.captions: .*'alt'.*Hint: the kinds"):
+        captions({"captions": ["alt"]})
     with pytest.raises(ConfigError, match="24 of 24 images have fewer than five"):
         captions({"protocol": "five_captions"})
 

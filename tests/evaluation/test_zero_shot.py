@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, confusion_matrix, recall_score
 
 from clipgraft.config import ConfigError
-from clipgraft.evaluation import zero_shot
+from clipgraft.evaluation import rows, zero_shot
 from clipgraft.evaluation.zero_shot import check_templates, evaluate_zero_shot, zero_shot_weights
 
 
@@ -82,7 +82,7 @@ def test_blocks_change_nothing(monkeypatch):
     images, weights = features(40, 5, seed=1), features(7, 5, seed=2)
     labels = torch.arange(40) % 7
     whole = evaluate_zero_shot(images, weights, labels, list("abcdefg"))
-    monkeypatch.setattr(zero_shot, "BLOCK", 7)
+    monkeypatch.setattr(rows, "BLOCK", 7)
     assert evaluate_zero_shot(images, weights, labels, list("abcdefg")) == whole
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from open_clip import SimpleTokenizer
+from safetensors.torch import load_file
 from tiny_run import LENGTH, planted
 
 from clipgraft.checkpoint import load_model
@@ -29,10 +30,13 @@ def explorer(run, tmp_path):
 
 
 class ByHand:
-    """A model with nothing of ours around it."""
+    """A model with nothing of ours around it; an expert as its base with other weights."""
 
     def __init__(self, folder):
-        loaded = load_model(folder, insert_experts=insert_experts)
+        base = json.loads((folder / "model.json").read_text())["base"]
+        loaded = load_model(folder / (base or "."), insert_experts=insert_experts)
+        if base:
+            loaded.model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
         self.model, self.spec = loaded.model.eval(), loaded.spec
         self.tokenizer = SimpleTokenizer(bpe_path=str(loaded.tokenizer))
 
@@ -53,7 +57,7 @@ def unit(vectors):
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-@pytest.mark.parametrize("key", ["base", "moe"])
+@pytest.mark.parametrize("key", ["base", "expert_1", "moe"])
 def test_pictures_of_a_query_are_those_with_the_highest_cosines(explorer, run, key):
     by_hand, samples = ByHand(run.models[key][0]), Samples.open(run.indexes["renders"])
     scores = by_hand.images(samples) @ by_hand.texts([QUERY])[0]
@@ -79,7 +83,7 @@ def test_stored_embeddings_are_searched_where_there_are_some(explorer, run):
     assert look.captions[0][0] == " / ".join(samples.captions(best))
 
 
-@pytest.mark.parametrize("key", ["base", "moe"])
+@pytest.mark.parametrize("key", ["base", "expert_1", "moe"])
 def test_captions_and_classes_of_a_picture(explorer, run, key):
     by_hand, samples = ByHand(run.models[key][0]), Samples.open(run.indexes["renders"])
     feature_D = by_hand.images(samples)[2]
@@ -134,12 +138,12 @@ def test_a_dense_model_has_no_experts_to_show(explorer, run):
 
 
 def test_answers_do_not_depend_on_what_was_asked_before(explorer, run, tmp_path):
-    first = [explorer.search(key, "renders", QUERY, 5).found for key in ("base", "moe")]
+    first = [explorer.search(key, "renders", QUERY, 5).found for key in ("base", "expert_1", "moe")]
     explorer.search("base", "train", "blue", 5)
-    again = [explorer.search(key, "renders", QUERY, 5).found for key in ("moe", "base")]
-    assert again == first[::-1] and first[0] != first[1]
+    again = [explorer.search(key, "renders", QUERY, 5).found for key in ("moe", "expert_1", "base")]
+    assert again == first[::-1] and first[0] != first[1] != first[2]
     fresh = Explorer(run, tmp_path / "elsewhere")
-    assert fresh.search("moe", "renders", QUERY, 5).found == first[1]
+    assert fresh.search("moe", "renders", QUERY, 5).found == first[2]
 
 
 def test_at_most_so_many_samples_are_embedded_and_the_page_says_so(run, tmp_path):

@@ -22,6 +22,7 @@ def test_a_run_is_what_its_lock_says(store):
     lock = json.loads((store / "runs/tiny/versions.json").read_text())
     assert run.models == {
         "base": [(store / lock["pretrain/full"]).resolve()],
+        "expert_1": [(store / lock["finetune_expert/1"]).resolve()],
         "moe": [(store / lock["finetune_router/moe"]).resolve()],
     }
     assert set(run.indexes) == {"train", "renders"}

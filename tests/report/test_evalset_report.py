@@ -6,10 +6,10 @@ import csv
 import io
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
+from trees import with_evalset
 
 from clipgraft.evalset_tasks import AVERAGED
 from clipgraft.report.costs import Cost
@@ -49,18 +49,7 @@ def results(cifar: float) -> dict[str, dict]:
 @pytest.fixture
 def run(bare_tree) -> Run:
     """A run whose base and mixture were evaluated on a folder as well."""
-    inputs: dict[str, Path] = dict(bare_tree)
-    for model, cifar in (("base", 0.5), ("moe", 0.25)):
-        before = bare_tree[f"evaluate/{model}/renders"]
-        for key, about in results(cifar).items():
-            folder = before.parent / f"{model}-{key.replace('/', '-')}"
-            folder.mkdir(exist_ok=True)
-            manifest = json.loads((before / "manifest.json").read_text())
-            manifest |= {"settings": {"folder": "sets", "evalset": key}, "seconds": 2.5}
-            (folder / "manifest.json").write_text(json.dumps(manifest))
-            (folder / "result.json").write_text(json.dumps(about))
-            inputs[f"evaluate/{model}/evalset/{key}"] = folder
-    return Run.open(inputs)
+    return Run.open(with_evalset(bare_tree, {"base": results(0.5), "moe": results(0.25)}))
 
 
 @pytest.fixture
@@ -133,6 +122,25 @@ def test_a_model_that_failed_everywhere_leaves_the_others_their_numbers(models):
         in results_table(EVALSET, models, columns, is_first=True).caption
     )
     assert "evalset: 1/38 averaged" in results_text(models, columns)
+
+
+def confused(classes: list[str], counts: list[list[int]]) -> dict:
+    about = {"classes": classes, "confusion": counts, "num_classes": len(classes)}
+    return {"class": {**about, "acc1": 0.5}}
+
+
+@pytest.mark.parametrize("with_own", [False, True])
+def test_the_worst_classes_of_a_folder_are_those_of_all_its_tasks(run, models, with_own):
+    columns, final = columns_of(models), models[-1]
+    tasks = final.results[EVALSET]["tasks"]
+    tasks["cifar10"]["zero_shot"] = confused(["cat", "dog"], [[9, 1], [4, 6]])
+    tasks["own"]["zero_shot"] = confused(["oak", "elm"], [[10, 0], [8, 2]])
+    if with_own:
+        final.results["renders"]["zero_shot"] = confused(["red", "tan"], [[7, 3], [0, 9]])
+    figures = {each.name: each for each in results_section(run, models, columns).figures}
+    found = [(row["label"], row["class"]) for row in figures["evalset_worst_classes"].rows]
+    assert found == [("own", "elm"), ("CIFAR-10", "dog"), ("CIFAR-10", "cat")]
+    assert ("results_worst_classes" in figures) == with_own
 
 
 def test_the_jobs_of_a_model_on_a_folder_are_one_line(run):

@@ -390,3 +390,40 @@ def build_bare_tree(results: Path) -> dict[str, Path]:
     """A run with one phase, two experts, and data without labels."""
     run = settings(num_experts=2, phases=1, labels=(), baselines={"mlp": {"samples_seen": 6_000}})
     return build_tree(results, run, with_labels=False)
+
+
+def with_evalset(
+    tree: Mapping[str, Path], results: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Path]:
+    """A tree some of whose models were evaluated on a folder as well.
+
+    Args:
+        tree: of `build_tree`; it gets more folders.
+        results: of each model by key of the task.
+    """
+    inputs = dict(tree)
+    for model, tasks in results.items():
+        before = tree[f"evaluate/{model}/renders"]
+        for key, about in tasks.items():
+            folder = before.parent / f"{model}-{key.replace('/', '-')}"
+            folder.mkdir(exist_ok=True)
+            manifest = json.loads((before / "manifest.json").read_text())
+            manifest |= {"settings": {"folder": "sets", "evalset": key}, "seconds": 2.5}
+            (folder / "manifest.json").write_text(json.dumps(manifest))
+            (folder / "result.json").write_text(json.dumps(about))
+            inputs[f"evaluate/{model}/evalset/{key}"] = folder
+    return inputs
+
+
+def add_looks(tree: Mapping[str, Path]) -> None:
+    """Have every training watched: numbers that rise from what guessing gives."""
+    chance = {"image_to_text_R@1": 0.01, "text_to_image_R@1": 0.01, "colour_acc1": 0.125}
+    for name, folder in tree.items():
+        if name.split("/")[0] not in ("pretrain", "finetune_expert", "finetune_router"):
+            continue
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        with (folder / "metrics.jsonl").open("a") as file:
+            for row in rows[::6]:
+                look = {key: row[key] for key in ("step", "samples_seen", "seconds")}
+                values = {key: guess + 0.01 * row["step"] for key, guess in chance.items()}
+                file.write(json.dumps({**look, "watch": values, "chance": chance}) + "\n")

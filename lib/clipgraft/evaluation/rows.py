@@ -8,7 +8,7 @@ result does not depend on where they were. A file is read and not mapped: what a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 LARGE_BYTES = 2**29  # of features that go to a file
+BLOCK = 8192  # images whose scores are held at a time
 
 
 class FileRows:
@@ -55,6 +56,11 @@ Rows = Tensor | FileRows
 def spread(num: int, wanted: int) -> np.ndarray:
     """So many of `num` places, evenly from the first to the last, rising; all of them if there are no more."""
     return np.linspace(0, num - 1, min(wanted, num)).astype(np.int64)
+
+
+def blocks_of(rows: Rows) -> Iterator[Tensor]:
+    """Rows on their device, so many at a time that scores of them fit into memory."""
+    return (rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK))
 
 
 def collect(parts: Iterable[Tensor], num: int, file: Path) -> Rows:

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from clipgraft.config import ConfigError
 from clipgraft.evaluation.retrieval import recall_at
-from clipgraft.evaluation.rows import Rows
+from clipgraft.evaluation.rows import Rows, blocks_of
 
-BLOCK = 8192  # images whose scores are held at a time
 MAX_CONFUSION = 2_000  # classes; of 10,000 each result would have 300 MB
 
 
@@ -81,10 +80,13 @@ def _confusion(
     if num_classes > MAX_CONFUSION:
         return None
     # Only here the first of equal classes wins: a table of counts cannot hold halves.
-    blocks = (image_ND[start : start + BLOCK] for start in range(0, len(image_ND), BLOCK))
-    predicted_N = torch.cat([(each @ weight_CD.T).argmax(1).cpu() for each in blocks])[rows]
-    pair_N = label_N * num_classes + predicted_N
+    pair_N = label_N * num_classes + best_classes(image_ND, weight_CD)[rows]
     return torch.bincount(pair_N, minlength=num_classes**2).view(num_classes, -1).tolist()
+
+
+def best_classes(image_ND: Rows, weight_CD: Tensor) -> Tensor:
+    """The class of the highest score of each image, on the CPU; of equal ones the first."""
+    return torch.cat([(each @ weight_CD.T).argmax(1).cpu() for each in blocks_of(image_ND)])
 
 
 def check_templates(templates: Sequence[str], where: str) -> None:

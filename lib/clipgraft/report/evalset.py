@@ -113,6 +113,13 @@ def size_of_evalset(result: Mapping[str, Any], *, with_names: bool = False) -> s
     return summary(aggregate(result["tasks"]), with_names=with_names)
 
 
+def zero_shot_of(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Zero-shot classification by label; of all tasks of a folder by their names."""
+    tasks = result.get("tasks", {}).values()
+    found = {each["dataset"]: each["zero_shot"]["class"] for each in tasks if each.get("zero_shot")}
+    return found or result.get("zero_shot") or {}
+
+
 def write_evalset(models: Sequence[Model], out: Path) -> None:
     """Write `eval_results.jsonl` and `aggregate.json` of each model."""
     for model in models:

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 
+from clipgraft.report.evalset import EVALSET, zero_shot_of
 from clipgraft.report.read import Model
 from clipgraft.report.style import (
     BLUE,
@@ -169,10 +170,10 @@ def plot_worst_classes(task: str, model: Model) -> Figure | None:
     """What one model recognises least, and what it says instead; None if it was asked for none or errs nowhere.
 
     Args:
-        task: name of the task.
+        task: name of the task; of `evalset` the classes of all tasks of the folder.
         model: the model.
     """
-    rows = worst_classes(model.results[task].get("zero_shot") or {})
+    rows = worst_classes(zero_shot_of(model.results[task]))
     if not rows:
         return None
 
@@ -185,10 +186,11 @@ def plot_worst_classes(task: str, model: Model) -> Figure | None:
         axis.barh(place, taken, left=recall, color=ORANGE, height=0.72, label="taken for")
         for number, row in enumerate(rows):
             end = min(recall[number] + taken[number] + 1, 101)
-            axis.text(end, number, row["taken_for"], va="center", color=MUTED, fontsize=8)
+            name = _short(row["taken_for"])
+            axis.text(end, number, name, va="center", color=MUTED, fontsize=8)
         chance = [100 * row["chance"] for row in rows]
         axis.plot(chance, place, "|", color=INK, markersize=9, label="chance")
-        names = [f"{row['label']}: {row['class']}" for row in rows]
+        names = [f"{row['label']}: {_short(row['class'])}" for row in rows]
         axis.set_yticks(place, names)
         axis.tick_params(axis="y", length=0, labelcolor=INK)
         axis.set(xlim=(0, 118), ylim=(len(rows) - 0.4, -0.6), xticks=range(0, 101, 20))
@@ -203,7 +205,13 @@ def plot_worst_classes(task: str, model: Model) -> Figure | None:
         "of chance, or one wrong answer for many classes, which mostly means that prompts or class names do not fit."
     )
     title = f"Classes that {model.title} recognises least on {task}"
-    return draw("results_worst_classes", title, caption, rows, plot)
+    name = "evalset_worst_classes" if task == EVALSET else "results_worst_classes"
+    return draw(name, title, caption, rows, plot)
+
+
+def _short(name: str) -> str:
+    """The beginning of a name: some classes are called by a sentence."""
+    return name if len(name) <= 24 else f"{name[:21]}..."
 
 
 def _has_moe(models: Sequence[Model]) -> bool:

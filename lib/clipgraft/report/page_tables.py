@@ -190,9 +190,8 @@ def evalset_table(models: Sequence[Model]) -> Table | None:
         "metrics and no main one. Bad: notes of partial data, whose numbers compare with nobody's, and a line at chance. "
         f"{size_of_evalset(measured[0].results[EVALSET], with_names=True)}."
     )
-    return Table(
-        "Evaluation folder, task by task", head, rows, caption, text_columns=(1, len(head) - 1)
-    )
+    title, notes = "Evaluation folder, task by task", len(head) - 1
+    return Table(title, head, rows, caption, text_columns=(1, notes), long_columns=(notes,))
 
 
 def failures_table(models: Sequence[Model]) -> Table | None:

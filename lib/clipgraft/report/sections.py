@@ -19,6 +19,7 @@ from clipgraft.data.samples import Samples
 from clipgraft.loss_settings import DistillationSettings, LossSettings
 from clipgraft.report import figures, figures_experts, figures_results, figures_training
 from clipgraft.report.agreement import agreement_figure, cluster_rows
+from clipgraft.report.evalset import EVALSET
 from clipgraft.report.figures_robustness import plot_robustness
 from clipgraft.report.figures_rounds import flow_rows, mean_splits, plot_label_flow
 from clipgraft.report.figures_watch import plot_looks
@@ -247,9 +248,12 @@ def results_section(run: Run, models: Sequence[Model], columns: Sequence[Column]
     if curves is not None:
         section.figures.append(curves)
     final = models[-1]
-    confusions = (figures_results.plot_confusions(task, final) for task in final.results)
-    worst = (figures_results.plot_worst_classes(task, final) for task in final.results)
-    for drawn in (confusions, worst):
+    folder = [task for task in final.results if task == EVALSET]
+    own = [task for task in final.results if task != EVALSET]
+    confusions = (figures_results.plot_confusions(task, final) for task in own)
+    worst = (figures_results.plot_worst_classes(task, final) for task in own)
+    of_folder = (figures_results.plot_worst_classes(task, final) for task in folder)
+    for drawn in (confusions, worst, of_folder):
         section.figures += list(filter(None, drawn))[:1]
     section.examples = _examples(run, final)
     return section

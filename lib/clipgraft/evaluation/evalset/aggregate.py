@@ -14,15 +14,18 @@ Results = Mapping[str, Mapping[str, Any]]
 def results_lines(results: Results) -> str:
     """`eval_results.jsonl`: one line per task, as DataComp writes and reads it; failed tasks have none.
 
+    Its script averages all that have a main metric, so tasks that are not among the 38 have none here.
+
     Args:
         results: by key of the task.
     """
-    lines = [
-        json.dumps({"key": key, "dataset": about["dataset"], "metrics": about["metrics"]})
-        for key, about in results.items()
-        if "metrics" in about
-    ]
-    return "".join(f"{line}\n" for line in lines)
+    lines = []
+    for key, about in results.items():
+        if "metrics" in about:
+            hidden = {} if _is_averaged(key) else {"main_metric": None}
+            line = {"key": key, "dataset": about["dataset"], "metrics": about["metrics"] | hidden}
+            lines.append(f"{json.dumps(line)}\n")
+    return "".join(lines)
 
 
 def aggregate(results: Results) -> dict[str, Any]:
@@ -56,12 +59,13 @@ def aggregate(results: Results) -> dict[str, Any]:
         "missing": missing(list(results)),
         "partial": partial,
         "failed": {key: about["failed"] for key, about in results.items() if "failed" in about},
-        "not_averaged": {
-            key: value
-            for key, value in values.items()
-            if key not in TASKS or not TASKS[key].is_averaged
-        },
+        "not_averaged": {key: value for key, value in values.items() if not _is_averaged(key)},
     }
+
+
+def _is_averaged(key: str) -> bool:
+    """Whether a task is one of the 38."""
+    return key in TASKS and TASKS[key].is_averaged
 
 
 def summary(total: Mapping[str, Any], *, with_names: bool = True) -> str:

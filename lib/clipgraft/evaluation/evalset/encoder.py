@@ -9,7 +9,9 @@ throw one away because something has changed, and all may be thrown away at any 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,6 @@ class Encoder:
 
     Attributes:
         identity: hash of the files of the model and of the code that uses it.
-        scratch: folder for what does not fit into memory; None: the system's.
     """
 
     def __init__(
@@ -56,13 +57,13 @@ class Encoder:
             cache: folder of classifiers, made if need be.
             threads: for decoding.
             batch_size: images or texts encoded at a time; by default what suits the device.
-            scratch: as the attribute.
+            scratch: folder for features that are many; None: the system's.
 
         Raises:
             ConfigError: if a folder holds no whole model.
         """
         self.identity = identity_of(folders, Path(__file__))
-        self.scratch = scratch
+        self._scratch, self._files = scratch, Path()
         self._where, self._cache = folders[0], cache
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._threads, self._batch_size = threads, batch_size or BATCH[self._device.type]
@@ -75,25 +76,33 @@ class Encoder:
             self._model, Tokenizer(loaded.tokenizer), length, self._device, self._batch_size
         )
 
-    def images(self, pictures: Pictures) -> Tensor:
-        """L2-normalised float32 features of all pictures, [N, D].
+    @contextmanager
+    def for_one_task(self) -> Iterator[None]:
+        """A context in which `images` and `captions` may be asked once each; files of many features go after it."""
+        with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
+            self._files = Path(folder)
+            yield
+
+    def images(self, pictures: Pictures) -> Rows:
+        """L2-normalised float32 features of all pictures, [N, D]; if they are many, they go to a file.
 
         Raises:
             ConfigError: if one does not decode, or features are not finite.
         """
         assert len(pictures), "a data set without pictures"
         how = (self._device, self._threads, self._batch_size)
-        feature_ND = encode_images(self._model, self._preprocess, pictures, *how)
-        assert isinstance(feature_ND, Tensor)
-        return self._finite(feature_ND)
+        about, file = (self._model, self._preprocess, pictures), self._files / "images"
+        image_ND = encode_images(*about, *how, file=file)
+        check_finite(image_ND, self._where)
+        return image_ND
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """L2-normalised float32 features of texts."""
         return self._finite(self._encode_texts(list(texts)))
 
-    def captions(self, texts: Sequence[str], file: Path) -> Rows:
-        """The same of any number of texts; if they are many, they go to the file."""
-        text_UD = encode_texts(self._encode_texts, texts, file)
+    def captions(self, texts: Sequence[str]) -> Rows:
+        """The same of any number of texts; if they are many, they go to a file."""
+        text_UD = encode_texts(self._encode_texts, texts, self._files / "texts")
         check_finite(text_UD, self._where)
         return text_UD
 

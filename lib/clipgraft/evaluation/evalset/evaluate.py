@@ -47,7 +47,7 @@ def evaluate_evalset(
 def result_of(root: Path, task: EvalsetTask, encoder: Encoder) -> dict[str, Any]:
     """The result of one task, as it is written."""
     log.info("%s (%s)", task.key, task.name)
-    with torch.inference_mode(), true_float32():
+    with encoder.for_one_task(), torch.inference_mode(), true_float32():
         found = measure(root, task, encoder)
     notes = found.notes + _too_few(task, found)
     value = found.metrics[task.main_metric] if task.main_metric else None

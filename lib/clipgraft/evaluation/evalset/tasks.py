@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import io
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -41,10 +40,10 @@ from clipgraft.evaluation.evalset.hub import image_bytes, read_table
 from clipgraft.evaluation.evalset.pictures import Pictures
 from clipgraft.evaluation.evalset.tars import as_text, open_tars, read_lines
 from clipgraft.evaluation.retrieval import Captions, evaluate_retrieval, recall_at
-from clipgraft.evaluation.zero_shot import check_templates, evaluate_zero_shot
+from clipgraft.evaluation.rows import Rows, blocks_of
+from clipgraft.evaluation.zero_shot import best_classes, check_templates, evaluate_zero_shot
 
 CLASSES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
-MAX_CONFUSION = 100  # classes; the table of more is longer than anyone reads
 
 
 @dataclass(frozen=True)
@@ -104,14 +103,12 @@ def _classes(task: EvalsetTask, folder: Path, encoder: Encoder) -> Measured:
     image_ND = encoder.images(data.pictures)
     weight_CD = encoder.classifier(classes, templates)
     about = evaluate_zero_shot(image_ND, weight_CD, torch.from_numpy(label_N), classes)
-    if len(classes) > MAX_CONFUSION:
-        about["confusion"] = None
     metrics = {key: about[key] for key in ("acc1", "acc5", "mean_per_class_recall")}
     if len(classes) == 5:
         metrics["acc5"] = 1.0
     if columns:
         hit_N, hit5_N = _hits(image_ND, weight_CD, label_N)
-        predicted_N = (image_ND @ weight_CD.T).argmax(dim=1).cpu().numpy()
+        predicted_N = best_classes(image_ND, weight_CD).numpy()
         metrics |= scores.group_metrics(task.key, hit_N, hit5_N, predicted_N, label_N, columns)
     chance = scores.chance_of(task.main_metric, len(classes), label_N, columns)
     zero_shot = {"class": {**about, "templates": templates}}
@@ -139,7 +136,7 @@ def _columns(task: EvalsetTask, metadata: Any, where: str) -> dict[str, np.ndarr
     return scores.columns_of(task.key, metadata(num_columns), where)
 
 
-def _hits(image_ND: Tensor, weight_CD: Tensor, label_N: np.ndarray) -> tuple[np.ndarray, ...]:
+def _hits(image_ND: Rows, weight_CD: Tensor, label_N: np.ndarray) -> tuple[np.ndarray, ...]:
     """How probably the right class is the best one, and among the best five."""
     rows, right = torch.arange(len(label_N)), torch.from_numpy(label_N)
     hit_NK = recall_at(image_ND, weight_CD, rows, right, cutoffs=(1, 5))
@@ -151,7 +148,8 @@ def _multilabel(task: EvalsetTask, folder: Path, encoder: Encoder) -> Measured:
     classes, templates = _words(task, folder)
     is_in_NC = data.metadata(len(classes)) > 0
     image_ND = encoder.images(data.pictures)
-    score_NC = (image_ND @ encoder.classifier(classes, templates).T).cpu().numpy()
+    weight_CD = encoder.classifier(classes, templates)
+    score_NC = torch.cat([(each @ weight_CD.T).cpu() for each in blocks_of(image_ND)]).numpy()
     mean, chance = scores.mean_average_precision(score_NC, is_in_NC)
     return Measured({"mean_average_precision": mean}, chance, len(is_in_NC), data.pictures.notes)
 
@@ -166,7 +164,7 @@ def _faces(task: EvalsetTask, folder: Path, encoder: Encoder) -> Measured:
     for objective in scores.OBJECTIVES:
         check_templates(templates[objective], str(folder / TEMPLATES))
         weight_CD = encoder.classifier(classes[objective], templates[objective])
-        predicted[objective] = (image_ND @ weight_CD.T).argmax(dim=1).cpu().numpy()
+        predicted[objective] = best_classes(image_ND, weight_CD).numpy()
     metrics = scores.face_metrics(predicted, columns)
     return Measured(metrics, None, len(data.places), data.pictures.notes)
 
@@ -214,9 +212,7 @@ def _retrieval(
 ) -> Measured:
     image_ND = encoder.images(pictures)
     captions = Captions.of(captions_of, "each")
-    with tempfile.TemporaryDirectory(dir=encoder.scratch) as scratch:
-        text_UD = encoder.captions(captions.texts, Path(scratch) / "texts")
-        about = evaluate_retrieval(image_ND, text_UD, captions)
+    about = evaluate_retrieval(image_ND, encoder.captions(captions.texts), captions)
     # A text retrieves images, and is found by them: the public names say what is retrieved.
     ways = {"image_retrieval": "text_to_image", "text_retrieval": "image_to_text"}
     metrics = {
@@ -317,7 +313,7 @@ def _mmvp(folder: Path, encoder: Encoder) -> Measured:
         )
     image_ND = encoder.images(Pictures(list(map(str, paths)), lambda row: paths[row].read_bytes()))
     text_ND = encoder.texts([f"a photo of {statement}" for _, _, statement in rows])
-    right_N = pair_hits(image_ND, text_ND)
+    right_N = pair_hits(image_ND[:], text_ND)
     kinds = np.array([kind for _, kind, _ in rows[::2]])
     per_kind = {
         f"acc_{kind}": float(right_N[kinds == kind].mean())
