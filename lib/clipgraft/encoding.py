@@ -15,7 +15,6 @@ from clipgraft import devices
 from clipgraft.data.augment import augment
 from clipgraft.data.loader import Batch
 from clipgraft.models.build import normalize, trimmed
-from clipgraft.models.moe import tell_real_tokens
 from clipgraft.objectives import Features, Reference, ReferenceFeatures, encode
 from clipgraft.recipes import AugmentationSettings
 
@@ -53,7 +52,9 @@ class Encoding:
         if batch.short_BL is not None:
             text_BL = torch.stack([text_BL, batch.short_BL], 1).flatten(0, 1)
         text_BL = trimmed(self.model, text_BL).contiguous()
-        tell_real_tokens(self.model, text_BL, self.device)
+        experts = getattr(self.model.text, "moe_state", None)
+        if experts is not None:
+            experts.tell_real_tokens(text_BL, self.device)
         with self._autocast():
             return encode(model, images_BCHW, devices.send(text_BL, self.device))
 

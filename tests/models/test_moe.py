@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from clipgraft.config import ConfigError
 from clipgraft.models.build import build, mlp_parameters
-from clipgraft.models.moe import MoeMlp, router_parameters, routings, tell_real_tokens, upcycle
+from clipgraft.models.moe import MoeMlp, router_parameters, routings, upcycle
 
 E, K = 4, 2
 TEXT = torch.tensor(
@@ -139,7 +139,7 @@ def test_padding_changes_nothing_and_is_not_routed(tiny_config, checkpointing):
 def test_what_is_told_of_texts_is_what_the_tower_sees_and_holds_once(tiny_config):
     model = grafted(tiny_config)
     alone = model.encode_text(TEXT)
-    tell_real_tokens(model, TEXT, torch.device("cpu"))
+    model.text.moe_state.tell_real_tokens(TEXT, torch.device("cpu"))
     assert torch.equal(model.text.moe_state.told_T, model.text.moe_state.real_T)
     assert torch.equal(model.encode_text(TEXT), alone)
     assert torch.equal(model.encode_text(TEXT.flip(0)), alone.flip(0)), "these were not told"

@@ -50,7 +50,16 @@ class TowerState:
     real_BL: Tensor | None = None  # tokens that are not padding; None: all are, or padding is seen
     real_T: Tensor | None = None  # their places in the flattened batch, found once for all layers
     told_T: Tensor | None = None  # the same of the batch that comes next, from `tell_real_tokens`
+    is_padding_unseen: bool = False
     backend: str = "auto"
+
+    def tell_real_tokens(self, text_BL: Tensor, device: torch.device) -> None:
+        """Find those of the next texts before they are sent to the device.
+
+        Without it the text tower looks itself, and a GPU waits until the host knows how many there are.
+        """
+        if self.is_padding_unseen:
+            self.told_T = devices.send(_real_tokens(text_BL).flatten().nonzero().squeeze(1), device)
 
 
 class MoeMlp(nn.Module):
@@ -212,16 +221,6 @@ def routings(model: nn.Module) -> dict[str, Routing]:
     return taken
 
 
-def tell_real_tokens(model: Any, text_BL: Tensor, device: torch.device) -> None:
-    """Tell experts which tokens of the next texts are no padding, found before these are sent to the device.
-
-    Without it the text tower looks itself, and a GPU waits until the host knows how many there are.
-    """
-    state = getattr(model.text, "moe_state", None)
-    if state is not None and is_padding_unseen(model.text):
-        state.told_T = devices.send(_real_tokens(text_BL).flatten().nonzero().squeeze(1), device)
-
-
 def router_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The routers, by parameter name."""
     return {f"{path}.router": moe.router for path, moe in _moe_layers(model)}
@@ -251,9 +250,8 @@ def _check_plain(mlp: nn.Module, where: str) -> None:
 def _hook(tower: nn.Module, state: TowerState, *, is_text: bool) -> None:
     """Tell the layers of a tower which forward they are in, and which tokens nothing will look at."""
     tower.moe_state = state  # found through the tower, so that a deep copy has its own
-    tower.register_forward_pre_hook(
-        _before_text if is_text and is_padding_unseen(tower) else _before
-    )
+    state.is_padding_unseen = is_text and is_padding_unseen(tower)
+    tower.register_forward_pre_hook(_before_text if state.is_padding_unseen else _before)
     tower.register_forward_hook(_after, always_call=True)
 
 
