@@ -38,6 +38,7 @@ FLOORS = [
         "arguments",
         "aside",
         "disk",
+        "garbage",
         "lock",
         "orphan",
         "integrity",

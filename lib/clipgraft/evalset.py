@@ -27,6 +27,7 @@ from clipgraft.compare import LOCK
 from clipgraft.config import ConfigError, local_path
 from clipgraft.evalset_tasks import EvalsetTask, chosen, data_folder
 from clipgraft.explore.finished import FinishedRun
+from clipgraft.garbage import collect_seldom
 from clipgraft.local_files import listing
 
 log = logging.getLogger(__name__)
@@ -198,4 +199,5 @@ def _name(model: str, which: str | None) -> str:
 
 
 if __name__ == "__main__":
+    collect_seldom()
     main()

@@ -31,6 +31,7 @@ from clipgraft.arguments import parse, with_change
 from clipgraft.aside import sync, write_json
 from clipgraft.config import ConfigError, validate
 from clipgraft.disk import disk_trouble
+from clipgraft.garbage import collect_seldom
 from clipgraft.integrity import Inputs, to_the_present
 from clipgraft.lock import locked
 from clipgraft.orphan import NOTHING_TO_DO, SNAKEMAKE, is_left, leave_when_asked, leave_with_parents
@@ -78,6 +79,7 @@ class Job:
         script = Path(sys.argv[0]).resolve()
         arguments = parse(doc or script.stem)
         logging_setup.set_up(arguments.name or script.stem, arguments.log)
+        collect_seldom()
         leave_when_asked()
         leave_with_parents()
         job = None

@@ -283,3 +283,18 @@ def test_building_on_a_seed_is_not_disturbed_by_reading_pretrained_weights(tiny_
     after = torch.rand(3)
     torch.manual_seed(0)
     assert torch.equal(after, torch.rand(3))
+
+
+def test_bytes_are_normalised_to_whole_planes_whatever_way_they_lie():
+    pixels_BHHC = torch.randint(0, 256, (2, 4, 4, 3), dtype=torch.uint8)
+    images_BCHW = pixels_BHHC.permute(0, 3, 1, 2)
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    by_hand = (
+        images_BCHW.double() / 255 - torch.tensor(mean).double().view(3, 1, 1)
+    ) / torch.tensor(std).double().view(3, 1, 1)
+    seen = normalize(images_BCHW, mean, std)
+    assert seen.is_contiguous() and seen.dtype == torch.float32
+    torch.testing.assert_close(seen.double(), by_hand, rtol=1e-6, atol=1e-6)
+    assert torch.equal(seen, normalize(images_BCHW.contiguous(), mean, std))
+    kept = images_BCHW.float()
+    assert torch.equal(seen, normalize(kept, mean, std)) and torch.equal(kept, images_BCHW.float())
