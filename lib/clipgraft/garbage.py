@@ -1,7 +1,7 @@
 """Garbage: how often Python looks through all objects for cycles, in processes that import torch.
 
-An import leaves a million objects that stay. While they come, all are looked through some twenty times, and once more when
-the process ends: 0.8 of the 2.3 seconds that it takes to import what a job with a model needs and to leave again.
+Imports leave 230,000 objects that stay. While they come, all of them are looked through four times, and again when the
+process ends: 0.8 of the 2.3 seconds that it takes to import what a job with a model needs and to leave again.
 """
 
 from __future__ import annotations
