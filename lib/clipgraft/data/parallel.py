@@ -1,7 +1,7 @@
 """Work spread over processes, results in order, with progress lines.
 
-Workers are started by a fork server, never forked from a process that holds threads (OpenCV, torch), and
-they leave when their parent is gone, however it ended.
+Workers are started anew, never forked from a process that holds threads (OpenCV, torch), and they leave when their
+parent is gone, however it ended. A fork server would leave a folder with its socket behind where a job is killed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def worker_pool(num_workers: int) -> Iterator[ProcessPoolExecutor]:
     Raises:
         ConfigError: if a worker was killed.
     """
-    context = multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(max(1, num_workers), mp_context=context, initializer=_start_worker)
     try:
         yield pool
