@@ -27,8 +27,8 @@ from clipgraft.compare import LOCK
 from clipgraft.config import ConfigError, local_path
 from clipgraft.evalset_tasks import EvalsetTask, chosen, data_folder
 from clipgraft.explore.finished import FinishedRun
-from clipgraft.garbage import collect_seldom
 from clipgraft.local_files import listing
+from clipgraft.startup import all_is_written, collect_seldom, without_pandas
 
 log = logging.getLogger(__name__)
 
@@ -189,7 +189,10 @@ def main() -> None:
         sys.exit(f"evalset: {error}")
     print(table(results))
     print(f"wrote {out}")
-    sys.exit(1 if any("failed" in about for about in results.values()) else 0)
+    if any("failed" in about for about in results.values()):
+        sys.exit(1)
+    all_is_written()
+    sys.exit(0)
 
 
 def _name(model: str, which: str | None) -> str:
@@ -200,4 +203,5 @@ def _name(model: str, which: str | None) -> str:
 
 if __name__ == "__main__":
     collect_seldom()
+    without_pandas()
     main()

@@ -31,10 +31,10 @@ from clipgraft.arguments import parse, with_change
 from clipgraft.aside import sync, write_json
 from clipgraft.config import ConfigError, validate
 from clipgraft.disk import disk_trouble
-from clipgraft.garbage import collect_seldom
 from clipgraft.integrity import Inputs, to_the_present
 from clipgraft.lock import locked
 from clipgraft.orphan import NOTHING_TO_DO, SNAKEMAKE, is_left, leave_when_asked, leave_with_parents
+from clipgraft.startup import all_is_written, collect_seldom, without_pandas
 from clipgraft.versions import deciding, fingerprint, weights_of
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,9 @@ class Job:
         try:
             job = _job(script, arguments)
             _limit_threads(job.threads)
+            without_pandas()
             main(job)
+            all_is_written()
         except ConfigError as error:
             log.error("error: %s", error)
             _fail(job)

@@ -32,7 +32,7 @@ Patterns = str | Annotated[list[str], Field(min_length=1)]
 class Settings(BaseModel):
     """Base of every section: no unknown keys, no changes after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", defer_build=True, frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
