@@ -5,7 +5,7 @@ that run is drawn, and a checkout is made to look as it did then: what was done 
 last state. The command for what was at work is given, one of its processes gets SIGKILL (Snakemake, a job, or a worker
 of a job), everything must leave by itself, and the same command is given again, to be killed some more times. When it
 has finished, all outputs must be those of the run without a fault, but for the times of a training (`campaign.bits`);
-the same command must have nothing to do, and no temporary file may be left. So no kill pays for what came before it.
+the same command must have nothing to do, and no temporary file may be left (but one: `workflow/docs/faults.md`). So no kill pays for what came before it.
 Two such checkouts are at work at a time, with one thread for each job.
 
     python benchmarks/faults.py --folder DIR --kills 200
@@ -147,6 +147,7 @@ class Campaign:
         compared = sum(each["compared"] for each in moments)
         done = sum(not each["planned"] for each in moments)
         clean = sum(not each["unfinished"] for each in moments)
+        early = sum(len(each["early"]) for each in moments)
         quiet = sum(not each["orphans"] for each in kills)
         row = Row("minutes of two cores for 200 kills", None, 60.0, "minutes", None, 1.0, note=TINY)
         if kills and not self.words:
@@ -163,7 +164,13 @@ class Campaign:
                 f"{compared:,} outputs of killed jobs compared",
             ),
             _share("moments after which nothing was planned", done, moments, "moments"),
-            _share("moments that left no temporary file", clean, moments, "moments"),
+            _share(
+                "moments that left no temporary file",
+                clean,
+                moments,
+                "moments",
+                f"but {early} empty folders of Snakemakes that had not yet read the workflow",
+            ),
             _share(
                 "kills that left no process and were gone on from", quiet, kills, "kills", of_each
             ),
@@ -209,6 +216,8 @@ class Stream:
         ours = tuple(f"{job.folder}/" for job in running)
         wanted = {name for name in expected if name.startswith(ours)}
         wrong = {name for name, value in found_bits.items() if expected.get(name) != value}
+        left = self.place.unfinished()
+        early = [name for name in left if _is_of_snakemake(Path(name))]
         differing = sorted(wrong | (wanted - found_bits.keys()))
         self.campaign.say(
             event="moment",
@@ -219,7 +228,8 @@ class Stream:
             compared=len(wanted),
             differing=differing,
             planned=planned,
-            unfinished=[*self.place.unfinished(), *orphans.values()],
+            unfinished=[*(name for name in left if name not in early), *orphans.values()],
+            early=early,
         )
         if differing:
             raise SystemExit(f"other bits than without a fault: {', '.join(differing)}")
@@ -321,6 +331,11 @@ class Stream:
 
 def _share(name: str, good: int, of: list[Any], unit: str, note: str = "") -> Row:
     return Row(name, good, len(of), unit, good / len(of) if of else None, 1.0, note=note)
+
+
+def _is_of_snakemake(path: Path) -> bool:
+    """Whether a Snakemake made it before it read the workflow, which has the next call remove what it makes later."""
+    return path.name.startswith("snakemake") and path.is_dir() and not any(path.iterdir())
 
 
 def _step(state: Path) -> int:
