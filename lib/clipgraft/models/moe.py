@@ -26,7 +26,14 @@ from torch import Tensor, nn
 
 from clipgraft import devices
 from clipgraft.config import ConfigError
-from clipgraft.models.backends import Experts, choose_backend, mix, wished_backend
+from clipgraft.models.backends import (
+    Experts,
+    choose_backend,
+    mix,
+    wished_backend,
+    with_padding,
+    without_padding,
+)
 from clipgraft.models.build import Layers, is_padding_unseen, layer_numbers
 
 TOWERS = ("visual", "text")
@@ -49,6 +56,7 @@ class TowerState:
     is_forward: bool = False  # false while gradient checkpointing computes a block again
     real_BL: Tensor | None = None  # tokens that are not padding; None: all are, or padding is seen
     real_T: Tensor | None = None  # their places in the flattened batch, found once for all layers
+    place_N: Tensor | None = None  # the way back: of each token its number among them; of padding T
     told_T: Tensor | None = None  # the same of the batch that comes next, from `tell_real_tokens`
     is_padding_unseen: bool = False
     backend: str = "auto"
@@ -94,13 +102,13 @@ class MoeMlp(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """Route each real token to its experts; padding gets zeros."""
-        real_T, x_ND = self.state.real_T, x_BLD.flatten(0, 1)
-        if real_T is None:
+        state, x_ND = self.state, x_BLD.flatten(0, 1)
+        if state.real_T is None:
             return self._mix(x_ND).view(x_BLD.shape)
-        assert self.state.real_BL is not None
-        assert self.state.real_BL.shape == x_BLD.shape[:2], "the tower has seen another batch since"
-        y_TD = self._mix(x_ND.index_select(0, real_T))
-        return y_TD.new_zeros(x_ND.shape).index_copy(0, real_T, y_TD).view(x_BLD.shape)
+        assert state.real_BL is not None and state.place_N is not None
+        assert state.real_BL.shape == x_BLD.shape[:2], "the tower has seen another batch since"
+        y_TD = self._mix(without_padding(x_ND, state.real_T, state.place_N))
+        return with_padding(y_TD, state.real_T, state.place_N).view(x_BLD.shape)
 
     def _mix(self, x_TD: Tensor) -> Tensor:
         gates_TK, topk_TK = self._route(x_TD)
@@ -266,6 +274,9 @@ def _before_text(tower: nn.Module, arguments: tuple[Any, ...]) -> None:
     state.real_T, state.told_T = state.told_T, None
     if state.real_T is None:
         state.real_T = state.real_BL.flatten().nonzero().squeeze(1)
+    number_T = torch.arange(len(state.real_T), device=text_BL.device)
+    last_N = number_T.new_full([text_BL.numel()], len(number_T))
+    state.place_N = last_N.index_copy(0, state.real_T, number_T)
 
 
 def _real_tokens(text_BL: Tensor) -> Tensor:
