@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from clipgraft.report.slopes import Cell, Ladder, fit_law, fit_slope
+from clipgraft.report.slopes import Cell, Estimate, Ladder, fit_law, fit_slope
 
 TOKENS = (40, 20, 10, 5)
 PARAMS = (1_000_000, 4_000_000, 16_000_000)
@@ -108,3 +108,7 @@ def test_the_same_seed_draws_the_same_intervals():
     found = ladders((3, 2, 1), 2, 1.0, np.random.default_rng(2))
     assert fit_law(found, 1000, 4) == fit_law(found, 1000, 4)
     assert fit_law(found, 1000, 4) != fit_law(found, 1000, 5)
+
+
+def test_nothing_is_never_less_than_nothing():
+    assert str(Estimate(-0.001, -0.004, 0.004)) == "0.00 (0.00 to 0.00)"

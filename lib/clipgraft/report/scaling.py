@@ -255,7 +255,10 @@ def _slopes_table(rows: Rows, laws: Mapping[Side, Law], metric: str) -> Table:
 
 def _estimate_cells(estimate: Estimate) -> list[Cell]:
     low, high = estimate.low, estimate.high
-    return [Cell(f"{estimate.value:.2f}"), Cell("-" if low is None else f"{low:.2f} to {high:.2f}")]
+    return [
+        Cell(f"{estimate.value:z.2f}"),
+        Cell("-" if low is None else f"{low:z.2f} to {high:z.2f}"),
+    ]
 
 
 def _side_section(sweep: Sweep, side: Side, law: Law, metric: str) -> Section:

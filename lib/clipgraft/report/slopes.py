@@ -70,8 +70,8 @@ class Estimate:
 
     def __str__(self) -> str:
         """As in a sentence."""
-        interval = "" if self.low is None else f" ({self.low:.2f} to {self.high:.2f})"
-        return f"{self.value:.2f}{interval}"
+        interval = "" if self.low is None else f" ({self.low:z.2f} to {self.high:z.2f})"
+        return f"{self.value:z.2f}{interval}"
 
 
 @dataclass(frozen=True)
