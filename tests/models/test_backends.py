@@ -97,6 +97,27 @@ def assert_near(ours: Tensor, theirs: Tensor) -> None:
     assert (ours.double() - theirs.double()).norm() <= 0.02 * theirs.double().norm()
 
 
+def test_frozen_experts_are_rounded_once_until_they_change():
+    x, gates, *weights, topk = drawn(2)
+    frozen = [weight.detach().clone() for weight in weights]
+
+    def mixed(stacks: list[Tensor]) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return mix(Experts(*stacks, F.gelu), x, gates, topk, "loop").detach()
+
+    assert torch.equal(mixed(frozen), mixed(weights))
+    kept = [execution._copies[stack][1] for stack in frozen]
+    assert torch.equal(mixed(frozen), mixed(weights))
+    assert all(execution._copies[a][1] is b for a, b in zip(frozen, kept, strict=True))
+    frozen[0].mul_(2)
+    fresh = [stack.clone().requires_grad_() for stack in frozen]
+    assert torch.equal(mixed(frozen), mixed(fresh))
+    assert not torch.equal(mixed(frozen), mixed(weights))
+    num = len(execution._copies)
+    del kept, frozen
+    assert len(execution._copies) == num - 4, "what is gone is still held"
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("backend", WAYS)
 @pytest.mark.parametrize(("top_k", "idle"), CHOICES)

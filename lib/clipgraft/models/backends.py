@@ -17,12 +17,13 @@ import functools
 import logging
 import operator
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from clipgraft.config import ConfigError
 
@@ -141,7 +142,7 @@ def _loop(experts: Experts, x_TD: Tensor, expert_P: Tensor, order_P: Tensor, top
     gelu = experts.gelu
     parts = zip(
         x_RD.split(rooms),
-        *(_Unstack.apply(tensor, x_RD.dtype) for tensor in experts[:4]),
+        *(_unstacked(tensor, x_RD.dtype) for tensor in experts[:4]),
         strict=True,
     )
     y_RD = torch.cat([F.linear(gelu(F.linear(x, w1, b1)), w2, b2) for x, w1, b1, w2, b2 in parts])
@@ -184,6 +185,23 @@ def _dense(experts: Experts, x_TD: Tensor, gates_TK: Tensor, topk_TK: Tensor) ->
     return y_TD.to(compute_dtype(x_TD))
 
 
+def _unstacked(stack: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The experts of a stack, in this precision; on a CPU what is not trained is brought to it once, not in each step."""
+    if stack.requires_grad:
+        return _Unstack.apply(stack, dtype)
+    is_kept = stack.device.type == "cpu" and stack.dtype != dtype
+    if not is_kept or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+        return stack.to(dtype).unbind()
+    version, copy = _copies.get(stack, (-1, stack))
+    if version != stack._version or copy.dtype != dtype:
+        copy = stack.to(dtype)
+        _copies[stack] = stack._version, copy
+    return copy.unbind()
+
+
+_copies = WeakIdKeyDictionary()
+
+
 class _Unstack(torch.autograd.Function):
     """The experts of a stack, in this precision; backward, each gradient is written once, to its place in the stack."""
 
@@ -213,8 +231,7 @@ class _Repeat(torch.autograd.Function):
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
         (place_P,) = ctx.saved_tensors
         grad_TKD = grad_RD.index_select(0, place_P).view(-1, ctx.top_k, grad_RD.shape[1])
-        grad_TD = _sum(map(_exact, grad_TKD.unbind(1))).to(grad_RD.dtype)
-        return grad_TD, None, None, None
+        return _sum(grad_TKD), None, None, None
 
 
 class _Pick(torch.autograd.Function):
@@ -272,25 +289,35 @@ class _Weigh(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_TKD: Tensor, gates_TK: Tensor) -> Tensor:
         ctx.save_for_backward(y_TKD, gates_TK)
-        parts = zip(y_TKD.unbind(1), gates_TK.unbind(1), strict=True)
-        return _sum(_exact(y_TD) * gate_T[:, None] for y_TD, gate_T in parts).to(y_TKD.dtype)
+        return _sum(y_TKD, gates_TK)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor]:
         y_TKD, gates_TK = ctx.saved_tensors
-        grad_T1D = _exact(grad_TD)[:, None]
+        grad_T1D = grad_TD.to(_exact(y_TKD))[:, None]
         grad_TKD = (grad_T1D * gates_TK[..., None]).to(y_TKD.dtype)
-        return grad_TKD, (grad_T1D * _exact(y_TKD)).sum(2).to(gates_TK.dtype)
+        return grad_TKD, (grad_T1D * y_TKD.to(grad_T1D.dtype)).sum(2).to(gates_TK.dtype)
 
 
-def _exact(x: Tensor) -> Tensor:
-    """Of a number of 16 bits, one of 32: a CPU takes three times as long for products of both."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def _sum(x_TKD: Tensor, gates_TK: Tensor | None = None) -> Tensor:
+    """Over the K of each token, maybe weighted; float32 on the way.
+
+    On a CPU one after the other: torch's own sum over a short axis that is not the last takes five times as long there,
+    and a product of numbers of 16 and of 32 bits three times.
+    """
+    if x_TKD.device.type != "cpu":
+        weighted = x_TKD if gates_TK is None else x_TKD * gates_TK[..., None]
+        return weighted.sum(1).to(x_TKD.dtype)
+    parts = [x_TD.to(_exact(x_TKD)) for x_TD in x_TKD.unbind(1)]
+    if gates_TK is not None:
+        parts = [
+            x_TD * gate_T[:, None] for x_TD, gate_T in zip(parts, gates_TK.unbind(1), strict=True)
+        ]
+    return functools.reduce(operator.add, parts).to(x_TKD.dtype)
 
 
-def _sum(parts: Iterable[Tensor]) -> Tensor:
-    """One after the other: torch's own sum over a short axis that is not the last takes five times as long."""
-    return functools.reduce(operator.add, parts)
+def _exact(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _fits_grouped(width: int, hidden: int) -> bool:
