@@ -109,7 +109,7 @@ def mix(experts: Experts, x_TD: Tensor, gates_TK: Tensor, topk_TK: Tensor, backe
 
 def without_padding(x_ND: Tensor, real_T: Tensor, place_N: Tensor) -> Tensor:
     """The tokens at `real_T`, [T, D]; `place_N` has of each token its place among them, of padding T."""
-    return _Shorten.apply(x_ND, real_T, place_N)
+    return _Pick.apply(x_ND, real_T, place_N)
 
 
 def with_padding(y_TD: Tensor, real_T: Tensor, place_N: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ class _Repeat(torch.autograd.Function):
 
 
 class _Pick(torch.autograd.Function):
-    """Rows in the order of the choices; backward, each to its place, and zeros to those of choice P, which is nobody's."""
+    """Rows at P places, the choices of tokens in order, say; backward, each to its place, zeros to the rows of choice P, nobody's."""
 
     @staticmethod
     def forward(ctx: Any, y_RD: Tensor, place_P: Tensor, choice_R: Tensor) -> Tensor:
@@ -248,20 +248,6 @@ class _Pick(torch.autograd.Function):
         if len(choice_R) == len(grad_PD):
             return grad_PD.index_select(0, choice_R), None, None
         return _with_zeros(grad_PD, choice_R), None, None
-
-
-class _Shorten(torch.autograd.Function):
-    """Rows without padding; backward, zeros for it."""
-
-    @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, real_T: Tensor, place_N: Tensor) -> Tensor:
-        ctx.save_for_backward(place_N)
-        return x_ND.index_select(0, real_T)
-
-    @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:
-        (place_N,) = ctx.saved_tensors
-        return _with_zeros(grad_TD, place_N), None, None
 
 
 class _Lengthen(torch.autograd.Function):
