@@ -52,7 +52,7 @@ FLOORS = [
         "startup",
         "scale",
     },
-    {"compiled", "dist", "launch", "lean", "devices", "parallel"},
+    {"compiled", "dist", "exchange", "launch", "lean", "devices", "parallel"},
     {"data", "models", "losses"},
     {
         "checkpoint",

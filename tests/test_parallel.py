@@ -1,4 +1,4 @@
-"""Stages in 1 to 4 real processes (gloo, loopback), whole and sharded: each step has the gradients of one process.
+"""Stages in 1 to 4 real processes (gloo, loopback, and shared memory), whole and sharded: the gradients of one process.
 
 The gradients are those that the optimizer is given, step by step. Run as a script, this file is one of the processes.
 """
@@ -41,6 +41,7 @@ from clipgraft.settings import AssembleJob, ExpertJob, RouterJob
 from clipgraft.training_state import TrainingState
 
 SIZES = (1, 2, 3, 4)
+NEAR = (2, 3)  # that also share memory, as processes of one machine do
 BATCH, STEPS = 24, 2
 ADAM = {"lr": 1e-2, "eps": 1e-2}  # with a small eps, Adam takes whole steps for rounding
 SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.5}
@@ -72,6 +73,9 @@ EXACT: dict[str, dict[str, Any]] = {
     "router all": {"train": "all"},
 }
 AGAIN = {"grad_checkpointing": True, **PARTS}
+WAYS = [
+    (size, is_near) for size in reversed(SIZES) for is_near in (False, True)[: 1 + (size in NEAR)]
+]
 # What is sharded over two processes must be the same as without: of those above, and of others.
 SAME = ("pretrain siglip", "pretrain v3 in parts", "expert homogeneous")
 OTHERS: dict[str, dict[str, Any]] = {
@@ -236,17 +240,31 @@ def sharded(inputs: Inputs, root: Path) -> dict[str, Any]:
     return found
 
 
+def near(inputs: Inputs, root: Path) -> dict[str, Any]:
+    """What two processes find that share memory: sharded too, and what gloo still carries."""
+    found: dict[str, Any] = {}
+    for case in SAME:
+        found[f"fsdp {case}"] = steps = []
+        with gradients(steps):
+            inputs.train(case, {**EXACT[case], "parallel": "fsdp"}, root / f"near fsdp {case}")
+    for name, changes in (("short", {}), ("long", {"samples_seen": 2 * BATCH * STEPS})):
+        train = functools.partial(inputs.train, "pretrain", changes, root / f"near {name}")
+        found[name] = collectives(train)
+    return found
+
+
 def main(rank: int, inputs: Inputs, root: Path) -> None:
     torch.set_num_threads(1)
     init = torch_dist.init_process_group
-    stores = {size: itertools.count() for size in SIZES}  # of its own for each training
-    for size in reversed(SIZES):
+    stores = itertools.count()  # one for each training
+    for size, is_near in WAYS:
         if rank >= size:
             break
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+        os.environ["LOCAL_WORLD_SIZE"] = str(size if is_near else 1)
 
         def join(backend: str, size: int = size, **_: object) -> None:
-            store = f"file://{root}/store-{size}-{next(stores[size])}"
+            store = f"file://{root}/store-{size}-{next(stores)}"
             hook = sys.excepthook
             init(backend, store, rank=rank, world_size=size)
             sys.excepthook = hook  # or every start would put its rank before each line of an error
@@ -254,15 +272,14 @@ def main(rank: int, inputs: Inputs, root: Path) -> None:
         torch_dist.init_process_group = join
         found: dict[str, Any] = {}
         for case, changes in EXACT.items():
+            way = "near" if is_near else "ddp" if size == 2 else str(size)
             found[case] = steps = []
             with gradients(steps):
-                inputs.train(
-                    case, changes, root / (f"ddp {case}" if size == 2 else f"{size} {case}")
-                )
+                inputs.train(case, changes, root / f"{way} {case}")
         if size == 2:
-            found |= sharded(inputs, root)
+            found |= near(inputs, root) if is_near else sharded(inputs, root)
         if rank == 0:
-            torch.save(found, root / f"{size}.pt")
+            torch.save(found, root / f"{size}{' near' * is_near}.pt")
 
 
 # --- the laws -----------------------------------------------------------------------------------------------------
@@ -313,6 +330,22 @@ def test_k_processes_of_b_have_the_gradients_of_one_of_k_times_b(found, case, si
     """In float32, where references are, rounding alone is 2e-6; `test_processes` has their terms in float64."""
     rel = 5e-6 if "references" in EXACT[case] else 1e-6
     assert_same_steps(found[size][case], found[1][case], rel)
+
+
+@pytest.mark.parametrize("size", NEAR)
+@pytest.mark.parametrize("case", EXACT)
+def test_processes_that_share_memory_have_the_gradients_of_one(found, root, case, size):
+    rel = 5e-6 if "references" in EXACT[case] else 1e-6
+    near = torch.load(root / f"{size} near.pt", weights_only=True)
+    assert_same_steps(near[case], found[1][case], rel)
+    if size == 2 and case in SAME:
+        assert_same_steps(near[f"fsdp {case}"], found[1][case], rel)
+
+
+def test_gloo_carries_nothing_of_a_step_between_processes_that_share_memory(root):
+    near = torch.load(root / "2 near.pt", weights_only=True)
+    assert near["short"] == near["long"]
+    assert not any("reduce" in name for name in near["short"])
 
 
 @pytest.mark.parametrize("case", [*SAME, *OTHERS])

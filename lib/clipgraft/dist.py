@@ -12,9 +12,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as torch_dist
 
+from clipgraft.exchange import Exchange
 from clipgraft.orphan import NOTHING_TO_DO
 
 PATIENCE = timedelta(hours=2)  # with a process that writes a large state to a slow disk
+
+_exchange: Exchange | None = None  # where all processes are on CPUs of one machine
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,9 @@ def world() -> Iterator[World]:
         # What hosts agree on goes through gloo, so that no device is waited for.
         backend = "cpu:gloo,cuda:nccl" if has_device else "gloo"
         torch_dist.init_process_group(backend, timeout=PATIENCE)
+    global _exchange
+    if size > 1 and not has_device and _are_neighbours(size):
+        _exchange = Exchange(rank, size, _said)
     is_agreed = False
     try:
         if said_by_first(os.environ.get(NOTHING_TO_DO, "")):
@@ -61,8 +67,16 @@ def world() -> Iterator[World]:
         is_agreed = left.code in (os.EX_OK, os.EX_TEMPFAIL)
         raise
     finally:
+        if _exchange is not None:
+            _exchange.close()
+            _exchange = None
         if is_agreed and torch_dist.is_initialized():
             torch_dist.destroy_process_group()
+
+
+def _are_neighbours(size: int) -> bool:
+    """Whether all processes are on one machine, and can share memory."""
+    return os.environ.get("LOCAL_WORLD_SIZE") == str(size) and hasattr(os, "memfd_create")
 
 
 def part() -> tuple[int, int] | None:
@@ -82,6 +96,8 @@ def gather(local_BD: torch.Tensor) -> torch.Tensor:
     if not torch_dist.is_initialized():
         return local_BD
     local_BD = local_BD.detach().contiguous()
+    if _exchange is not None:
+        return _exchange.gather(local_BD)
     parts = [torch.empty_like(local_BD) for _ in range(torch_dist.get_world_size())]
     torch_dist.all_gather(parts, local_BD)
     return torch.cat(parts)
@@ -114,9 +130,7 @@ def mean(value: torch.Tensor) -> torch.Tensor:
     """Mean over processes of a tensor without gradient."""
     if not torch_dist.is_initialized():
         return value
-    value = value.clone()
-    torch_dist.all_reduce(value)
-    return value / torch_dist.get_world_size()
+    return _sum(value).div_(torch_dist.get_world_size())
 
 
 def total(value: torch.Tensor) -> torch.Tensor:
@@ -127,15 +141,28 @@ def total(value: torch.Tensor) -> torch.Tensor:
     """
     if not torch_dist.is_initialized():
         return value
-    everyone = value.detach().clone()
-    torch_dist.all_reduce(everyone)
-    return everyone + torch_dist.get_world_size() * (value - value.detach())
+    return _sum(value.detach()) + torch_dist.get_world_size() * (value - value.detach())
+
+
+def _sum(value: torch.Tensor) -> torch.Tensor:
+    if _exchange is not None:
+        return _exchange.total(value.flatten()).view(value.shape)
+    value = value.clone()
+    torch_dist.all_reduce(value)
+    return value
+
+
+def shares_memory() -> bool:
+    """Whether processes talk through memory: then DDP, which would not, is not for them."""
+    return _exchange is not None
 
 
 def largest(number: int, device: torch.device) -> int:
     """The largest that a process has; all get the same answer."""
     if not torch_dist.is_initialized():
         return number
+    if _exchange is not None:
+        return max(number, *_exchange.hear(_exchange.tell(number)))
     tensor = torch.tensor([number], device=device)
     torch_dist.all_reduce(tensor, torch_dist.ReduceOp.MAX)
     return int(tensor.item())
@@ -149,6 +176,10 @@ def ask_largest(find: Callable[[], int]) -> Callable[[], int]:
     """
     if not torch_dist.is_initialized():
         return find
+    if _exchange is not None:
+        own, heard = find(), _exchange
+        message = heard.tell(own)
+        return lambda: max(own, *heard.hear(message))
     number = torch.tensor([find()])
     work = torch_dist.all_reduce(number, torch_dist.ReduceOp.MAX, async_op=True)
 

@@ -90,7 +90,7 @@ def in_all_processes(model: nn.Module, world: dist.World) -> nn.Module:
 
     Without a static graph: with one, torch fails in batches of several parts (`no_sync`), and a step is no faster.
     """
-    if world.size == 1 or sharded_modules(model):
+    if world.size == 1 or sharded_modules(model) or dist.shares_memory():
         return model
     return nn.parallel.DistributedDataParallel(
         model, gradient_as_bucket_view=True, broadcast_buffers=False
@@ -115,11 +115,21 @@ def no_sync(model: nn.Module) -> Iterator[None]:
 
 
 def average_others(model: nn.Module, projections: nn.Module) -> None:
-    """Average the gradients that neither way does: of projections, and of what belongs to no tower of a sharded model."""
-    alone = model.parameters(recurse=False) if sharded_modules(model) else ()
+    """Average the gradients that neither way does.
+
+    Those of projections, and of what belongs to no tower of a sharded model; where processes share memory all gradients,
+    and then in one vector, whose views they become.
+    """
+    is_sharded = bool(sharded_modules(model))
+    alone = model.parameters(recurse=not is_sharded) if is_sharded or dist.shares_memory() else ()
+    kinds: dict[torch.dtype, list[nn.Parameter]] = {}
     for parameter in (*projections.parameters(), *alone):
         if parameter.grad is not None:
-            parameter.grad = dist.mean(parameter.grad)
+            kinds.setdefault(parameter.grad.dtype, []).append(parameter)
+    for kind in kinds.values():
+        mean = dist.mean(torch.cat([p.grad.flatten() for p in kind if p.grad is not None]))
+        for parameter, part in zip(kind, mean.split([p.numel() for p in kind]), strict=True):
+            parameter.grad = part.view_as(parameter)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
