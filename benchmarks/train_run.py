@@ -4,11 +4,13 @@
 
 Ours reads shards of 112 px, which its own stages made of tars of photos first. open_clip has rows for both: the tars of
 photos, and our shards, the same JPEGs with captions as the .txt files that it wants. "With preparation", beside it on photos,
-adds the seconds that index and shards took to a training of ours; they serve all trainings of that size. Same architecture, full vocabulary, 16 text tokens (longer captions are cut), batch, number of samples, AdamW settings, clipping, schedule, crops
-of 90 to 100 % of the area and precision. Each side has all cores: torch's threads and ours for decoding, torch's threads
-and --workers processes of open_clip's, whose default is 4; the number that was fastest in the first round has rows of its
-own. Other differences: open_clip writes a log line for every step, which gives the times, and one checkpoint at the end;
-ours writes the model, and state when it is due. The loss of both is the mean of the last quarter of the steps.
+adds the seconds that index and shards took to a training of ours; they serve all trainings of that size. The models are those
+that this repository trains on a CPU, with patches of 16. Same architecture, full vocabulary, 16 text tokens (longer captions
+are cut), batch, number of samples, AdamW settings, clipping, schedule, crops of 90 to 100 % of the area and precision. Each side
+has all cores: torch's threads and ours for decoding, torch's threads and --workers processes of open_clip's, whose default is 4;
+the number that was fastest in the first round has rows of its own. Other differences: open_clip writes a log line for every
+step, which gives the times, and one checkpoint at the end; ours writes the model, and state when it is due. The loss of both is
+the mean of the last quarter of the steps.
 
 "Excluding start-up" is the second half of the steps: ours from `metrics.jsonl`, open_clip from the times of its batches.
 "Including" is from the start of the process to its end.
@@ -43,6 +45,7 @@ from clipgraft.devices import precision
 from clipgraft.planning import plan_runs
 from clipgraft.versions import PlannedJob
 
+MODELS = {"demo model": "config.yaml", "Flickr8k model": "tests/config/flickr8k.yaml"}
 SIZE, CONTEXT, VOCABULARY = 112, 16, 49_408
 REACH, DATA_WAIT = 2.5, 0.03
 CORES = len(os.sched_getaffinity(0))
@@ -103,21 +106,24 @@ class Outcome:
     loss: float
 
 
-def plan(*, quick: bool) -> Plan:
-    """The model for Flickr8k with patches of 16 on the CPU, ViT-B/16 on a GPU, next to nothing where it is quick."""
+def plans(*, quick: bool) -> dict[str, Plan]:
+    """On CPUs those of the demo and of Flickr8k, on a GPU ViT-B/16; next to nothing where it is quick."""
     b16 = config_of("B/16", SIZE, CONTEXT)
     if quick:
         config = small(b16)
         config["text_cfg"]["vocab_size"] = VOCABULARY
-        return Plan(config, 64, 16, 8, 2)
+        return {"small model": Plan(config, 64, 16, 8, 2)}
     if torch.cuda.is_available():
-        return Plan(b16, 2048, 2048, 96, 10)
-    raw = yaml.safe_load((ROOT / "tests/config/flickr8k.yaml").read_text())["model"]["config"]
-    sizes = {"image_size": SIZE, "patch_size": 16}, {"context_length": CONTEXT, "vocab_size": VOCABULARY}  # fmt: skip
-    vision, text = (
-        {**raw[name], **size} for name, size in zip(("vision_cfg", "text_cfg"), sizes, strict=True)
-    )
-    return Plan({**raw, "vision_cfg": vision, "text_cfg": text}, 4096, 256, 48, 5)
+        return {"ViT-B/16": Plan(b16, 2048, 2048, 96, 10)}
+    return {name: Plan(config_in(file), 4096, 256, 48, 5) for name, file in MODELS.items()}
+
+
+def config_in(file: str) -> dict[str, Any]:
+    """The architecture in a config of this repository, for pictures and texts of this benchmark."""
+    raw = yaml.safe_load((ROOT / file).read_text())["model"]["config"]
+    vision = {**raw["vision_cfg"], "image_size": SIZE, "patch_size": 16}
+    text = {**raw["text_cfg"], "context_length": CONTEXT, "vocab_size": VOCABULARY}
+    return {**raw, "vision_cfg": vision, "text_cfg": text}
 
 
 class Both:
@@ -261,7 +267,7 @@ class Both:
         return time.monotonic() - start
 
 
-def measure(both: Both, repeats: int) -> list[Row]:
+def measure(model: str, both: Both, repeats: int) -> list[Row]:
     """Trainings of both sides in turns; the first round tries how many workers open_clip wants."""
     is_gpu = torch.cuda.is_available()
     # Of these numbers of workers, each brings as many batches as any other; else open_clip would train more steps.
@@ -290,8 +296,9 @@ def measure(both: Both, repeats: int) -> list[Row]:
         marks = ", its best" * (is_best and len(tried) > 1)
         marks += ", its default" * (workers == DEFAULT_WORKERS)
         beside = f"open_clip on {SOURCES[source]}, {workers} workers{marks}"
+        what = f"{model}: {{}}, {beside}"
         target = REACH if is_best else None
-        rows += _rows(both, ours, peers[source, workers], beside, target, source == "photos")
+        rows += _rows(both, ours, peers[source, workers], what, target, source == "photos")
     least = 1e-4  # what `metrics.jsonl` may round to 0
     waits = [max(each.wait, least) for each in ours]
     note = "open_clip's: " + ", ".join(
@@ -300,11 +307,8 @@ def measure(both: Both, repeats: int) -> list[Row]:
     )
     if min(waits) == least:
         note += f"; {least:.2%} stands for at most that"
-    wait = within("share of time that waits for data", waits, DATA_WAIT, "share", note)
+    wait = within(f"{model}: share of time that waits for data", waits, DATA_WAIT, "share", note)
     rows.append(wait if is_gpu else replace(wait, target=None))
-    if not is_gpu:
-        name = f"cuda: share of time that waits for data, of {DATA_WAIT}"
-        rows.append(Row(name, None, None, "share", None, None, note="no CUDA device"))
     return rows
 
 
@@ -312,23 +316,23 @@ def _rows(
     both: Both,
     ours: list[Outcome],
     peers: list[Outcome],
-    beside: str,
+    what: str,
     target: float | None,
     are_photos: bool,
 ) -> list[Row]:
-    """Ours beside one way to run open_clip; the target is for the rate without start-up."""
+    """Ours beside one way to run open_clip (`what`, but for what is counted); the target is for the rate without start-up."""
     mine, theirs = (statistics.median(each.loss for each in side) for side in (ours, peers))
     note = f"{both.made_of}; {both.prepared:,.0f} s for index and shards, once; batch {both.plan.batch}, "
     note += f"{both.plan.steps} steps; loss of the last quarter {mine:.3f} (ours), {theirs:.3f}"
     rates = [x.rate for x in ours], [x.rate for x in peers]
     wholes = [x.whole for x in ours], [x.whole for x in peers]
     rows = [
-        faster(f"excluding start-up, {beside}", *rates, "images/s", target, note),
-        faster(f"including start-up, {beside}", *wholes, "images/s", None, note),
+        faster(what.format("excluding start-up"), *rates, "images/s", target, note),
+        faster(what.format("including start-up"), *wholes, "images/s", None, note),
     ]
     if are_photos:
         prepared = [1 / (1 / rate + both.prepared / both.plan.samples) for rate in wholes[0]]
-        name = f"with preparation, {beside}"
+        name = what.format("with preparation")
         rows.append(faster(name, prepared, wholes[1], "images/s", None, note))
     return rows
 
@@ -338,10 +342,14 @@ def main() -> None:
     parser = command_line()
     parser.add_argument("--json", type=Path, help="write JSON there; the table comes last")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        both = Both(Path(scratch), plan(quick=args.quick))
-        repeats = 1 if args.quick or torch.cuda.is_available() else 3
-        rows = measure(both, repeats)
+    rows = []
+    repeats = 1 if args.quick or torch.cuda.is_available() else 3
+    for model, plan in plans(quick=args.quick).items():
+        with tempfile.TemporaryDirectory() as scratch:
+            rows += measure(model, Both(Path(scratch), plan), repeats)
+    if not torch.cuda.is_available():
+        name = f"cuda: share of time that waits for data, of {DATA_WAIT}"
+        rows.append(Row(name, None, None, "share", None, None, note="no CUDA device"))
     report("train_run", rows, None, args.json)
 
 
