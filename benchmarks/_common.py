@@ -71,12 +71,6 @@ def one_core() -> None:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 
-def all_cores() -> None:
-    """Undo `one_core`, for a process whose time is not compared."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))
-
-
 def rates(sides: Mapping[str, Callable[[], int]], repeats: int) -> dict[str, list[float]]:
     """Items per second of each side, in turns: one round of all sides warms up and does not count.
 

@@ -1,8 +1,9 @@
 """Evaluation beside CLIP_benchmark: the same numbers, the wall time of both, and retrieval that is too large for memory.
 
-All sides are whole processes, as a user starts them, and read the same JPEGs of $REALDATA with the same random weights:
-CLIP_benchmark an open_clip folder and WebDataset tars, our stage a model folder and the index of the same tars, our
-evaluation folders the tars as they are. An index is made once for all models, so its seconds are told apart.
+All sides are whole processes, as a user starts them, with all cores that this one may use, and read the same JPEGs of
+$REALDATA with the same random weights: CLIP_benchmark an open_clip folder and WebDataset tars, our stage a model folder
+and the index of the same tars, our evaluation folders the tars as they are. An index is made once for all models, so its
+seconds are told apart.
 CLIP_benchmark goes to a folder of its own and borrows our torch and open_clip, so that neither side has other kernels;
 it has its own defaults (batches of 64), but for float32, which ours always is. In a first round, which does not count,
 CLIP_benchmark runs with each of WORKERS; the fastest has the rows with a target, and its default rows of its own. Quick,
@@ -30,17 +31,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from _common import (  # first: sets threads
-    ROOT,
-    THREADS,
-    Row,
-    all_cores,
-    arguments,
-    faster,
-    one_core,
-    report,
-    within,
-)
+from _common import ROOT, THREADS, Row, arguments, faster, report, within  # first: sets threads
 from safetensors.torch import save_file
 
 from clipgraft.checkpoint import save_model
@@ -59,6 +50,7 @@ MODELS = {"demo": "config.yaml", "flickr8k": "tests/config/flickr8k.yaml"}
 IMAGE_SIZE = 48  # of the last phase of both
 SHARDS = 4  # CLIP_benchmark's workers want one each
 WORKERS, DEFAULT_WORKERS = (0, 1, 4), 4  # of CLIP_benchmark
+CORES = len(os.sched_getaffinity(0))  # threads of every side
 EQUAL = 1e-6
 MEMORY_MB = 2048
 
@@ -178,7 +170,7 @@ def index_of(data: Path, out: Path) -> float:
 def ours(models: Path, index: Path, out: Path, task: dict) -> tuple[float, dict]:
     """Seconds and result of our stage."""
     settings = {"data": "data", "task": "task", **task}
-    words = ["--settings", json.dumps(settings), "--out", str(out), "--threads", "1"]
+    words = ["--settings", json.dumps(settings), "--out", str(out), "--threads", str(CORES)]
     words += ["--input", f"model={models / 'ours'}", "--input", f"index={index}"]
     started = time.perf_counter()
     run([sys.executable, str(ROOT / "scripts/evaluate.py"), *words])
@@ -214,8 +206,8 @@ def peers(models: Path, data: Path, out: Path, task: str, workers: int) -> tuple
 
 
 def run(command: list[str], **environment: str) -> None:
-    """Run a command; what it says is shown if it fails."""
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+    """Run a command with all cores; what it says is shown if it fails."""
+    env = {**os.environ, **dict.fromkeys(THREADS, str(CORES)), "HF_HUB_OFFLINE": "1", **environment}
     done = subprocess.run(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -333,10 +325,8 @@ print(int(peak) / 1024, seconds, result["text_to_image"]["R@1"])
 def memory(folder: Path, num: int, dim: int) -> Row:
     """Resident memory of retrieval among so many images and five times as many texts, in a process of its own."""
     command = [sys.executable, "-c", LARGE, str(folder), str(num), str(dim)]
-    env = {**os.environ, **dict.fromkeys(THREADS, str(os.cpu_count()))}
-    done = subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, text=True, env=env, preexec_fn=all_cores
-    )
+    env = {**os.environ, **dict.fromkeys(THREADS, str(CORES))}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
     peak_mb, seconds, recall = map(float, done.stdout.split())
     scores_gb = 4 * 5 * num**2 / 1e9
     note = f"all scores at once would be {scores_gb:,.0f} GB; {seconds:,.0f} s, R@1 text to image {recall:.3f}"
@@ -357,7 +347,6 @@ def main() -> None:
     tried = (DEFAULT_WORKERS,) if quick else WORKERS
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        one_core()
         models = ["demo"] if quick else list(MODELS)
         for model in models:
             write_model(folder / model, towers(MODELS[model]))

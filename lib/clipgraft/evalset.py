@@ -45,7 +45,7 @@ def evaluate_folder(
         root: the evaluation folder.
         out: folder to write; what is there already and still right is kept.
         names: keys of the tasks; None: all that are there.
-        threads: for decoding.
+        threads: for decoding, and on a CPU for encoding images.
     Returns:
         Results by key, those from before among them; those of tasks that failed say why under `failed`.
     Raises:

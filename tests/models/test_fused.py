@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -127,3 +129,27 @@ def test_names_and_values_of_parameters_stay():
     assert own.keys() == other.keys()
     assert all(torch.equal(own[name], other[name]) for name in own)
     assert isinstance(fused.text, open_clip.transformer.TextTransformer)
+
+
+@pytest.mark.parametrize("tower", ["visual", "text"])
+def test_threads_in_one_tower_have_the_tokens_of_their_own_batch(tower):
+    """They wait for each other where the tower has been told of both batches and its last block has begun none."""
+    plain = model_of()
+    fused = copy.deepcopy(plain)
+    fuse(fused)
+    both = threading.Barrier(2, timeout=60)
+
+    def wait(*_: object) -> None:
+        both.wait()
+
+    getattr(fused, tower).transformer.register_forward_pre_hook(wait)
+    whole = batch()[tower == "text"]
+    parts = [whole[:3], whole[3:]]
+
+    def encode(items: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return getattr(fused, tower)(items)
+
+    with ThreadPoolExecutor(2) as pool, torch.inference_mode():
+        for own, items in zip(pool.map(encode, parts), parts, strict=True):
+            torch.testing.assert_close(own, getattr(plain, tower)(items), rtol=1e-5, atol=1e-5)

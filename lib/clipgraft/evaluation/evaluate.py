@@ -30,7 +30,6 @@ from clipgraft.evaluation import choices
 from clipgraft.evaluation.answers import answers_of
 from clipgraft.evaluation.asked import Asked
 from clipgraft.evaluation.encode import (
-    BATCH,
     Texts,
     check_finite,
     encode_images,
@@ -78,8 +77,8 @@ def evaluate(
         beside: models whose embeddings stand beside those of the first (`ensemble`).
         untrained: seed of random weights, which take the place of those of the model.
         shared: folder in which tasks of one model on the same samples share the features of images.
-        threads: for decoding.
-        batch_size: images or texts encoded at a time; by default what suits the device.
+        threads: for decoding, and on a CPU for encoding images.
+        batch_size: images or texts encoded at a time; by default what suits the device and the threads.
     Returns:
         Facts for the manifest.
     Raises:
@@ -116,7 +115,7 @@ class _Subject:
     device: torch.device
     scratch: Path
     threads: int
-    batch_size: int
+    batch_size: int | None
     shared: Path | None = None
 
     @classmethod
@@ -124,7 +123,6 @@ class _Subject:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         loaded.model.to(device).eval()
         fuse(loaded.model)
-        batch_size = batch_size or BATCH[device.type]
         return cls(loaded, Tokenizer(loaded.tokenizer), device, scratch, threads, batch_size)
 
     @property
@@ -138,7 +136,8 @@ class _Subject:
         )
 
         def encoded() -> Rows:
-            return self.images(samples, "images", watch=recorder.see_images)
+            watch = recorder.see_images if self.loaded.spec["moe"] else None
+            return self.images(samples, "images", watch=watch)
 
         def arrays() -> dict[str, np.ndarray]:
             return {"image_ND": encoded()[:].cpu().numpy(), **recorder.of_images()}

@@ -21,8 +21,6 @@ from clipgraft.evaluation.encode import encoder_of_texts, true_float32
 from clipgraft.evaluation.ensemble import load_side_by_side
 from clipgraft.models.build import normalize
 
-BATCH = 256
-
 
 @dataclass(frozen=True)
 class Encoder:
@@ -99,14 +97,7 @@ class Encoder:
 
     def _texts(self, watch: Callable[[Any], None] | None) -> Callable[[list[str]], Tensor]:
         length = int(self.spec["config"]["text_cfg"]["context_length"])
-        return encoder_of_texts(
-            self.model,
-            self.tokenizer,
-            length,
-            self.device,
-            BATCH,
-            watch=watch,
-        )
+        return encoder_of_texts(self.model, self.tokenizer, length, self.device, watch=watch)
 
 
 def _unit(features_UD: Tensor) -> np.ndarray:

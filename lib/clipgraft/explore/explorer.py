@@ -86,7 +86,7 @@ class Explorer:
             run: to look at.
             cache: folder for embeddings that are made here.
             num_samples: at most so many samples are embedded here, of each data set.
-            threads: for decoding.
+            threads: for decoding, and on a CPU for encoding images.
         """
         self.run, self._cache, self._num, self._threads = run, cache, num_samples, threads
         self._lock = threading.Lock()

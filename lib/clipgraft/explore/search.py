@@ -27,7 +27,7 @@ from torch import Tensor
 from clipgraft.data.samples import Samples
 from clipgraft.evaluation.encode import encode_images, true_float32
 from clipgraft.evaluation.rows import spread
-from clipgraft.explore.encoder import BATCH, Encoder
+from clipgraft.explore.encoder import Encoder
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def made_embeddings(
         ids: what tells models and data sets apart: of their manifests.
         cache: folder of what is kept.
         num: at most so many samples, evenly spread.
-        threads: for decoding.
+        threads: for decoding, and on a CPU for encoding images.
     """
     row_R = spread(len(samples), num)
     texts = list(dict.fromkeys(text for row in row_R for text in samples.captions(row)))
@@ -112,7 +112,7 @@ def made_embeddings(
         log.info("encoding %s pictures and %s captions", f"{len(row_R):,}", f"{len(texts):,}")
         about, part = encoder.spec["preprocess"], _Part(samples, row_R)
         with torch.inference_mode(), true_float32():
-            image_RD = encode_images(encoder.model, about, part, encoder.device, threads, BATCH)
+            image_RD = encode_images(encoder.model, about, part, encoder.device, threads)
             text_UD = encoder.texts()(texts) if texts else image_RD[:0]
         assert isinstance(image_RD, Tensor)  # no file was asked for
         made = {"image": image_RD, "text": text_UD}

@@ -11,6 +11,7 @@ of the blocks is another, as in `patches`. Weights that change afterwards are no
 from __future__ import annotations
 
 import platform
+import threading
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from clipgraft.lean import open_clip
 from clipgraft.models.plain_blocks import SelfAttentionBlock, in_heads, is_plain, mask_like
 
 _GELUS = {"none": "none", "tanh": "tanh"}  # what oneDNN calls torch's approximations
+# `place_B`: which token the feature is of, for each item of the batch that a thread has in a tower; it has one at a time.
+_here = threading.local()
 
 
 def fuse(model: nn.Module) -> None:
@@ -80,13 +83,7 @@ class FusedBlock(SelfAttentionBlock):
 
 
 class LastBlock(FusedBlock):
-    """The last block of a tower whose feature is that of one token: the other tokens are left as they came.
-
-    Attributes:
-        place_B: which token, of each item of the batch that comes next.
-    """
-
-    place_B: Tensor
+    """The last block of a tower whose feature is that of one token: the other tokens are left as they came."""
 
     def lay_out(self) -> None:
         """As of any block, but queries apart: only one token asks."""
@@ -98,14 +95,14 @@ class LastBlock(FusedBlock):
 
     def compute(self, x_BLD: Tensor, mask: Tensor | None) -> Tensor:
         """The tokens [B, L, D], of which one is the block's output."""
-        normed_BLD, item_B = self.ln_1(x_BLD), torch.arange(len(x_BLD))
+        normed_BLD, item_B, place_B = self.ln_1(x_BLD), torch.arange(len(x_BLD)), _here.place_B
         if mask is not None:
-            mask = mask[self.place_B][:, None, None]
-        query_BSD = self.query(normed_BLD[item_B, self.place_B][:, None])
+            mask = mask[place_B][:, None, None]
+        query_BSD = self.query(normed_BLD[item_B, place_B][:, None])
         key_BLD, value_BLD = self.key_value(normed_BLD).chunk(2, dim=-1)
-        x_BSD = x_BLD[item_B, self.place_B][:, None]
+        x_BSD = x_BLD[item_B, place_B][:, None]
         y_BSD = self._rest(x_BSD, query_BSD, key_BLD, value_BLD, mask)
-        return x_BLD.index_put((item_B, self.place_B), y_BSD[:, 0])
+        return x_BLD.index_put((item_B, place_B), y_BSD[:, 0])
 
 
 class _Product:
@@ -131,8 +128,7 @@ def _tell_last(tower: Any, arguments: tuple[Tensor, ...]) -> None:
     """Which token of each item the tower's feature is of."""
     (items,) = arguments
     is_image = isinstance(tower, open_clip.transformer.VisionTransformer)
-    place_B = torch.zeros(len(items), dtype=torch.long) if is_image else items.argmax(1)
-    tower.transformer.resblocks[-1].place_B = place_B
+    _here.place_B = torch.zeros(len(items), dtype=torch.long) if is_image else items.argmax(1)
 
 
 def _has_onednn() -> bool:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from clipgraft.data.tokens import Tokenizer
 from clipgraft.evaluation.encode import (
-    BATCH,
     check_finite,
     encode_images,
     encode_texts,
@@ -55,8 +54,8 @@ class Encoder:
         Args:
             folders: model folders of any kind; of several the embeddings stand side by side.
             cache: folder of classifiers, made if need be.
-            threads: for decoding.
-            batch_size: images or texts encoded at a time; by default what suits the device.
+            threads: for decoding, and on a CPU for encoding images.
+            batch_size: images or texts encoded at a time; by default what suits the device and the threads.
             scratch: folder for features that are many; None: the system's.
 
         Raises:
@@ -66,14 +65,14 @@ class Encoder:
         self._scratch, self._files = scratch, Path()
         self._where, self._cache = folders[0], cache
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._threads, self._batch_size = threads, batch_size or BATCH[self._device.type]
+        self._how = (self._device, threads, batch_size)
         loaded = load_side_by_side(folders)
         self._model = loaded.model.to(self._device).eval()
         fuse(self._model)
         self._preprocess: dict[str, Any] = loaded.spec["preprocess"]
         length = loaded.spec["config"]["text_cfg"]["context_length"]
         self._encode_texts = encoder_of_texts(
-            self._model, Tokenizer(loaded.tokenizer), length, self._device, self._batch_size
+            self._model, Tokenizer(loaded.tokenizer), length, self._device, batch_size
         )
 
     @contextmanager
@@ -90,9 +89,8 @@ class Encoder:
             ConfigError: if one does not decode, or features are not finite.
         """
         assert len(pictures), "a data set without pictures"
-        how = (self._device, self._threads, self._batch_size)
         about, file = (self._model, self._preprocess, pictures), self._files / "images"
-        image_ND = encode_images(*about, *how, file=file)
+        image_ND = encode_images(*about, *self._how, file=file)
         check_finite(image_ND, self._where)
         return image_ND
 

@@ -30,7 +30,7 @@ def evaluate_evalset(
         folders: the model; several stand side by side.
         out: folder to write.
         cache: where classifiers are kept.
-        threads: for decoding.
+        threads: for decoding, and on a CPU for encoding images.
     Returns:
         Facts for the manifest.
     Raises:
