@@ -10,11 +10,13 @@ nowhere. A name is a key and no more.
 from __future__ import annotations
 
 import io
+import re
 import sys
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Self
 
 from clipgraft.config import ConfigError
 from clipgraft.data.images import SUFFIXES
@@ -24,9 +26,25 @@ from clipgraft.data.parallel import parallel_map
 Members = dict[str, tuple[int, int]]
 
 _BLOCK = 512
+# A header's size, time, checksum and kind: a file. Its name is whole if there is nothing at 345.
+_PLAIN = re.compile(rb"[0-7]{11}[\0 ].{12}[0-7]{6}\0 0", re.DOTALL)
 # Bytes of one file that is read as a whole: pictures, and the texts and tables beside them.
 _MAX_IMAGE, _MAX_TEXT = 512 * 2**20, 16 * 2**20
 _TEXTS = ("txt", "json", "cls", "npy")
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose header is read for its name and size alone, if it is as nearly all are: in half of the time."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """From a header; `tarfile` looks at those that are longer, damaged, or no file's."""
+        is_plain = len(buf) == _BLOCK and _PLAIN.match(buf, 124) and buf[345:500] == bytes(155)
+        if not is_plain or sum(buf) - sum(buf[148:156]) + 8 * ord(" ") != int(buf[148:154], 8):
+            return super().frombuf(buf, encoding, errors)
+        member = cls(buf[:100].partition(b"\0")[0].decode(encoding, errors))
+        member.size = int(buf[124:135], 8)
+        return member
 
 
 def list_members(path: Path) -> list[tuple[str, int, int]]:
@@ -37,7 +55,7 @@ def list_members(path: Path) -> list[tuple[str, int, int]]:
     """
     members: list[tuple[str, int, int]] = []
     try:
-        with tarfile.open(path, "r:", errors="backslashreplace") as tar:
+        with tarfile.open(path, "r:", errors="backslashreplace", tarinfo=_Member) as tar:
             end = 0
             for member in tar:
                 if tar.offset <= end or member.size < 0:  # it would be read again and again

@@ -11,11 +11,12 @@ on a GPU, batches come one after the other.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,6 +36,8 @@ from clipgraft.models.build import normalize, trimmed
 log = logging.getLogger(__name__)
 
 BATCH = {"cpu": 64, "cuda": 256}  # on a CPU, what is computed of a batch stays in its cache
+# Bytes of a picture: below, threads that decode at once hold one another up, as most of the work is Python's own.
+SMALL = 3 * 128**2
 SORTED = 16_384  # texts that are put in the order of their length before they become batches
 
 Watch = Callable[[Any], None]  # told of every batch after its forward
@@ -85,8 +88,18 @@ def encode_images(
     num = len(samples)
     how = [preprocess[key] for key in ("size", "resize_mode", "interpolation")]
 
+    take_turns, are_small = threading.Lock(), True
+
     def load(rows: range) -> list[np.ndarray]:
-        return [prepare(samples.pixels(row), *how) for row in rows]
+        nonlocal are_small
+        images, largest = [], 0
+        with take_turns if are_small else nullcontext():
+            for row in rows:
+                pixels = samples.pixels(row)
+                images.append(prepare(pixels, *how))
+                largest = max(largest, pixels.size)
+        are_small = largest < SMALL
+        return images
 
     def encode(images: Sequence[np.ndarray]) -> Tensor:
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)
