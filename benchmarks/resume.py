@@ -19,7 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +29,7 @@ from unittest.mock import patch
 
 import torch
 import yaml
-from _common import ROOT, Row, arguments, report, within  # first: sets threads
+from _common import ROOT, Row, arguments, faster, one_core, report, within  # first: sets threads
 from token_reduction import b16
 from torch import nn
 
@@ -258,17 +259,31 @@ def rate(out: Path) -> float:
     )
 
 
-def two_processes(finished: Finished, folder: Path, num_samples: int, repeats: int) -> list[Row]:
-    """Two processes of one thread each beside one, in turns: with the batch shared, and with a batch for each.
+@contextmanager
+def on_one_core() -> Iterator[None]:
+    """What is started meanwhile has one core, and its threads share it."""
+    before = os.sched_getaffinity(0)
+    one_core()
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
-    Two trainings of half the batch have the work of the first, and nothing to say to one another.
+
+def two_processes(finished: Finished, folder: Path, num_samples: int, repeats: int) -> list[Row]:
+    """Two processes of one thread each, in turns with what would be ideal.
+
+    With a batch for each that is twice one process on one core. With one batch for both it is two trainings of half the
+    batch that have nothing to say to one another: half a batch costs more than half of a step, however it is trained.
     """
     batch = int(finished.phase.settings["batch_size"])
     sides: Mapping[str, list[tuple[str, int, int]]] = {  # name, processes, batch of all of them
+        "core": [("core", 1, batch)],
         "one": [("one", 1, batch)],
-        "shared": [("shared", 2, batch)],
-        "apart": [("left", 1, batch // 2), ("right", 1, batch // 2)],
         "each": [("each", 2, 2 * batch)],
+        "two": [("two0", 1, batch), ("two1", 1, batch)],
+        "shared": [("shared", 2, batch)],
+        "halves": [("half0", 1, batch // 2), ("half1", 1, batch // 2)],
     }
     measured: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(repeats):
@@ -280,36 +295,35 @@ def two_processes(finished: Finished, folder: Path, num_samples: int, repeats: i
                 )
                 for out, (_, num, size) in zip(outs, trainings, strict=True)
             ]
-            codes = [process.wait() for process in [started(command) for command in commands]]
-            assert set(codes) == {0}, commands
+            with on_one_core() if side == "core" else nullcontext():
+                processes = [started(command) for command in commands]
+            assert {process.wait() for process in processes} == {0}, commands
             measured[side].append(sum(rate(out) for out in outs))
 
-    one, shared, apart = (statistics.median(measured[side]) for side in ("one", "shared", "apart"))
-    notes = {
-        "shared": f"{batch // 2} a process; of two trainings of half the batch that know nothing of one another: "
-        f"{shared / apart:.2f}; these, of twice one: {apart / (2 * one):.2f}",
-        "each": f"{batch} a process",
-    }
-    names, rows = {"shared": "one batch for both", "each": "a batch for each"}, []
-    for side, note in notes.items():
-        two = statistics.median(measured[side])
-        ratios = [
-            ours / (2 * peer) for ours, peer in zip(measured[side], measured["one"], strict=True)
-        ]
-        rows.append(
-            Row(
-                f"two processes on two cores, {names[side]}, of twice one",
-                two,
-                2 * one,
-                "img/s",
-                statistics.median(ratios),
-                EFFICIENCY,
-                (min(ratios), max(ratios)),
-                two / apart if side == "shared" else None,
-                note,
-            )
-        )
-    return rows
+    def told(side: str, of: str) -> str:
+        twice = [2 * rate for rate in measured[of]]
+        return f"{faster('', measured[side], twice, '', None).ratio:.2f}"
+
+    twice_one_core = [2 * rate for rate in measured["core"]]
+    return [
+        faster(
+            "two processes on two cores, a batch for each, of twice one core",
+            measured["each"],
+            twice_one_core,
+            "img/s",
+            EFFICIENCY,
+            f"{batch} a process; {told('each', 'one')} of twice one process that may use both cores; two trainings that "
+            f"know nothing of one another: {told('two', 'core')} of twice one core",
+        ),
+        faster(
+            "two processes on two cores, one batch for both, of two trainings of half the batch",
+            measured["shared"],
+            measured["halves"],
+            "img/s",
+            EFFICIENCY,
+            f"{batch // 2} a process; {told('shared', 'core')} of twice one core with the whole batch",
+        ),
+    ]
 
 
 def saving_rows(finished: Finished, folder: Path, what: str, *, quick: bool) -> list[Row]:
