@@ -199,15 +199,20 @@ def test_the_launcher_passes_sigusr1_on_to_all_processes_and_waits_for_them(tmp_
 # --- other processes ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("before", "after", "near"),
+    [(1, 2, True), (2, 1, True), (2, 2, True), (3, 3, True), (2, 2, False), (1, 2, False)],
+)
 def test_another_number_of_processes_goes_on_with_all_that_is_remembered(
-    pretraining, tmp_path, before, after
+    pretraining, tmp_path, before, after, near
 ):
     """Sums of other processes round otherwise: only with as many as before are the bits the same."""
-    training = pretraining(loss=LOSSES["v2"], optim={"lr": 1e-2, "eps": 1e-2}, samples_seen=320)
+    size = {"batch_size": 24, "samples_seen": 480} if before == 3 else {"samples_seen": 320}
+    training = pretraining(loss=LOSSES["v2"], optim={"lr": 1e-2, "eps": 1e-2}, **size)
     out, whole = folder(tmp_path / "out"), folder(tmp_path / "whole")
-    assert -signal.SIGKILL in kill(training.start(out, before), out, 4)
-    weights, expected = training.end(out, after), training.end(whole, before)
+    assert -signal.SIGKILL in kill(training.start(out, before, near=near), out, 4)
+    weights = training.end(out, after, near=near)
+    expected = training.end(whole, before, near=near)
     assert "resumed at step" in (out / "log").read_text()
     ours, theirs = (TrainingState(each / "state", "tag").load() for each in (out, whole))
     assert ours["step"] == theirs["step"] == 19

@@ -29,21 +29,23 @@ class Training:
     settings: dict[str, Any]
     inputs: tuple[Path | None, ...]
 
-    def start(self, folder: Path, num: int = 1, **how: Any) -> list[BaseProcess]:
+    def start(
+        self, folder: Path, num: int = 1, *, near: bool = True, **how: Any
+    ) -> list[BaseProcess]:
         """Begin, or go on, in some processes: state goes to `state`, and the model to `out`.
 
         Args:
             folder: for both.
             num: processes.
+            near: they know that they are on one machine.
             how: `threads` of the loader; `pause`: seconds between saves, 0 after every step, None for no
                 state; `late`: a process that does not see the state; `dies`: see `_die_after`.
         """
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
-        ranks = [
-            {"RANK": rank, "WORLD_SIZE": num, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            for rank in range(num)
-        ]
+        about = {"WORLD_SIZE": num, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        about["LOCAL_WORLD_SIZE"] = num if near else 1
+        ranks = [{"RANK": rank, **about} for rank in range(num)]
         processes: list[BaseProcess] = [
             FORKS.Process(target=_train, args=(self, folder, rank if num > 1 else {}), kwargs=how)
             for rank in ranks
