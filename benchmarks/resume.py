@@ -321,7 +321,8 @@ def two_processes(finished: Finished, folder: Path, num_samples: int, repeats: i
             measured["halves"],
             "img/s",
             EFFICIENCY,
-            f"{batch // 2} a process; {told('shared', 'core')} of twice one core with the whole batch",
+            f"{batch // 2} a process; {told('shared', 'core')} of twice one core with the whole batch, {told('shared', 'one')} of "
+            "twice one process that may use both",
         ),
     ]
 

@@ -122,7 +122,7 @@ def test_different_sizes_are_an_error_and_no_numbers():
         all_do(work)
 
 
-def test_nothing_stays_open_and_nothing_has_a_name(tmp_path):
+def test_nothing_stays_open():
     def opened() -> set[str]:
         folder = f"/proc/{os.getpid()}/fd"
         found = set()
@@ -133,11 +133,10 @@ def test_nothing_stays_open_and_nothing_has_a_name(tmp_path):
                 continue
         return {each for each in found if "clipgraft" in each or each.startswith("pipe:")}
 
-    before, shared = opened(), set(os.listdir("/dev/shm"))
+    before = opened()
     with ends(3) as all_do:
         all_do(lambda rank, end: end.gather(torch.ones(2)))
         assert len(opened() - before) == 6 + 1  # pipes, and the memory, which its map keeps
-        assert set(os.listdir("/dev/shm")) == shared
     assert opened() == before
 
 
@@ -155,7 +154,7 @@ with dist.world() as world:
 """
 
 
-def test_a_killed_process_is_no_wait_for_the_others(tmp_path):
+def test_a_killed_process_is_no_wait_for_the_others():
     """Two real processes, one of which gets a SIGKILL."""
     about = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
     about |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _port(), "CUDA_VISIBLE_DEVICES": ""}

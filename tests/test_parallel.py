@@ -250,6 +250,13 @@ def near(inputs: Inputs, root: Path) -> dict[str, Any]:
     for name, changes in (("short", {}), ("long", {"samples_seen": 2 * BATCH * STEPS})):
         train = functools.partial(inputs.train, "pretrain", changes, root / f"near {name}")
         found[name] = collectives(train)
+    with dist.world() as world:
+        model = torch.nn.Linear(3, 2, bias=False)
+        torch.nn.init.constant_(model.weight, 1.0 + 1e-6 * world.rank)
+        try:
+            in_all_processes(model, world)
+        except RuntimeError as error:
+            found["told"] = str(error)
     return found
 
 
@@ -346,6 +353,11 @@ def test_gloo_carries_nothing_of_a_step_between_processes_that_share_memory(root
     near = torch.load(root / "2 near.pt", weights_only=True)
     assert near["short"] == near["long"]
     assert not any("reduce" in name for name in near["short"])
+
+
+def test_processes_that_share_memory_begin_with_the_same_weights(root):
+    near = torch.load(root / "2 near.pt", weights_only=True)
+    assert near["told"] == "processes of one training begin with different weights"
 
 
 @pytest.mark.parametrize("case", [*SAME, *OTHERS])

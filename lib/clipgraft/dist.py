@@ -36,10 +36,10 @@ class World:
 
 @contextmanager
 def world() -> Iterator[World]:
-    """Join the processes that torchrun started (NCCL on devices, gloo on CPUs); alone without torchrun.
+    """Join the processes that torchrun started (NCCL on devices, gloo on CPUs, on those of one machine memory that they share); alone without torchrun.
 
     They part in good order if all leave together. NCCL would have one that fails alone wait for the others, who wait for it:
-    it leaves without a word, and torchrun ends them.
+    it leaves without a word, and torchrun ends them; where memory is shared they learn it when its process ends.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     has_device = torch.cuda.is_available()
@@ -67,9 +67,9 @@ def world() -> Iterator[World]:
         is_agreed = left.code in (os.EX_OK, os.EX_TEMPFAIL)
         raise
     finally:
-        if _exchange is not None:
-            _exchange.close()
-            _exchange = None
+        ended, _exchange = _exchange, None
+        if is_agreed and ended is not None:
+            ended.close()
         if is_agreed and torch_dist.is_initialized():
             torch_dist.destroy_process_group()
 
@@ -150,6 +150,11 @@ def _sum(value: torch.Tensor) -> torch.Tensor:
     value = value.clone()
     torch_dist.all_reduce(value)
     return value
+
+
+def is_alone() -> bool:
+    """Whether this is the only process."""
+    return not torch_dist.is_initialized()
 
 
 def shares_memory() -> bool:

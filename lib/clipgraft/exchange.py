@@ -1,7 +1,7 @@
 """What processes of one machine tell one another through memory that they share.
 
 On CPUs, gloo carries every number through the loopback network, in threads of its own: of a small model's training with a
-process per core, that is a tenth of the step. Here a process copies what it has to say to memory that all of them map, tells
+process per core, that was a sixth of the step. Here a process copies what it has to say to memory that all of them map, tells
 each of the others by a message through a pipe, and reads what they say once they have told it the same.
 
 Neither has a name: all of it is gone with its processes, however they end. A process that ends closes its pipes, so that
@@ -99,10 +99,14 @@ class Exchange:
         """Sum over processes, in their order: the same bits for all."""
         total_X = torch.empty_like(own_X)
         for piece, said_RX in self._said(own_X):
-            first_X, second_X, *others = said_RX
-            sum_X = torch.add(first_X, second_X, out=total_X[piece])
-            for other_X in others:
-                sum_X += other_X
+            shares = said_RX.tensor_split(len(said_RX), 1)  # each process sums its own, for all
+            share_RS = shares[self._rank]
+            sum_S = share_RS[0] + share_RS[1]
+            for other_S in share_RS[2:]:
+                sum_S += other_S
+            share_RS[self._rank] = sum_S
+            self.hear(self.tell(len(own_X)))
+            torch.cat([each_RS[rank] for rank, each_RS in enumerate(shares)], out=total_X[piece])
         return total_X
 
     def _said(self, own_X: Tensor) -> Iterator[tuple[slice, Tensor]]:

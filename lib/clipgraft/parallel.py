@@ -1,6 +1,6 @@
 """Data parallelism: every process has all weights (DDP), or a share of them (FSDP2).
 
-With `ddp` gradients are averaged once a step. With `fsdp` each process keeps 1/n of weights, gradients and the
+With `ddp` gradients are averaged once a step; by `average_others`, not torch's DDP, where processes share memory. With `fsdp` each process keeps 1/n of weights, gradients and the
 optimizer's moments; a block's weights are gathered when it runs, and its gradients are averaged and scattered. Three
 decisions shape it:
 
@@ -86,15 +86,30 @@ def sharded_modules(model: nn.Module) -> list[Any]:
 
 
 def in_all_processes(model: nn.Module, world: dist.World) -> nn.Module:
-    """What is called in training: the model itself if it is sharded or alone, else in DDP.
+    """What is called in training: the model itself if it is sharded or alone, or processes share memory, else in DDP.
 
     Without a static graph: with one, torch fails in batches of several parts (`no_sync`), and a step is no faster.
     """
-    if world.size == 1 or sharded_modules(model) or dist.shares_memory():
+    if world.size == 1 or sharded_modules(model):
+        return model
+    if dist.shares_memory():
+        _check_same(model)
         return model
     return nn.parallel.DistributedDataParallel(
         model, gradient_as_bucket_view=True, broadcast_buffers=False
     )
+
+
+def _check_same(model: nn.Module) -> None:
+    """What DDP sees to elsewhere: all processes begin with the same weights.
+
+    Raises:
+        RuntimeError: if they do not.
+    """
+    sums_P = torch.stack([p.detach().double().sum() for p in model.parameters()])
+    everyone_RP = dist.gather(sums_P[None])
+    if not torch.equal(everyone_RP, everyone_RP[:1].expand_as(everyone_RP)):
+        raise RuntimeError("processes of one training begin with different weights")
 
 
 @contextmanager
@@ -120,6 +135,8 @@ def average_others(model: nn.Module, projections: nn.Module) -> None:
     Those of projections, and of what belongs to no tower of a sharded model; where processes share memory all gradients,
     and then in one vector, whose views they become.
     """
+    if dist.is_alone():
+        return
     is_sharded = bool(sharded_modules(model))
     alone = model.parameters(recurse=not is_sharded) if is_sharded or dist.shares_memory() else ()
     kinds: dict[torch.dtype, list[nn.Parameter]] = {}

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 BATCH = {"cpu": 64, "cuda": 256}  # on a CPU, what is computed of a batch stays in its cache
 # Bytes of a picture: below, threads that decode at once hold one another up, as most of the work is Python's own.
-SMALL = 3 * 128**2
+SMALL = 3 * 96**2
 SORTED = 16_384  # texts that are put in the order of their length before they become batches
 
 Watch = Callable[[Any], None]  # told of every batch after its forward
@@ -88,18 +88,13 @@ def encode_images(
     num = len(samples)
     how = [preprocess[key] for key in ("size", "resize_mode", "interpolation")]
 
-    take_turns, are_small = threading.Lock(), True
+    take_turns = threading.Lock()
 
     def load(rows: range) -> list[np.ndarray]:
-        nonlocal are_small
-        images, largest = [], 0
-        with take_turns if are_small else nullcontext():
-            for row in rows:
-                pixels = samples.pixels(row)
-                images.append(prepare(pixels, *how))
-                largest = max(largest, pixels.size)
-        are_small = largest < SMALL
-        return images
+        first = samples.pixels(rows[0])
+        with take_turns if first.size < SMALL else nullcontext():
+            others = (samples.pixels(row) for row in rows[1:])
+            return [prepare(pixels, *how) for pixels in (first, *others)]
 
     def encode(images: Sequence[np.ndarray]) -> Tensor:
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)
