@@ -21,9 +21,8 @@ from clipgraft import exchange
 from clipgraft.exchange import Exchange
 
 
-@contextmanager
-def ends(size: int) -> Iterator[Callable[[Callable[[int, Exchange], Any]], list[Any]]]:
-    """A function that lets all ends do something together."""
+def _maker(size: int, patience: float = 60) -> Callable[[int], Exchange]:
+    """What makes the end of a process, if one does so for each together."""
     barrier, said = threading.Barrier(size), [""] * size
 
     def make(rank: int) -> Exchange:
@@ -34,10 +33,18 @@ def ends(size: int) -> Iterator[Callable[[Callable[[int, Exchange], Any]], list[
             barrier.wait(10)
             return all_said
 
-        return Exchange(rank, size, say)
+        return Exchange(rank, size, say, patience)
 
+    return make
+
+
+@contextmanager
+def ends(
+    size: int, patience: float = 60
+) -> Iterator[Callable[[Callable[[int, Exchange], Any]], list[Any]]]:
+    """A function that lets all ends do something together."""
     with ThreadPoolExecutor(size) as pool:
-        made = list(pool.map(make, range(size)))
+        made = list(pool.map(_maker(size, patience), range(size)))
         yield lambda do: list(pool.map(do, range(size), made))
         for each in made:
             if hasattr(each, "_buffers"):  # else it has left
@@ -113,6 +120,17 @@ def test_who_waits_for_one_that_has_left_learns_it():
         assert all_do(work) == ["told", "left", "told"]
 
 
+def test_who_waits_for_one_that_says_nothing_learns_it():
+    def work(rank: int, end: Exchange) -> None:
+        if rank == 0:
+            said = "another process of this training has said nothing for 0.05 s"
+            with pytest.raises(RuntimeError, match=said):
+                end.gather(torch.ones(2))
+
+    with ends(2, patience=0.05) as all_do:
+        all_do(work)
+
+
 def test_different_sizes_are_an_error_and_no_numbers():
     def work(rank: int, end: Exchange) -> None:
         with pytest.raises(RuntimeError, match="processes of one training say different things"):
@@ -122,22 +140,53 @@ def test_different_sizes_are_an_error_and_no_numbers():
         all_do(work)
 
 
-def test_nothing_stays_open():
-    def opened() -> set[str]:
-        folder = f"/proc/{os.getpid()}/fd"
-        found = set()
-        for end in os.listdir(folder):
-            try:
-                found.add(os.readlink(f"{folder}/{end}"))
-            except OSError:
-                continue
-        return {each for each in found if "clipgraft" in each or each.startswith("pipe:")}
+def _opened() -> set[str]:
+    folder = f"/proc/{os.getpid()}/fd"
+    found = set()
+    for end in os.listdir(folder):
+        try:
+            found.add(os.readlink(f"{folder}/{end}"))
+        except OSError:
+            continue
+    return {each for each in found if "clipgraft" in each or each.startswith("pipe:")}
 
-    before = opened()
+
+def test_nothing_stays_open():
+    before = _opened()
     with ends(3) as all_do:
         all_do(lambda rank, end: end.gather(torch.ones(2)))
-        assert len(opened() - before) == 6 + 1  # pipes, and the memory, which its map keeps
-    assert opened() == before
+        assert len(_opened() - before) == 6 + 1  # pipes, and the memory, which its map keeps
+    assert _opened() == before
+
+
+@pytest.mark.parametrize(
+    "name, num_before",
+    [("memfd_create", 0), ("memfd_create", 2), ("pipe", 0), ("pipe", 5), ("open", 0), ("open", 5)],
+)
+def test_what_one_may_not_do_none_does_and_nothing_stays_open(name, num_before, monkeypatch):
+    """As in a container that forbids it: a call of one end fails, after others that work."""
+    before, real, lock, num_calls = _opened(), getattr(os, name), threading.Lock(), 0
+
+    def refuse_one(*how: Any) -> Any:
+        nonlocal num_calls
+        with lock:
+            num_calls += 1
+            if num_calls == num_before + 1:
+                raise PermissionError(1, "Operation not permitted")
+        return real(*how)
+
+    monkeypatch.setattr(os, name, refuse_one)
+    make = _maker(3)
+
+    def why(rank: int) -> str:
+        with pytest.raises(OSError) as caught:
+            make(rank)
+        return str(caught.value)
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(why, range(3))) == ["[Errno 1] Operation not permitted"] * 3
+    assert num_calls > num_before
+    assert _opened() == before
 
 
 TOGETHER = """

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -257,7 +258,30 @@ def near(inputs: Inputs, root: Path) -> dict[str, Any]:
             in_all_processes(model, world)
         except RuntimeError as error:
             found["told"] = str(error)
+    with pytest.MonkeyPatch.context() as patch, _warnings() as warnings:
+        if os.environ["RANK"] == "1":
+            patch.setattr(os, "memfd_create", _refuse)
+        with dist.world() as world:
+            mean = dist.mean(torch.tensor([1.0 + world.rank]))
+            found["refused"] = dist.shares_memory(), mean.tolist(), warnings
     return found
+
+
+def _refuse(name: str) -> int:
+    raise PermissionError(1, "Operation not permitted")
+
+
+@contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """What `dist` warns of meanwhile."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    dist.log.addHandler(handler)
+    try:
+        yield said
+    finally:
+        dist.log.removeHandler(handler)
 
 
 def main(rank: int, inputs: Inputs, root: Path) -> None:
@@ -358,6 +382,14 @@ def test_gloo_carries_nothing_of_a_step_between_processes_that_share_memory(root
 def test_processes_that_share_memory_begin_with_the_same_weights(root):
     near = torch.load(root / "2 near.pt", weights_only=True)
     assert near["told"] == "processes of one training begin with different weights"
+
+
+def test_where_one_may_not_share_memory_all_talk_through_gloo(root):
+    shares_memory, mean, warnings = torch.load(root / "2 near.pt", weights_only=True)["refused"]
+    assert not shares_memory
+    assert mean == [1.5]
+    [warning] = warnings
+    assert "cannot share memory ([Errno 1] Operation not permitted)" in warning
 
 
 @pytest.mark.parametrize("case", [*SAME, *OTHERS])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ import torch.distributed as torch_dist
 
 from clipgraft.exchange import Exchange
 from clipgraft.orphan import NOTHING_TO_DO
+
+log = logging.getLogger(__name__)
 
 PATIENCE = timedelta(hours=2)  # with a process that writes a large state to a slow disk
 
@@ -56,7 +59,11 @@ def world() -> Iterator[World]:
         torch_dist.init_process_group(backend, timeout=PATIENCE)
     global _exchange
     if size > 1 and not has_device and _are_neighbours(size):
-        _exchange = Exchange(rank, size, _said)
+        try:
+            _exchange = Exchange(rank, size, _said, PATIENCE.total_seconds())
+        except OSError as error:  # a container that forbids it, say
+            if rank == 0:
+                log.warning("processes cannot share memory (%s): they talk through gloo, slower", error)  # fmt: skip
     is_agreed = False
     try:
         if said_by_first(os.environ.get(NOTHING_TO_DO, "")):

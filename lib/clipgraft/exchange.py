@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import select
 import struct
 from collections.abc import Callable, Iterator
 
@@ -22,38 +23,76 @@ from torch import Tensor
 BUFFER = 2**23  # bytes that a process may say at once
 _MESSAGE = struct.Struct("qq")  # which of all messages, a number
 _ENDED = "another process of this training has ended"
+_SILENT = "another process of this training has said nothing"
 
 
 class Exchange:
     """This process's end, among all of its machine."""
 
-    def __init__(self, rank: int, size: int, say: Callable[[str], list[str]]) -> None:
+    def __init__(
+        self, rank: int, size: int, say: Callable[[str], list[str]], patience: float
+    ) -> None:
         """Map the memory and open the pipes; all processes together.
 
         Args:
             rank: of this process.
             size: number of processes.
             say: tells all processes a text, and returns what each of them has told.
+            patience: seconds that another process may say nothing.
+
+        Raises:
+            OSError: in all of them, if one may not do it; says why.
         """
-        self._rank, self._num_told, self._num_filled = rank, 0, 0
-        others = [other for other in range(size) if other != rank]
-        own = {other: os.pipe() for other in others}  # read end, write end
-        memory = os.memfd_create("clipgraft")  # the first process's is used
-        os.ftruncate(memory, 2 * size * BUFFER)
-        ends = [own[other][1] if other in own else memory for other in range(size)]
-        paths = [text.split() for text in say(" ".join(map(_path, ends)))]
-        self._heard = [(read, dict[int, int]()) for read, _ in own.values()]
-        self._tell = [os.open(paths[other][rank], os.O_WRONLY) for other in others]
-        shared = os.open(paths[0][0], os.O_RDWR)
-        bytes_X = torch.frombuffer(mmap.mmap(shared, 2 * size * BUFFER), dtype=torch.uint8)
-        self._buffers = bytes_X.view(2, size, BUFFER)
-        say("")  # all have opened what they need
-        for end in (memory, shared, *(write for _, write in own.values())):
+        self._rank, self._patience = rank, patience
+        self._num_told, self._num_filled = 0, 0
+        self._heard: list[_Ear] = []
+        self._tell: list[int] = []
+        self._buffers = torch.empty(0)
+        shown: list[int] = []  # to be opened by others
+        trouble = self._show(shown, size)
+        paths_RR = [text.split() for text in say(" ".join(map(_path, shown)))]
+        trouble = trouble or self._take(paths_RR)
+        troubles = list(filter(None, say(trouble)))  # by now all have opened what they need
+        for end in shown:
             os.close(end)
+        if troubles:
+            self.close()
+            raise OSError(troubles[0])
+
+    def _show(self, shown: list[int], size: int) -> str:
+        """Make one end for each process, in `shown`: pipes, and in its own place memory. Returns what went wrong."""
+        try:
+            for other in range(size):
+                if other == self._rank:
+                    shown.append(os.memfd_create("clipgraft"))  # the first process's is used
+                    os.ftruncate(shown[-1], 2 * size * BUFFER)
+                else:
+                    read, write = os.pipe()
+                    shown.append(write)
+                    self._heard.append(_Ear(read))
+        except OSError as error:
+            return str(error)
+        return ""
+
+    def _take(self, paths_RR: list[list[str]]) -> str:
+        """Open what the others have made for this process. Returns what went wrong."""
+        size = len(paths_RR)
+        try:
+            for other, paths in enumerate(paths_RR):
+                if other != self._rank:
+                    self._tell.append(os.open(paths[self._rank], os.O_WRONLY))
+            with open(paths_RR[0][0], "r+b") as memory:
+                mapped = mmap.mmap(memory.fileno(), 2 * size * BUFFER)
+        except OSError as error:
+            return str(error)
+        except IndexError:  # one that could not make its ends says so itself
+            return ""
+        self._buffers = torch.frombuffer(mapped, dtype=torch.uint8).view(2, size, BUFFER)
+        return ""
 
     def close(self) -> None:
         """Leave; who still waits for this process learns that it has ended."""
-        for each in (*self._tell, *(read for read, _ in self._heard)):
+        for each in (*self._tell, *(ear.end for ear in self._heard)):
             os.close(each)
         del self._buffers  # unmapped when nobody reads from them
 
@@ -75,17 +114,19 @@ class Exchange:
         """The numbers that the others told with a message; waits for them.
 
         Raises:
-            RuntimeError: if one of them has ended.
+            RuntimeError: if one of them has ended, or says nothing.
         """
         numbers = []
-        for end, heard in self._heard:
-            while message not in heard:
-                told = os.read(end, _MESSAGE.size)
+        for ear in self._heard:
+            while message not in ear.heard:
+                if not ear.poll.poll(1000 * self._patience):
+                    raise RuntimeError(f"{_SILENT} for {self._patience:g} s")
+                told = os.read(ear.end, _MESSAGE.size)
                 if not told:
                     raise RuntimeError(_ENDED)
                 which, number = _MESSAGE.unpack(told)
-                heard[which] = number
-            numbers.append(heard.pop(message))
+                ear.heard[which] = number
+            numbers.append(ear.heard.pop(message))
         return numbers
 
     def gather(self, local_BD: Tensor) -> Tensor:
@@ -125,6 +166,16 @@ class Exchange:
             if any(other != num for other in self.hear(self.tell(num))):
                 raise RuntimeError("processes of one training say different things")
             yield piece, said_RX
+
+
+class _Ear:
+    """A pipe that another process tells its messages through, and those that nobody has asked for yet."""
+
+    def __init__(self, end: int) -> None:
+        """Of the end that is read."""
+        self.end, self.heard = end, dict[int, int]()
+        self.poll = select.poll()
+        self.poll.register(end, select.POLLIN)
 
 
 def _path(end: int) -> str:
