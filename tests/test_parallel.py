@@ -373,6 +373,14 @@ def test_processes_that_share_memory_have_the_gradients_of_one(found, root, case
         assert_same_steps(near[f"fsdp {case}"], found[1][case], rel)
 
 
+@pytest.mark.parametrize("case", EXACT)
+def test_two_processes_have_the_same_bits_whether_they_share_memory_or_a_network(found, root, case):
+    near = torch.load(root / "2 near.pt", weights_only=True)[case]
+    for our, their in zip(near, found[2][case], strict=True):
+        for one, other in zip(our, their, strict=True):
+            assert torch.equal(one, other)
+
+
 def test_gloo_carries_nothing_of_a_step_between_processes_that_share_memory(root):
     near = torch.load(root / "2 near.pt", weights_only=True)
     assert near["short"] == near["long"]
