@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from clipgraft import exchange
+from clipgraft.config import ConfigError
 from clipgraft.exchange import Exchange
 
 
@@ -111,7 +112,7 @@ def test_who_waits_for_one_that_has_left_learns_it():
         if rank == 1:
             end.close()
             return "left"
-        with pytest.raises(RuntimeError, match="another process of this training has ended"):
+        with pytest.raises(ConfigError, match="another process of this training has ended"):
             for _ in range(2):
                 end.gather(torch.ones(2))
         return "told"

@@ -349,16 +349,20 @@ def test_a_training_that_was_asked_to_leave_while_it_was_imported_saves_and_leav
 
 # One of two processes fails, and the end of a group waits for the others, as NCCL's does.
 FAILS_ALONE = '''"""Fail in one of several processes."""
+import logging
 import time
 import torch.distributed as torch_dist
 from clipgraft import dist
 from clipgraft.config import ConfigError
 from clipgraft.job import Job
 
+log = logging.getLogger("clipgraft.fails")
 torch_dist.destroy_process_group = lambda: time.sleep(600)
 
 def main(job):
     with dist.world() as world:
+        log.info("all begin")
+        log.warning("all are warned by %d", world.rank)
         if world.rank == 1:
             raise ConfigError("picture 5 is damaged")
         dist.barrier()
@@ -372,10 +376,54 @@ def test_one_process_that_fails_says_why_and_ends_all(tmp_path):
     script = tmp_path / "fails.py"
     script.write_text(FAILS_ALONE)
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--", str(script)]
-    words += ["--settings", "{}", "--out", str(tmp_path / "out")]
+    words += ["--settings", "{}", "--out", str(tmp_path / "out"), "--log", str(tmp_path / "log")]
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=180)
     assert done.returncode == 1
-    assert "error: picture 5 is damaged" in done.stderr
+    logged = (tmp_path / "log").read_text()  # all that is shown of a job on a cluster
+    for said in (done.stderr, logged):
+        assert said.count("error: picture 5 is damaged") == 1
+    assert "all begin" in logged and "warned by 0" in logged
+    assert "warned by 1" in done.stderr and "warned by 1" not in logged
+
+
+# Workers say when they are there, and wait a moment before they become jobs.
+STARTS_LATE = '''"""Be a worker of torchrun."""
+import os, sys, time
+from pathlib import Path
+(Path(sys.argv[1]) / str(os.getpid())).touch()
+time.sleep(1.0)
+from clipgraft.orphan import leave_with_parents
+leave_with_parents()
+time.sleep(60)
+'''
+
+
+def test_workers_leave_though_torchrun_was_killed_before_they_looked_for_it(tmp_path):
+    (tmp_path / "late.py").write_text(STARTS_LATE)
+    (tmp_path / "there").mkdir()
+    words = ["-m", "clipgraft.launch", "--nodes", "2", "--", "late.py", "there"]
+    with (tmp_path / "log").open("w") as log:
+        launched = subprocess.Popen([sys.executable, *words], cwd=tmp_path, stdout=log, stderr=log)
+    try:
+        workers = []
+        while len(workers) < 2:
+            assert launched.poll() is None, (tmp_path / "log").read_text()
+            workers = [int(path.name) for path in (tmp_path / "there").iterdir()]
+            time.sleep(0.01)
+    finally:
+        launched.kill()
+        launched.wait()
+    deadline = time.monotonic() + 30
+    while any(map(_is_alive, workers)):
+        assert time.monotonic() < deadline, "orphans"
+        time.sleep(0.1)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_a_share_of_the_work_has_the_same_words_for_a_full_disk(tmp_path):

@@ -20,9 +20,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from clipgraft.config import ConfigError
+
 BUFFER = 2**23  # bytes that a process may say at once
 _MESSAGE = struct.Struct("qq")  # which of all messages, a number
-_ENDED = "another process of this training has ended"
+_ENDED = "another process of this training has ended; what it said last tells why"
 _SILENT = "another process of this training has said nothing"
 
 
@@ -107,14 +109,15 @@ class Exchange:
             try:
                 os.write(end, _MESSAGE.pack(message, number))
             except BrokenPipeError:
-                raise RuntimeError(_ENDED) from None
+                raise ConfigError(_ENDED) from None
         return message
 
     def hear(self, message: int) -> list[int]:
         """The numbers that the others told with a message; waits for them.
 
         Raises:
-            RuntimeError: if one of them has ended, or says nothing.
+            ConfigError: if one of them has ended.
+            RuntimeError: if one says nothing.
         """
         numbers = []
         for ear in self._heard:
@@ -123,7 +126,7 @@ class Exchange:
                     raise RuntimeError(f"{_SILENT} for {self._patience:g} s")
                 told = os.read(ear.end, _MESSAGE.size)
                 if not told:
-                    raise RuntimeError(_ENDED)
+                    raise ConfigError(_ENDED)
                 which, number = _MESSAGE.unpack(told)
                 ear.heard[which] = number
             numbers.append(ear.heard.pop(message))

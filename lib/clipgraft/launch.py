@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import IO
 
 from clipgraft.lock import try_lock
-from clipgraft.orphan import is_on_slurm, leave_with_parents
+from clipgraft.orphan import TORCHRUN, is_on_slurm, leave_with_parents
 
 # `--`: torchrun would take the script's `--log` for an abbreviation of its own options.
 NODE_SCRIPT = (
+    f"export {TORCHRUN}=$$; "
     'exec "$PYTHON" -m torch.distributed.run --nnodes="$SLURM_NNODES" --node-rank="$SLURM_NODEID" --nproc-per-node="$0" '
     '--master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" -- "$@"'
 )
@@ -82,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:  # the processes that SLURM would start
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         command = local_command(given.nodes, given.command)
+    os.environ[TORCHRUN] = str(os.getpid())  # which it stays, as all that follows here
     os.execvp(command[0], command)
 
 

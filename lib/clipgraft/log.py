@@ -21,7 +21,7 @@ class _Harmless(logging.Formatter):
 
 
 def set_up(name: str, file: Path | None = None) -> None:
-    """Log to stderr and, on the first process, to `file`; uncaught exceptions land in both.
+    """Log to stderr and to `file`, of processes beside the first errors alone; uncaught exceptions land in both.
 
     Args:
         name: what the lines begin with, e.g. `finetune_expert/2`.
@@ -29,9 +29,12 @@ def set_up(name: str, file: Path | None = None) -> None:
     """
     is_first = os.environ.get("RANK", "0") == "0"
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
-    if file is not None and is_first:
+    if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(file, mode="w"))
+        if is_first:
+            file.open("w").close()
+        handlers.append(logging.FileHandler(file, mode="a", delay=not is_first))
+        handlers[-1].setLevel(logging.INFO if is_first else logging.ERROR)
     for handler in handlers:
         handler.setFormatter(_Harmless(f"[{name}] %(message)s"))
     logging.basicConfig(

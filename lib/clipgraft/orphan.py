@@ -18,6 +18,7 @@ from pathlib import Path
 
 SNAKEMAKE = "CLIPGRAFT_SNAKEMAKE"  # where the main Snakemake is, and its number there
 HERE = "CLIPGRAFT_HERE"  # set where jobs run on the machine of their Snakemake
+TORCHRUN = "CLIPGRAFT_TORCHRUN"  # the number of the torchrun that the launcher became, for its workers
 NOTHING_TO_DO = "CLIPGRAFT_NOTHING_TO_DO"  # of several processes, the first is told
 SECONDS_TO_SAVE = 300
 SECONDS_TO_ASK_AGAIN = 30.0  # where the first time was swallowed
@@ -58,8 +59,8 @@ def was_asked() -> bool:
 def leave_with_parents() -> None:
     """From here on, the end of Snakemake or torchrun is SIGTERM to this process: training saves and leaves."""
     parents = _snakemake()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        parents.append(os.getppid())
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a parent that has ended already is another one
+        parents.append(int(os.environ.get(TORCHRUN, os.getppid())))
     if parents:
         leave_with(parents, _save_and_leave)
 

@@ -177,3 +177,13 @@ def test_experts_have_one_batch_at_a_time(tiny_config):
 
 def test_many_threads_have_small_batches():
     assert [own_batch(threads) for threads in (1, 2, 8, 16, 64)] == [48, 48, 48, 24, 8]
+
+
+def test_a_picture_too_narrow_for_the_model_is_named():
+    buffer = io.BytesIO()
+    Image.new("RGB", (1, 65_000)).save(buffer, "PNG")
+    narrow = Pictures(["narrow"], lambda _: buffer.getvalue())
+    config = {"size": 224, "resize_mode": "shortest", "interpolation": "bicubic"}
+    told = "picture 0 of the data set cannot be shown to the model: too many pixels: 1 x 65000 at 224"
+    with pytest.raises(ConfigError, match=told):
+        encode_images(nn.Identity(), config, narrow, CPU, 1)

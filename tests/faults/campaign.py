@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -135,14 +136,21 @@ def is_stopped(pid: int) -> bool:
 
 
 def bits(results: Path) -> dict[str, str]:
-    """What no kill may change, by path: sha256 of all outputs as the manifests have it; of a series, what `_lasting` says."""
-    return {
-        str((path.parent / name).relative_to(results)): _lasting(path.parent / name)
-        if name.endswith("metrics.jsonl")
-        else about["sha256"]
-        for path in sorted(results.glob("*/*/manifest.json"))
-        for name, about in json.loads(path.read_text())["outputs"].items()
-    }
+    """What no kill may change, by path: sha256 of all outputs as they are on the disk; of a series, what `_lasting` says.
+
+    Raises:
+        AssertionError: if a file is not what its manifest says.
+    """
+    found = {}
+    for manifest in sorted(results.glob("*/*/manifest.json")):
+        for name, about in json.loads(manifest.read_text())["outputs"].items():
+            path = manifest.parent / name
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            assert digest == about["sha256"], f"{path} is not what its manifest says"
+            is_series = name.endswith("metrics.jsonl")
+            found[str(path.relative_to(results))] = _lasting(path) if is_series else digest
+    return found
 
 
 def _lasting(series: Path) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from campaign import bits
 
-from clipgraft import integrity
+from clipgraft import integrity, provenance
 from clipgraft.checkpoint import read_weights
 from clipgraft.config import ConfigError
 from clipgraft.data.samples import Samples
@@ -252,16 +252,16 @@ def test_a_manifest_from_the_future_comes_to_the_present_and_others_stay(tmp_pat
 def test_two_runs_differ_in_any_output_but_not_in_the_times_of_a_training(tmp_path):
     folder = tmp_path / "evaluate/0123abcd"
     folder.mkdir(parents=True)
-    outputs = {name: {"sha256": name} for name in ("result.json", "answers.parquet", "page.html")}
+    outputs = {name: name for name in ("result.json", "answers.parquet", "page.html")}
     watch = {"step": 2, "seconds": 0.5, "watch": {"mean_R@1": 0.25}}
     row = {"step": 4, "seconds": 0.9, "lr": 0.1, "tau": 0.07, "loss": 1.5}
-    series = folder / "metrics.jsonl"
 
     def found(*rows: dict, **others: str) -> dict[str, str]:
-        about = outputs | {"metrics.jsonl": {"sha256": str(rows)}}
-        about |= {name: {"sha256": value} for name, value in others.items()}
-        (folder / "manifest.json").write_text(json.dumps({"outputs": about}))
-        series.write_text("".join(json.dumps(each) + "\n" for each in rows))
+        series = "".join(json.dumps(each) + "\n" for each in rows)
+        for name, text in (outputs | others | {"metrics.jsonl": series}).items():
+            (folder / name).write_text(text)
+        about = {"outputs": provenance.describe_outputs(folder)}
+        (folder / "manifest.json").write_text(json.dumps(about))
         return bits(tmp_path)
 
     before = found(watch, row)
@@ -271,3 +271,7 @@ def test_two_runs_differ_in_any_output_but_not_in_the_times_of_a_training(tmp_pa
     assert found(watch, row | {"tau": 0.08}) != before
     for name in outputs:
         assert found(watch, row, **{name: "other"}) != before
+    assert found(watch, row) == before
+    (folder / "page.html").write_text("page.htmk")  # of the same size
+    with pytest.raises(AssertionError, match=r"page\.html is not what its manifest says"):
+        bits(tmp_path)

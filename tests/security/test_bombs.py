@@ -79,6 +79,25 @@ def test_pictures_that_claim_to_be_huge_are_refused_by_every_way_in(bomb, tmp_pa
     assert attacked(WAYS_IN, str(tmp_path / "bomb")).split("\n")[:3] == ["too many pixels"] * 3
 
 
+NARROW = """
+from clipgraft.data.images import BadImage, decode, prepare
+# --
+pixels = decode(Path(sys.argv[1]).read_bytes())
+try: prepare(pixels, 224, "shortest", "bicubic")
+except BadImage as error: print(error)
+print(prepare(pixels, 224, "squash", "bicubic").shape)
+"""
+
+
+def test_a_picture_so_narrow_that_it_would_grow_huge_is_refused(tmp_path):
+    """Of 65,000 pixels, in 205 bytes: as wide as a model wants it, it would be 14 million high."""
+    from PIL import Image
+
+    Image.new("RGB", (1, 65_000)).save(tmp_path / "narrow.png")
+    said = attacked(NARROW, str(tmp_path / "narrow.png")).splitlines()
+    assert said == ["too many pixels: 1 x 65000 at 224 pixels a side", "(224, 224, 3)"]
+
+
 def test_no_setting_lets_in_more_than_the_limit():
     from clipgraft.settings import IndexSettings
 
@@ -150,6 +169,45 @@ def test_parquet_that_unpacks_to_gigabytes_is_refused(tmp_path):
     assert max(Path(name).stat().st_size for name in names) < 2**20
     said = attacked(TABLE, *names).splitlines()
     assert ["of a decompression bomb" in line for line in said] == [True] * 2, said
+
+
+def claimed(path: Path, size: int) -> None:
+    """Have a parquet file say that all of its parts unpack to so many bytes; its own numbers become longer ones of less."""
+    about = pq.ParquetFile(path).metadata
+    groups = [about.row_group(number) for number in range(about.num_row_groups)]
+    columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+    numbers = {group.total_byte_size for group in groups}
+    numbers |= {column.total_uncompressed_size for column in columns}
+    data = path.read_bytes()
+    start = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    footer = data[start:]
+    for number in filter(lambda number: number > 2**20, numbers):
+        honest = varint(2 * number)  # of Thrift, whose sign is the last bit
+        assert honest in footer
+        footer = footer.replace(honest, varint(2 * size, len(honest)))
+    path.write_bytes(data[:start] + footer)
+
+
+def varint(number: int, length: int = 0) -> bytes:
+    parts = []
+    while number or len(parts) < length or not parts:
+        parts.append(number & 0x7F | 0x80)
+        number >>= 7
+    parts[-1] &= 0x7F
+    return bytes(parts)
+
+
+def test_parquet_that_lies_about_what_it_unpacks_to_is_refused(tmp_path):
+    schema = pa.schema({"url": pa.string(), "caption": pa.string()})
+    long = pa.table([pa.array(["a" * 2**27]), pa.array(["x"])], schema=schema)  # 128 MB
+    path = tmp_path / "text.parquet"
+    with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=False) as writer:
+        for _ in range(20):
+            writer.write_table(long)
+    claimed(path, 1000)
+    groups = pq.ParquetFile(path).metadata
+    assert sum(groups.row_group(number).total_byte_size for number in range(20)) < 2**20
+    assert "of a decompression bomb" in attacked(TABLE, str(path))
 
 
 def test_an_honest_packed_table_is_read_whole(tmp_path):

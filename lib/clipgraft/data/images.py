@@ -159,6 +159,8 @@ def prepare(pixels: np.ndarray, size: int, resize_mode: str, interpolation: str)
 
     Returns:
         uint8 [size, size, 3].
+    Raises:
+        BadImage: if it is so narrow that its whole length at that size would be too many pixels.
     """
     height, width = pixels.shape[:2]
     if resize_mode == "squash":
@@ -167,6 +169,8 @@ def prepare(pixels: np.ndarray, size: int, resize_mode: str, interpolation: str)
         assert resize_mode == "shortest", resize_mode
         short = min(width, height)
         target = (int(size * width / short), int(size * height / short))
+        if target[0] * target[1] > MAX_MEGAPIXELS * 1e6:
+            raise BadImage("too many pixels", f"{width} x {height} at {size} pixels a side")
     image = Image.fromarray(pixels).resize(target, Image.Resampling[interpolation.upper()])
     left, top = (round((side - size) / 2) for side in target)
     return np.asarray(image)[top : top + size, left : left + size]

@@ -216,16 +216,15 @@ class Captions:
 
 
 def read_columns(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Columns of one file, or all; `pq.read_table` would import pandas first, a quarter of a second for each job."""
+    """Columns of one file, or all, in chunks of `ROWS`.
+
+    `pq.read_table` would import pandas first, a quarter of a second for each job, and `ParquetFile.read` makes lists one
+    array, if it can.
+    """
     with pq.ParquetFile(path) as file:
-        return read_whole(file, columns)
-
-
-def read_whole(file: pq.ParquetFile, columns: Sequence[str] | None = None) -> pa.Table:
-    """Columns of an open file, or all, in chunks of `ROWS`; `ParquetFile.read` makes lists one array, if it can."""
-    fields = [field for field in file.schema_arrow if columns is None or field.name in columns]
-    schema = pa.schema(fields, file.schema_arrow.metadata)
-    return pa.Table.from_batches(file.iter_batches(ROWS, columns=columns), schema)
+        fields = [field for field in file.schema_arrow if columns is None or field.name in columns]
+        schema = pa.schema(fields, file.schema_arrow.metadata)
+        return pa.Table.from_batches(file.iter_batches(ROWS, columns=columns), schema)
 
 
 def picture_sizes(index_folder: Path) -> np.ndarray:

@@ -16,6 +16,7 @@ from clipgraft.config import ConfigError
 
 MOST_TIMES = 200
 _LEAST = 8  # bytes of a row in memory
+_ROWS = 4096  # that are unpacked before they are counted
 FREE = 256 * 2**20  # bytes; what becomes no larger than this is no danger however it is packed
 
 
@@ -38,7 +39,7 @@ def check_growth(name: str, packed: int, unpacked: int) -> None:
 
 
 def open_parquet(file: BinaryIO, name: str) -> pq.ParquetFile:
-    """A parquet file whose own account of its size is no danger; it is not believed for less.
+    """A parquet file whose own account of its size is no danger, if it is believed.
 
     Raises:
         ConfigError: if it is a decompression bomb.
@@ -51,6 +52,23 @@ def open_parquet(file: BinaryIO, name: str) -> pq.ParquetFile:
     check_growth(name, size, sum(group.total_byte_size for group in groups))
     check_growth(name, size, _LEAST * about.num_rows)  # equal ones take no room in the file
     return table
+
+
+def read_parquet(file: BinaryIO, name: str) -> pa.Table:
+    """All of a parquet file, counted as it unpacks: a bomb says of itself that it is small.
+
+    Raises:
+        ConfigError: if it is a decompression bomb.
+        ArrowException: if it is no parquet file.
+    """
+    table = open_parquet(file, name)
+    size, unpacked, batches = file.seek(0, io.SEEK_END), 0, []
+    for group in range(table.num_row_groups):  # or one batch could be of all groups
+        for batch in table.iter_batches(_ROWS, row_groups=[group]):
+            unpacked += batch.nbytes
+            check_growth(name, size, unpacked)
+            batches.append(batch)
+    return pa.Table.from_batches(batches, table.schema_arrow)
 
 
 class Unpacked(io.RawIOBase):

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipgraft.config import ConfigError
-from clipgraft.data.images import prepare
+from clipgraft.data.images import BadImage, prepare
 from clipgraft.data.tokens import Tokenizer
 from clipgraft.devices import float32_products
 from clipgraft.evaluation.rows import Rows, collect
@@ -94,7 +95,10 @@ def encode_images(
         first = samples.pixels(rows[0])
         with take_turns if first.size < SMALL else nullcontext():
             others = (samples.pixels(row) for row in rows[1:])
-            return [prepare(pixels, *how) for pixels in (first, *others)]
+            return [
+                _prepared(pixels, row, how)
+                for row, pixels in zip(rows, chain([first], others), strict=True)
+            ]
 
     def encode(images: Sequence[np.ndarray]) -> Tensor:
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)
@@ -192,6 +196,13 @@ def true_float32() -> Iterator[None]:
     # cuDNN rounds convolutions (the patch embedding) to TF32 unless told otherwise.
     with float32_products(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
+
+
+def _prepared(pixels: np.ndarray, row: int, how: Sequence[Any]) -> np.ndarray:
+    try:
+        return prepare(pixels, *how)
+    except BadImage as error:
+        raise ConfigError(f"picture {row} of the data set cannot be shown to the model: {error}") from None  # fmt: skip
 
 
 def _takes_many(model: nn.Module, device: torch.device) -> bool:

@@ -269,9 +269,9 @@ def _look(
     classes = Classes(names, [template]) if names else None
     try:
         pixels = decode(picture.read_bytes())
+        answer = explorer.look(model, data, pixels, NUM_CAPTIONS, labels, classes)
     except BadImage as error:  # in place of the answers, which would be those of another picture
         return "", f"<p role='alert'>This picture cannot be read: {escape(str(error))}</p>", ""
-    answer = explorer.look(model, data, pixels, NUM_CAPTIONS, labels, classes)
     return (
         show_captions(answer.captions),
         show_classes(answer.classes),

@@ -20,8 +20,7 @@ import pyarrow.csv
 from clipgraft.config import ConfigError
 from clipgraft.data.outcomes import texts_of
 from clipgraft.data.remote import expand, is_remote, open_file
-from clipgraft.data.samples import read_whole
-from clipgraft.data.unpacked import open_parquet
+from clipgraft.data.unpacked import read_parquet
 from clipgraft.data.utf8 import clean, clean_bytes, clean_table, is_utf8
 from clipgraft.sources import UrlSource
 
@@ -92,7 +91,7 @@ def _read_file(name: str, source: UrlSource, bad: list[str]) -> pa.Table:
         with open_file(name, packing) as file:
             if kind == "parquet":
                 whole = io.BytesIO(file.read()) if packing else file  # it is read from its end
-                return clean_table(read_whole(open_parquet(whole, name)))
+                return clean_table(read_parquet(whole, name))
             if kind in ("csv", "tsv"):
                 return _read_lines(file, kind, source.columns, bad)
             return _read_json_lines(file, name, source, bad)

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from clipgraft.config import ConfigError
-from clipgraft.data.unpacked import open_parquet
+from clipgraft.data.unpacked import read_parquet
 
 _CACHE, _DOWNLOADS = "hf_cache", "downloads"
 
@@ -48,7 +48,7 @@ def read_table(files: Sequence[Path], columns: Sequence[str]) -> pa.Table:
 
 def _read_parquet(path: Path) -> pa.Table:
     with path.open("rb") as file:
-        return open_parquet(file, str(path)).read()
+        return read_parquet(file, str(path))
 
 
 def _read_arrow(path: Path) -> pa.Table:
