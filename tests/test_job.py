@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -434,6 +435,19 @@ def test_a_share_of_the_work_has_the_same_words_for_a_full_disk(tmp_path):
         job.part(),
     ):
         raise full
+
+
+def test_a_full_temporary_folder_is_no_full_results(tmp_path, monkeypatch):
+    """As of the table of u, which has its room reserved there."""
+    for name in ("results", "tmp"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    job = Job("pretrain", "pretrain/0", {}, {}, tmp_path / "results", 1, "")
+    told = r"tmp: no space left on device .* Hint: set TMPDIR to a folder on a larger disk"
+    for folder, wanted in (("tmp", told), ("results", "Hint: free some room")):
+        full = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / folder))
+        with pytest.raises(ConfigError, match=wanted), job.part():
+            raise full
 
 
 def test_a_disk_without_locks_is_named(tmp_path, monkeypatch):

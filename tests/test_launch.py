@@ -17,6 +17,7 @@ from clipgraft.launch import (
     SECONDS_TO_SAVE,
     end_twins,
     is_slurm_allocation,
+    lease,
     lease_folder,
     lease_wish,
     local_command,
@@ -141,6 +142,12 @@ def test_allocations_of_slurm_that_each_count_from_0_do_not_wait_for_one_another
     one = lease_folder()
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     assert len({alone, one, lease_folder()}) == 3
+
+
+def test_a_share_of_a_device_whose_name_has_slashes_is_leased(tmp_path):
+    shares = ["MIG-GPU-5a/1/0", "MIG-GPU-5a/2/0"]
+    assert lease(shares, 2, tmp_path / "locks") == shares
+    assert len(list((tmp_path / "locks").iterdir())) == 2
 
 
 def test_several_devices_mean_one_process_each():

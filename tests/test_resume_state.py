@@ -104,7 +104,40 @@ def test_state_of_another_tag_is_not_used_and_said_so(tmp_path, caplog):
     assert "starting afresh" in caplog.text
     new.save(state_of(3))
     assert new.load()["step"] == 3
-    assert len(generations(tmp_path)) == 1
+
+
+def test_who_takes_a_change_back_goes_on_from_where_it_was(tmp_path):
+    """Of code that was edited while it trained, say; older ones make room."""
+    for number, tag in enumerate(["oldest", "old"]):
+        state = TrainingState(tmp_path, tag)
+        for step in (40 + number, 50 + number):
+            state.save(state_of(step))
+        state.close()
+    assert len(generations(tmp_path)) == 3
+    new = TrainingState(tmp_path, "new")
+    for step in (3, 4, 5):
+        new.save(state_of(step))
+        assert len(generations(tmp_path)) == (2 if step == 3 else 3)
+    new.close()
+    back = TrainingState(tmp_path, "old")
+    assert back.load()["step"] == 51
+    back.close()
+    assert TrainingState(tmp_path, "oldest").load() is None
+
+
+@pytest.mark.parametrize("length", [0, 100, -100])
+def test_who_is_shown_a_part_of_the_state_that_the_first_process_found_says_so(
+    length, tmp_path, monkeypatch, caplog
+):
+    first = TrainingState(tmp_path, "tag")
+    first.save(state_of(7))
+    [path] = generations(tmp_path)
+    path.write_bytes(path.read_bytes()[:length])
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(dist, "said_by_first", lambda _: path.name)
+    with caplog.at_level(logging.WARNING):
+        assert TrainingState(tmp_path, "tag").load() is None
+    assert "cannot be read, not used" in caplog.text
 
 
 def test_two_trainers_never_share_a_folder(tmp_path):

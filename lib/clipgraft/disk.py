@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,10 +44,17 @@ def is_disk_full(error: Exception, out: Path) -> bool:
 
 
 def _disk_full(error: OSError | RuntimeError, out: Path) -> str:
-    where = getattr(error, "filename", None) or out
+    where = Path(getattr(error, "filename", None) or out)
+    temporary = Path(tempfile.gettempdir()).resolve()
+    is_temporary = where.resolve().is_relative_to(temporary)
+    if is_temporary and not where.resolve().is_relative_to(out.resolve()):
+        disk, hint = where, "set TMPDIR to a folder on a larger disk"
+    else:
+        disk = out
+        hint = "free some room (`python -m clipgraft.runs unused` lists versions that no run uses)"
     return (
-        f"{where}: no space left on device ({_free_bytes(out) / 2**20:,.0f} MB free). Nothing of this job was kept. "
-        "Hint: free some room (`python -m clipgraft.runs unused` lists versions that no run uses), then run snakemake again"
+        f"{where}: no space left on device ({_free_bytes(disk) / 2**20:,.0f} MB free). No outputs of this job were kept. "
+        f"Hint: {hint}, then run snakemake again"
     )
 
 

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import IO
+from urllib.parse import quote
 
 from clipgraft.lock import try_lock
 from clipgraft.orphan import TORCHRUN, is_on_slurm, leave_with_parents
@@ -283,7 +284,9 @@ def lease(devices: Sequence[str], count: int, folder: Path, poll_seconds: float 
     told = False
     while True:
         held = [
-            (device, file) for device in devices if (file := try_lock(folder / f"gpu{device}.lock"))
+            (device, file)
+            for device in devices
+            if (file := try_lock(folder / f"gpu{quote(device, safe='')}.lock"))  # MIG-GPU-.../1/0
         ]
         if len(held) >= count:
             for _, file in held[count:]:

@@ -18,7 +18,9 @@ from pathlib import Path
 
 SNAKEMAKE = "CLIPGRAFT_SNAKEMAKE"  # where the main Snakemake is, and its number there
 HERE = "CLIPGRAFT_HERE"  # set where jobs run on the machine of their Snakemake
-TORCHRUN = "CLIPGRAFT_TORCHRUN"  # the number of the torchrun that the launcher became, for its workers
+TORCHRUN = (
+    "CLIPGRAFT_TORCHRUN"  # the number of the torchrun that the launcher became, for its workers
+)
 NOTHING_TO_DO = "CLIPGRAFT_NOTHING_TO_DO"  # of several processes, the first is told
 SECONDS_TO_SAVE = 300
 SECONDS_TO_ASK_AGAIN = 30.0  # where the first time was swallowed

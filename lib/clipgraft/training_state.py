@@ -38,6 +38,9 @@ SAVE_SECONDS = float(os.environ.get("CLIPGRAFT_SAVE_SECONDS", "60"))  # 0: after
 SAVE_SHARE = 0.02  # of the time may go into saving: where that takes longer, it is done less often
 
 
+_UNREADABLE = (OSError, RuntimeError, pickle.UnpicklingError)
+
+
 class TrainingState:
     """What a trainer saves to continue after a kill; two generations, in a folder of its own.
 
@@ -80,7 +83,7 @@ class TrainingState:
             return state
         try:
             return _mapped(self._folder / chosen)
-        except OSError as error:  # shown late: `check_alike` says what to do
+        except _UNREADABLE as error:  # shown late, or in part: `check_alike` says what to do
             log.warning("training state %s cannot be read, not used: %s", chosen, error)
             return None
 
@@ -94,7 +97,7 @@ class TrainingState:
             except _Damaged as error:
                 log.warning("training state %s is damaged, not used: %s", path, error)
                 path.unlink()  # or it would be kept in place of a whole one
-            except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+            except _UNREADABLE as error:
                 log.warning("training state %s cannot be read, not used: %s", path, error)
         if is_any:
             log.warning(
@@ -105,7 +108,9 @@ class TrainingState:
         return "", None
 
     def save(self, state: dict[str, Any]) -> None:
-        """Save atomically; then only this state and the one before it are kept.
+        """Save atomically; then only this state and the one before it are kept, and the last one of another tag.
+
+        Whose code was changed by mistake while it trained can so change it back, and go on.
 
         Args:
             state: `step` (steps done) and what else there is: tensors, numbers, strings and None, in
@@ -127,10 +132,11 @@ class TrainingState:
         path = self._folder / f"{name}-{checksum}.pt"
         os.replace(temporary, path)
         sync(self._folder)
-        before = [other for other in self._generations() if other.name < name]
-        for other in self._folder.glob("*.pt"):
-            if other not in (path, *before[-1:]):
-                other.unlink()
+        own = self._generations()
+        before = [other for other in own if other.name < name]
+        others = sorted(set(self._folder.glob("*.pt")).difference(own), key=os.path.getmtime)
+        for each in {*own, *others}.difference([path, *before[-1:], *others[-1:]]):
+            each.unlink()
 
     def close(self) -> None:
         """Let go of the folder."""

@@ -184,6 +184,8 @@ def test_a_picture_too_narrow_for_the_model_is_named():
     Image.new("RGB", (1, 65_000)).save(buffer, "PNG")
     narrow = Pictures(["narrow"], lambda _: buffer.getvalue())
     config = {"size": 224, "resize_mode": "shortest", "interpolation": "bicubic"}
-    told = "picture 0 of the data set cannot be shown to the model: too many pixels: 1 x 65000 at 224"
+    told = (
+        "picture 0 of the data set cannot be shown to the model: too many pixels: 1 x 65000 at 224"
+    )
     with pytest.raises(ConfigError, match=told):
         encode_images(nn.Identity(), config, narrow, CPU, 1)
