@@ -12,8 +12,10 @@ import pytest
 import torch
 from reduced import image_reduction
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from clipgraft import devices
@@ -361,6 +363,50 @@ class Masks(TorchFunctionMode):
             has_mask = named.get("attn_mask") is not None
             self.seen.append((has_mask, bool(named.get("is_causal"))))
         return function(*arguments, **named)
+
+
+KINDS_OF_INPUT = torch.bfloat16, torch.float32
+
+
+class Kinds(TorchDispatchMode):
+    """What kind of numbers each operator is given first, norms and copies alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, torch.dtype]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("native_layer_norm", "_to_copy") and args[0].dim() > 1:
+            self.seen.append((name, args[0].dtype))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def _autocast_of_a_gpu():
+    """As `torch.autocast("cuda")` has it, which refuses where there is none."""
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    yield
+    torch.set_autocast_enabled("cuda", False)
+
+
+@pytest.mark.usefixtures("_autocast_of_a_gpu")
+def test_on_a_gpu_norms_do_not_copy_their_input_to_float32():
+    """Tensors of a GPU without one: shapes and kinds alone."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+        x_BLD, exact_BLD = (torch.empty(4, 5, 8, dtype=kind) for kind in KINDS_OF_INPUT)
+        norms = nn.Module()
+        norms.visual = norms.text = open_clip.transformer.LayerNorm(8)
+        with Kinds() as plain:
+            norms.visual(x_BLD)
+        speed_up(norms)
+        with Kinds() as ours:
+            assert norms.visual(x_BLD).dtype == torch.bfloat16
+            norms.visual(exact_BLD)
+    copies = [("_to_copy", torch.bfloat16), ("native_layer_norm", torch.float32)]
+    assert plain.seen == [*copies, ("_to_copy", torch.float32)]
+    assert ours.seen == [("native_layer_norm", kind) for kind in KINDS_OF_INPUT]
 
 
 def test_accelerators_are_given_no_mask_that_flash_attention_lacks():

@@ -4,6 +4,8 @@
   the mask is the causal one it is not given as numbers, so that flash attention can be used on GPUs. For CPUs it is
   written out here, forward and backward: in bf16 torch's kernels take longer at all lengths (benchmarks/LOG.md).
 - Where a feature is that of one token, the last block computes that token alone; nothing else reads the others.
+- On GPUs norms take and give bf16, and count in float32 inside; autocast would copy their input to float32 and back, five
+  times the bytes.
 
 Gradients are autograd's wherever they can be, so what is frozen costs nothing, and sharding, checkpointing and
 compiling see ordinary modules.
@@ -24,6 +26,7 @@ from clipgraft.lean import open_clip
 from clipgraft.models.patches import WholeVisionTransformer
 from clipgraft.models.plain_blocks import SelfAttentionBlock, in_heads, is_plain, mask_like
 
+_NORM = open_clip.transformer.LayerNorm
 _IMAGE, _TEXT = open_clip.transformer.VisionTransformer, open_clip.transformer.TextTransformer
 
 
@@ -33,6 +36,9 @@ def speed_up(model: nn.Module) -> None:
     Args:
         model: dense or with experts, before it is sharded or put in DDP; patches may be dropped already.
     """
+    for module in model.modules():
+        if type(module) is _NORM:
+            module.__class__ = TrainingNorm
     for tower in (model.visual, model.text):
         if type(tower) is _IMAGE:
             tower.__class__ = WholeVisionTransformer
@@ -44,6 +50,19 @@ def speed_up(model: nn.Module) -> None:
             blocks[-1].__class__ = LastTrainingBlock
             if type(tower) is _TEXT:
                 tower.__class__ = OneTokenTextTransformer
+
+
+class TrainingNorm(_NORM):  # type: ignore[misc,valid-type]
+    """A norm that autocast on a GPU leaves in the precision of its input; compiled, it is one kernel anyway."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As open_clip's; its weights are rounded as those of products are."""
+        is_plain = not x.is_cuda or x.dtype == torch.float32 or torch.compiler.is_compiling()
+        if is_plain or not torch.is_autocast_enabled("cuda"):
+            return super().forward(x)
+        with torch.autocast("cuda", enabled=False):
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class TrainingBlock(SelfAttentionBlock):
