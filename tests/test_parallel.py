@@ -32,6 +32,7 @@ from torch.profiler import profile
 from clipgraft import dist
 from clipgraft.checkpoint import read_weights
 from clipgraft.config import ConfigError, load_config
+from clipgraft.data.memory import SampleMemory
 from clipgraft.data.tokens import Tokens
 from clipgraft.experts import finetune_expert
 from clipgraft.graft import assemble
@@ -264,7 +265,23 @@ def near(inputs: Inputs, root: Path) -> dict[str, Any]:
         with dist.world() as world:
             mean = dist.mean(torch.tensor([1.0 + world.rank]))
             found["refused"] = dist.shares_memory(), mean.tolist(), warnings
+            if world.rank == 1:
+                patch.setattr(np, "memmap", _not_by_number(np.memmap))
+            memory = SampleMemory(4, [0.5])
+            memory.read(torch.tensor([2 * world.rank]), world.device)
+            memory.write(torch.tensor([2 * world.rank]), torch.tensor([[1.0 + world.rank]]))
+            memory.settle()
+            found["remembered"] = memory.read(torch.arange(4), world.device).tolist()
     return found
+
+
+def _not_by_number(real: Callable[..., Any]) -> Callable[..., Any]:
+    def refuse(path: str, *how: Any, **named: Any) -> Any:
+        if path.startswith("/proc"):
+            raise PermissionError(13, "Permission denied")
+        return real(path, *how, **named)
+
+    return refuse
 
 
 def _refuse(name: str) -> int:
@@ -398,6 +415,11 @@ def test_where_one_may_not_share_memory_all_talk_through_gloo(root):
     assert mean == [1.5]
     [warning] = warnings
     assert "cannot share memory ([Errno 1] Operation not permitted)" in warning
+
+
+def test_where_no_process_may_open_what_another_one_holds_the_table_of_a_loss_has_a_name(root):
+    remembered = torch.load(root / "2 near.pt", weights_only=True)["remembered"]
+    assert remembered == [[1.0], [0.5], [2.0], [0.5]]
 
 
 @pytest.mark.parametrize("case", [*SAME, *OTHERS])

@@ -194,6 +194,20 @@ def test_a_disk_that_fills_up_while_state_is_saved_is_said_and_the_state_before_
     assert "Traceback" not in done.stderr and len(states) == 1 and left == []
 
 
+RUN = ["download", "index", "shard", "pretrain", "embed", "cluster", "finetune_expert", "assemble"]
+RUN += ["finetune_router", "evaluate", "report"]
+
+
+@pytest.mark.parametrize("stage", RUN)
+def test_a_read_only_disk_is_said_by_every_stage(finished, tmp_path, stage):
+    words = [str(min((finished.root / "results").glob(f"{stage}/*/manifest.json")))]
+    with mounted(tmp_path, "-t", "tmpfs", "-o", "ro", "tmpfs"):
+        done = run_script(finished, stage, words, tmp_path / "out")
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    [error] = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert f"error: {tmp_path}/out: Read-only file system. Hint:" in error
+
+
 def test_a_read_only_disk_is_said_and_the_same_command_finishes_when_it_is_not(finished):
     results, manifest = finished.root / "results", manifest_of(finished, "report")
     folder = (finished.root / manifest).parent

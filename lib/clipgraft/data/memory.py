@@ -10,6 +10,7 @@ what its device does. So that no device runs dry, what is to be written is fetch
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -37,18 +38,37 @@ class SampleMemory:
         self._pending: tuple[Tensor, Callable[[], Tensor]] | None = None
         shape = (num_samples, len(initial_C))
         with ExitStack() as until_all_map_it:
-            path = ""
-            if self._is_writer:
-                file = until_all_map_it.enter_context(tempfile.TemporaryFile())
-                try:  # with its room reserved: a map of a file that finds none ends the process without a word
-                    os.posix_fallocate(file.fileno(), 0, 4 * num_samples * len(initial_C))
-                except OSError as error:
-                    raise OSError(error.errno, error.strerror, tempfile.gettempdir()) from None
-                path = f"/proc/{os.getpid()}/fd/{file.fileno()}"  # it has no other name
-            self._table_NC = np.memmap(dist.same_on_node(path), np.float32, "r+", shape=shape)
+            table_NC = self._mapped(until_all_map_it, shape, has_name=False)
+            is_refused = dist.largest(int(table_NC is None), torch.device("cpu"))
+            if is_refused:  # by a container: then the file has a name for a moment
+                table_NC = self._mapped(until_all_map_it, shape, has_name=True)
+            assert table_NC is not None
+            self._table_NC = table_NC
             if self._is_writer:
                 self._table_NC[:] = np.asarray(initial_C, np.float32)
             dist.barrier()
+
+    def _mapped(
+        self, until_all_map_it: ExitStack, shape: tuple[int, int], *, has_name: bool
+    ) -> np.memmap | None:
+        """The table, in the file that the first process of the node makes; None if it may not be opened without a name."""
+        path = ""
+        if self._is_writer:
+            file = until_all_map_it.enter_context(
+                tempfile.NamedTemporaryFile() if has_name else tempfile.TemporaryFile()
+            )
+            try:  # with its room reserved: a map of a file that finds none ends the process without a word
+                os.posix_fallocate(file.fileno(), 0, 4 * math.prod(shape))
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, tempfile.gettempdir()) from None
+            path = file.name if has_name else f"/proc/{os.getpid()}/fd/{file.fileno()}"
+        path = dist.same_on_node(path)
+        try:
+            return np.memmap(path, np.float32, "r+", shape=shape)
+        except OSError:
+            if has_name:
+                raise
+            return None
 
     def read(self, rows_B: Tensor, device: torch.device) -> Tensor:
         """The numbers [B, C] of some samples; all processes together, once after each `write` that was settled."""
