@@ -1,7 +1,7 @@
 # make setup  set up .venv, no more; then: source .venv/bin/activate
 # make demo   set up, run the whole DAG on the built-in data set, print the results
 # make explore RUN=demo   try the models of a finished run in the browser, on this machine alone
-# make test   set up, run all tests (LONG=1: also those that take minutes each, on a SLURM of two nodes and with kills)
+# make test   set up, run all tests (LONG=1: also those that take minutes each, the demo on a SLURM of two nodes most of all)
 # make slurm  have snakemake submit to SLURM: workflow/docs/slurm.md
 # make bench  all benchmarks: hours (faults.py alone kills the demo 200 times); overwrites benchmarks/results/
 #             (QUICK=--quick: about a minute each)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from sandbox import Sandbox
 
-# They mostly wait: for time limits, grace periods and polls of minutes.
+# The demo: a quarter of an hour.
 LONG = pytest.mark.skipif(
     not os.environ.get("CLIPGRAFT_LONG_TESTS"), reason="takes minutes: make test LONG=1"
 )

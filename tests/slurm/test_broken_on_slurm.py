@@ -9,11 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from cluster_site import LONG
 from interrupted import Training, prepare
 from sandbox import processes_of, wait_until
 
-pytestmark = LONG
+pytestmark = pytest.mark.timeout(1200)  # two minutes; where cores are shared several times that
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ DEMO_RESOURCES = {
 }
 MINUTES = 60  # for a DAG; the demo takes a quarter of an hour on two cores
 
-pytestmark = [LONG, pytest.mark.timeout(60 * MINUTES)]
+pytestmark = pytest.mark.timeout(60 * MINUTES)
 
 
 def config_of(name):
@@ -42,7 +42,7 @@ def copy_with(root, config):
     (root / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
 
 
-@pytest.fixture(scope="module", params=["slurm", "demo"])
+@pytest.fixture(scope="module", params=["slurm", pytest.param("demo", marks=LONG)])
 def finished(request, sandbox, tmp_path_factory):
     """The DAG of slurm.yaml, or the demo's, run on the cluster."""
     root = tmp_path_factory.mktemp("site")
