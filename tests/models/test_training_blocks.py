@@ -319,6 +319,26 @@ def test_a_compiled_model_has_the_same_numbers():
     assert_same(model, plain)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.parametrize("kind", ["class token", "class token of the text"])
+def test_what_changes_with_a_batch_is_nothing_that_compiled_blocks_take_for_fixed(kind):
+    """CUDA graphs are recorded anew where it has moved."""
+    model = quick(model_of(**KINDS[kind]))
+    stays: dict[torch.dtype, set[bool]] = {}
+
+    def look(graph: Any, inputs: list[Any]) -> Any:
+        nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        for node, value in zip(nodes, inputs, strict=True):
+            if isinstance(value, Tensor):
+                about = node.meta.get("tensor_dict", {})
+                stays.setdefault(value.dtype, set()).add("_dynamo_static_input_type" in about)
+        return graph.forward
+
+    model.text.transformer.resblocks[-1].compile(backend=look)
+    model.encode_text(batch_of(model)[1])
+    assert stays == {torch.float32: {False, True}, torch.int64: {False}}
+
+
 def products(model: nn.Module) -> int:
     """FLOPs of the products of a backward pass."""
     images, texts = batch_of(model)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from clipgraft.lean import open_clip
 from clipgraft.models.patches import WholeVisionTransformer
@@ -50,6 +51,7 @@ def speed_up(model: nn.Module) -> None:
             blocks[-1].__class__ = LastTrainingBlock
             if type(tower) is _TEXT:
                 tower.__class__ = OneTokenTextTransformer
+                tower.transformer.__class__ = OneTokenTransformer
 
 
 class TrainingNorm(_NORM):  # type: ignore[misc,valid-type]
@@ -95,36 +97,59 @@ class TrainingBlock(SelfAttentionBlock):
 class LastTrainingBlock(TrainingBlock):
     """The last block of a tower whose feature is that of one token.
 
-    Attributes:
-        place_B: which token, of each text of the batch that comes next; None is the first.
+    Which one is an argument, not an attribute: compiled code takes what a module has for what stays in its place.
     """
 
-    place_B: Tensor | None = None
-
-    def compute(self, x_BLD: Tensor, mask: Tensor | None) -> Tensor:
-        """That token, [B, 1, D]."""
-        attn, width = self.attn, x_BLD.shape[2]
+    def forward(
+        self,
+        q_x: Tensor,
+        k_x: None = None,
+        v_x: None = None,
+        attn_mask: Tensor | None = None,
+        place_B: Tensor | None = None,
+    ) -> Tensor:
+        """That token, [B, 1, D]; of each item of the batch the one at its place, or the first."""
+        assert k_x is None and v_x is None, "self-attention alone"
+        attn, width = self.attn, q_x.shape[2]
         weight, bias = attn.in_proj_weight, attn.in_proj_bias
-        normed_BLD = self.ln_1(x_BLD)
-        query_B1D = F.linear(self._read(normed_BLD), weight[:width], bias[:width])
+        normed_BLD = self.ln_1(q_x)
+        query_B1D = F.linear(_read(normed_BLD, place_B), weight[:width], bias[:width])
         key_BLD, value_BLD = F.linear(normed_BLD, weight[width:], bias[width:]).chunk(2, dim=-1)
         heads = [in_heads(each, attn.num_heads) for each in (query_B1D, key_BLD, value_BLD)]
-        mask = None if mask is None else self._row(mask, heads[0])
+        mask = None if attn_mask is None else _row(attn_mask, place_B, heads[0])
         mixed_BH1d = F.scaled_dot_product_attention(*heads, attn_mask=mask)
-        return self._rest(self._read(x_BLD), mixed_BH1d.transpose(1, 2).flatten(2))
+        return self._rest(_read(q_x, place_B), mixed_BH1d.transpose(1, 2).flatten(2))
 
-    def _read(self, x_BLD: Tensor) -> Tensor:
-        if self.place_B is None:
-            return x_BLD[:, :1]
-        return x_BLD[torch.arange(len(x_BLD), device=x_BLD.device), self.place_B][:, None]
 
-    def _row(self, mask: Tensor, query_BH1d: Tensor) -> Tensor:
-        """The mask of that token, [B, 1 or H, 1, L]."""
-        assert self.place_B is not None, "images have no mask"
-        if mask.dim() == 2:
-            return mask_like(mask, query_BH1d)[self.place_B][:, None, None]
-        item_B = torch.arange(len(self.place_B), device=mask.device)
-        return mask_like(mask, query_BH1d)[item_B, :, self.place_B][:, :, None]
+def _read(x_BLD: Tensor, place_B: Tensor | None) -> Tensor:
+    if place_B is None:
+        return x_BLD[:, :1]
+    return x_BLD[torch.arange(len(x_BLD), device=x_BLD.device), place_B][:, None]
+
+
+def _row(mask: Tensor, place_B: Tensor | None, query_BH1d: Tensor) -> Tensor:
+    """The mask of the token that is read, [B, 1 or H, 1, L]."""
+    assert place_B is not None, "images have no mask"
+    if mask.dim() == 2:
+        return mask_like(mask, query_BH1d)[place_B][:, None, None]
+    item_B = torch.arange(len(place_B), device=mask.device)
+    return mask_like(mask, query_BH1d)[item_B, :, place_B][:, :, None]
+
+
+class OneTokenTransformer(open_clip.transformer.Transformer):  # type: ignore[misc]
+    """Blocks of which the last is told what to read."""
+
+    def forward(self, x_BLD: Tensor, attn_mask: Tensor | None, place_B: Tensor) -> Tensor:
+        """What is read, [B, 1, D]."""
+        *others, last = self.resblocks
+        for block in others:
+            x_BLD = self._run(block, x_BLD, None, None, attn_mask)
+        return self._run(last, x_BLD, None, None, attn_mask, place_B)
+
+    def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+        if self.grad_checkpointing:
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
 
 class OneTokenTextTransformer(_TEXT):  # type: ignore[misc,valid-type]
@@ -133,8 +158,9 @@ class OneTokenTextTransformer(_TEXT):  # type: ignore[misc,valid-type]
     def forward(self, text: Tensor) -> Tensor:
         """As of open_clip's tower."""
         x_BLD, mask = self._embeds(text)
-        self.transformer.resblocks[-1].place_B = self._place(text, x_BLD)
-        pooled_BD = self.ln_final(self.transformer(x_BLD, attn_mask=mask)[:, 0])
+        place_B = self._place(text, x_BLD)
+        x_B1D = self.transformer(x_BLD, attn_mask=mask, place_B=place_B)
+        pooled_BD = self.ln_final(x_B1D[:, 0])
         if isinstance(self.text_projection, nn.Linear):
             return self.text_projection(pooled_BD)
         return pooled_BD if self.text_projection is None else pooled_BD @ self.text_projection
