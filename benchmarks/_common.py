@@ -139,14 +139,21 @@ def report(
         if row.note:
             print(f"    {row.note}")
         sys.stdout.flush()
+    if file is None:
+        print(as_json(name, measured, profiles))
+    else:
+        file.write_text(as_json(name, measured, profiles) + "\n")
+
+
+def as_json(
+    name: str, rows: Iterable[Row], profiles: Mapping[str, Mapping[str, float]] | None = None
+) -> str:
+    """What `report` keeps: the JSON object, in one line."""
     about: dict[str, object] = {"name": name, "machine": _machine(), "commit": commit()}
-    about |= {"rows": [_rounded(asdict(row)) for row in measured]}
+    about |= {"rows": [_rounded(asdict(row)) for row in rows]}
     if profiles:
         about["profiles"] = {side: _rounded(shares) for side, shares in profiles.items()}
-    if file is None:
-        print(json.dumps(about))
-    else:
-        file.write_text(json.dumps(about) + "\n")
+    return json.dumps(about)
 
 
 def _print_profiles(profiles: Mapping[str, Mapping[str, float]]) -> None:

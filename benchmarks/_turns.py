@@ -15,7 +15,7 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -213,27 +213,66 @@ def turns(
     Raises:
         RuntimeError: if a side fails.
     """
+    rates, profiles, about, _ = turns_with(sides, {}, case, seconds, repeats)
+    return rates, profiles, about
+
+
+def turns_with(
+    sides: Mapping[str, Side],
+    optional: Mapping[str, Side],
+    case: Case,
+    seconds: float,
+    repeats: int,
+) -> tuple[dict[str, list[float]], dict[str, dict[str, float]], str, dict[str, RuntimeError]]:
+    """As `turns`, and why optional sides have failed, which leave the others alone and have no rates."""
+    lost: dict[str, RuntimeError] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        players = {name: Player(side, case, Path(scratch) / name) for name, side in sides.items()}
+        players = {
+            name: Player(side, case, Path(scratch) / name)
+            for name, side in {**sides, **optional}.items()
+        }
+
+        def each(work: Callable[[str, Player], Any]) -> list[Any]:
+            done = []
+            for name, player in list(players.items()):
+                try:
+                    done.append(work(name, player))
+                except RuntimeError as error:
+                    if name not in optional:
+                        raise
+                    lost[name] = error
+                    players.pop(name).end()
+            return done
+
         try:
-            about, *_ = [player.answer() for player in players.values()]
-            return *_in_turns(players, seconds, repeats), about
+            about, *_ = each(lambda _, player: player.answer())
+            rates, profiles = _in_turns(players, each, seconds, repeats)
         finally:
             for player in players.values():
                 player.end()
+    return rates, profiles, about, lost
 
 
 def _in_turns(
-    players: Mapping[str, Player], seconds: float, repeats: int
+    players: Mapping[str, Player],
+    each: Callable[[Callable[[str, Player], Any]], list[Any]],
+    seconds: float,
+    repeats: int,
 ) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
-    num = {}
-    for name, player in players.items():
+    num: dict[str, int] = {}
+    rates: dict[str, list[float]] = {name: [] for name in players}
+
+    def begin(name: str, player: Player) -> None:
         player.ask("steps", 1)  # compiles, and makes the optimizer's state
         num[name] = max(1, round(seconds / player.ask("steps", 1)))
-    rates: dict[str, list[float]] = {name: [] for name in players}
+
+    def measure(name: str, player: Player) -> None:
+        took = player.ask("steps", num[name])
+        rates[name].append(num[name] * player.size / took)
+
+    each(begin)
     for _ in range(repeats):
-        for name, player in players.items():
-            took = player.ask("steps", num[name])
-            rates[name].append(num[name] * player.size / took)
+        each(measure)
     named = [name for name in ("ours", "open_clip") if name in players]
-    return rates, {name: players[name].ask("profile", min(num[name], 5)) for name in named}
+    profiles = {name: players[name].ask("profile", min(num[name], 5)) for name in named}
+    return {name: rates[name] for name in players}, profiles

@@ -15,23 +15,25 @@ of a last block one token, where no other is read. The notes say the share witho
 parts: their time over their share of the FLOPs of a full step.
 
 On a GPU: `python benchmarks/train_step.py --device cuda --only step --json FILE`, under ten minutes; then the same with
-parts and switches.
+parts and switches. FILE has the rows of all models that were finished, should time run out. What has to be compiled is
+optional: without a compiler its rows say so, and the others are measured.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
-from _common import ROOT, Row, command_line, faster, report  # first: sets threads
+from _common import ROOT, Row, as_json, command_line, faster, report  # first: sets threads
 from _sides import TOP_K, Matmul, OpenClip, Ours
-from _turns import Case, Side, text_lengths, turns
+from _turns import Case, Side, text_lengths, turns, turns_with
 
 from clipgraft.cost import FLOPS_PER_MAC, Trained, sample_flops
 
@@ -39,10 +41,11 @@ CORES = len(os.sched_getaffinity(0))  # threads of every side
 VOCABULARY, CONTEXT, E = 49_408, 77, 4
 FLICKR8K = (14.1, 4.0)  # tokens of a caption, with start and end
 REACH_SHARE = 1 / 1.1
-PEERS = {  # by side: what its row is called, and the ratio to reach
-    "open_clip": ("same text tokens", 1.5),
-    "padded": ("open_clip padded to 77 tokens", None),
-    "compiled": ("open_clip with --torchcompile", 1.2),
+PEERS = {  # what a row is called: our side, the other one, and the ratio to reach
+    "same text tokens": ("ours", "open_clip", 1.5),
+    "open_clip padded to 77 tokens": ("ours", "padded", None),
+    "open_clip with --torchcompile": ("ours", "compiled", 1.2),
+    "both compiled": ("ours_compiled", "compiled", None),
 }
 
 _TOWERS = "models.training_blocks"
@@ -191,9 +194,9 @@ def step_rows(
     sides: dict[str, Side] = {"ours": Ours(), "open_clip": OpenClip(same), "matmul": matmul}
     if case.mfu is None:
         sides["padded"] = OpenClip(CONTEXT)
-    if case.device == "cuda":
-        sides["compiled"] = OpenClip(same, compiled=True)
-    rates, profiles, about = turns(sides, case, seconds, repeats)
+    rates, profiles, about, lost = turns_with(
+        sides, compiled_sides(case, same), case, seconds, repeats
+    )
     of_sample = flops(case)
     gain = of_sample / flops(replace(case, num_experts=0))
     pairs = zip(rates["ours"], rates["matmul"], strict=True)
@@ -202,20 +205,30 @@ def step_rows(
     note = f"batch {case.batch}, {about}, MFU {share:.1%}, {computed:.1%} without what is left out"
     note += f"; peer: its dense step over the FLOP ratio {gain:.2f}" * bool(case.num_experts)
     rows = []
-    for side, (what, target) in PEERS.items():
-        if side in rates:
-            peer = [rate / gain for rate in rates[side]]
-            name = f"{case.name}: step, {what}"
+    for what, (side, other, target) in PEERS.items():
+        name = f"{case.name}: step, {what}"
+        if {side, other} <= rates.keys():
+            peer = [rate / gain for rate in rates[other]]
             row = faster(
-                name, rates["ours"], peer, "samples/s", target, f"{note}, {same} text tokens"
+                name, rates[side], peer, "samples/s", target, f"{note}, {same} text tokens"
             )
-            rows.append(replace(row, limit_share=share))
+            rows.append(replace(row, limit_share=share if side == "ours" else None))
+        elif {side, other} <= {*rates, *lost}:
+            rows.append(failed(name, lost[side if side in lost else other]))
     if case.mfu is not None:
         reach = None if case.num_experts else 1.0
         name = f"{case.name}: MFU"
         rows.append(Row(name, share, case.mfu, "share", share / case.mfu, reach, None, share, note))
     named = {"ours": profiles["ours"], "open_clip": profiles["open_clip"]}
     return rows, {f"{case.name}, {side}": shares for side, shares in named.items()}
+
+
+def compiled_sides(case: Case, context: int) -> dict[str, Side]:
+    """What a compiler makes of both, on a GPU; of ours it leaves blocks of experts as they are."""
+    if case.device != "cuda":
+        return {}
+    ours: dict[str, Side] = {"ours_compiled": Ours(changes={"compile": True})}
+    return {"compiled": OpenClip(context, compiled=True), **({} if case.num_experts else ours)}
 
 
 def part_rows(case: Case, seconds: float, repeats: int) -> list[Row]:
@@ -268,26 +281,23 @@ def switch_rows(
 
 def failed(name: str, error: RuntimeError) -> Row:
     """A row that says why it was not measured."""
-    reason = str(error).strip().splitlines()[-1]
-    return Row(name, None, None, "samples/s", None, None, note=reason)
+    lines = str(error).strip().splitlines()
+    # Torch's compiler goes on after its error, with hints that are always the same.
+    named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Failed): ", line)]
+    return Row(name, None, None, "samples/s", None, None, note=(named or lines)[-1])
 
 
 def every_step(
     cases: list[Case], seconds: float, repeats: int
-) -> tuple[list[Row], dict[str, dict[str, float]]]:
-    """Steps of all models; on a GPU, one that fails (memory, say) leaves the others their rows."""
-    rows: list[Row] = []
-    profiles: dict[str, dict[str, float]] = {}
+) -> Iterator[tuple[list[Row], dict[str, dict[str, float]]]]:
+    """Steps of all models, one by one; on a GPU, one that fails (memory, say) leaves the others their rows."""
     for case in cases:
         try:
-            more, of_case = step_rows(case, seconds, repeats)
+            yield step_rows(case, seconds, repeats)
         except RuntimeError as error:
             if case.device == "cpu":
                 raise
-            more, of_case = [failed(case.name, error)], {}
-        rows += more
-        profiles |= of_case
-    return rows, profiles
+            yield [failed(case.name, error)], {}
 
 
 def main() -> None:
@@ -307,25 +317,33 @@ def main() -> None:
     on_gpu = [case for case in of_gpu if case.device == "cuda"]
     rows: list[Row] = []
     profiles: dict[str, dict[str, float]] = {}
+
+    def keep(more: list[Row], of_case: Mapping[str, dict[str, float]] | None = None) -> None:
+        rows.extend(more)
+        profiles.update(of_case or {})
+        if args.json is not None:
+            args.json.write_text(as_json("train_step", rows, profiles) + "\n")
+
     if "step" in args.only:
-        rows, profiles = every_step([*of_cpu, *of_gpu], seconds, repeats)
+        for found in every_step([*of_cpu, *of_gpu], seconds, repeats):
+            keep(*found)
     if "parts" in args.only:
         for case in [*of_cpu[:2], *on_gpu[:1]]:
-            rows += part_rows(case, seconds, repeats)
+            keep(part_rows(case, seconds, repeats))
     if "switches" in args.only:
         for case in of_cpu:
-            rows += switch_rows(case, seconds, repeats, {**ON, **ON_CPU})
+            keep(switch_rows(case, seconds, repeats, {**ON, **ON_CPU}))
         long = long_case(quick=args.quick)
         if args.device != "cuda" and args.model in long.name:
             attention = {ATTENTION: ON_CPU[ATTENTION]}
-            rows += switch_rows(long, seconds, repeats, attention, long.longest)
+            keep(switch_rows(long, seconds, repeats, attention, long.longest))
         for case in on_gpu[:1]:
-            rows += switch_rows(case, seconds, repeats, ON)
+            keep(switch_rows(case, seconds, repeats, ON))
         off = {name: OFF[name] for name in OFF if not (args.quick and name == "compile")}
         for case in of_cpu[:2][-1:]:  # compiling takes minutes
-            rows += switch_rows(case, seconds, repeats, off)
+            keep(switch_rows(case, seconds, repeats, off))
         for case in on_gpu[:1]:
-            rows += switch_rows(case, seconds, repeats, {**off, **OFF_ON_GPU})
+            keep(switch_rows(case, seconds, repeats, {**off, **OFF_ON_GPU}))
     if not has_gpu:
         name = "cuda: B/16 (I50,T16) and full, L/14, MoE L/14, beside open_clip; MFU"
         rows.append(Row(name, None, None, "samples/s", None, None, note="no CUDA device"))

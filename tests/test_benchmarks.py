@@ -90,6 +90,39 @@ def test_both_sides_of_a_step_run_and_all_their_time_has_a_part():
         assert min(shares[part] for part in PARTS - {"gaps"}) > 0, (name, shares)
 
 
+def test_a_side_that_is_optional_fails_alone_and_its_rows_say_why(monkeypatch):
+    import train_step
+    from _sides import Ours
+
+    [case] = train_step.cpu_cases(quick=True)
+    sides = {"compiled": Ours(changes={"no_such_setting": 1}), "ours_compiled": Ours()}
+    monkeypatch.setattr(train_step, "compiled_sides", lambda case, context: sides)
+    rows, profiles = train_step.step_rows(case, 0.05, 1)
+    measured = {row.name.partition("step, ")[2]: row for row in rows}
+    assert [name for name, row in measured.items() if row.ratio is None] == [
+        "open_clip with --torchcompile",
+        "both compiled",
+    ]
+    for name in ("open_clip with --torchcompile", "both compiled"):
+        assert "ValidationError" in measured[name].note or "ConfigError" in measured[name].note
+    assert len(rows) == 4 and len(profiles) == 2
+
+
+def test_the_file_of_results_has_what_was_measured_before_time_ran_out(tmp_path, monkeypatch):
+    import train_step
+    from _common import Row
+
+    def one_and_no_more(*_):
+        yield [Row("a", 1.0, 1.0, "samples/s", 1.0, None)], {}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_step, "every_step", one_and_no_more)
+    monkeypatch.setattr("sys.argv", ["train_step", "--quick", "--json", str(tmp_path / "found")])
+    with pytest.raises(KeyboardInterrupt):
+        train_step.main()
+    assert [row["name"] for row in json.loads((tmp_path / "found").read_text())["rows"]] == ["a"]
+
+
 @LONG
 def test_every_switch_has_a_row():
     measured = ratios(quick("train_step"))
