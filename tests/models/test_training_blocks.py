@@ -183,7 +183,10 @@ BF16: dict[str, tuple[Callable[[], nn.Module], int]] = {
         kind: (functools.partial(model_of, **KINDS[kind]), 24)
         for kind in ("class token", "mean of patches", "QuickGELU", "text seen whole")
     },
-    **{name: (functools.partial(published, name, 2), 4) for name in ("ViT-B-32", "ViT-L-14")},
+    **{
+        name: (functools.partial(published, name, 2), 4)
+        for name in ("ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-CLIPA")
+    },
 }
 
 
