@@ -88,6 +88,10 @@ OTHERS: dict[str, dict[str, Any]] = {
     "router all": {"train": "all"},
     "router all in parts, computed again": {"train": "all", **AGAIN},
 }  # fmt: skip
+COMPILED: dict[str, dict[str, Any]] = {
+    "pretrain contrastive": {},
+    "pretrain in parts, computed again": AGAIN,
+}
 LONGER = {"loss": LOSSES["v3"], "optim": ADAM, "samples_seen": 4 * BATCH}
 WATCH = {
     "task": "train",
@@ -239,6 +243,17 @@ def sharded(inputs: Inputs, root: Path) -> dict[str, Any]:
         inputs.train("pretrain", watched, root / f"{way} watched", watched=inputs.root / "index")
         for then in ("ddp", "fsdp"):
             stopped_and_resumed(inputs, root, way, then)
+    with pytest.MonkeyPatch.context() as patch:
+        compile_ = torch.nn.Module.compile  # without code of its own, which takes a compiler
+        eager = functools.partial(compile_, backend="aot_eager")
+        patch.setattr(torch.nn.Module, "compile", lambda module, mode=None: eager(module))
+        patch.setattr("clipgraft.compiled.check_compiler", lambda: None)
+        for case, changes in COMPILED.items():
+            found[f"compiled {case}"] = steps = []
+            changes = {**changes, "compile": True, "parallel": "fsdp"}
+            with gradients(steps):
+                inputs.train(case, changes, root / f"compiled {case}")
+    found["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     return found
 
 
@@ -428,6 +443,14 @@ def test_a_sharded_model_has_the_gradients_and_ends_with_the_weights_of_a_whole_
 ):
     assert_same_steps(found[2][f"fsdp {case}"], found[2][case if case in SAME else f"ddp {case}"])
     assert_same_weights(root / f"fsdp {case}", root / f"ddp {case}")
+
+
+@pytest.mark.parametrize("case", COMPILED)
+def test_a_sharded_model_is_the_same_where_its_blocks_are_compiled(found, root, case):
+    assert found[2]["graphs"] >= 2 * len(COMPILED), "a block of each tower, at least"
+    wanted = found[2][case if case in EXACT else f"ddp {case}"]
+    assert_same_steps(found[2][f"compiled {case}"], wanted)
+    assert_same_weights(root / f"compiled {case}", root / f"ddp {case}")
 
 
 def assert_same_weights(ours: Path, wanted: Path):
