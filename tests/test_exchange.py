@@ -19,7 +19,7 @@ import torch
 
 from clipgraft import exchange
 from clipgraft.config import ConfigError
-from clipgraft.exchange import Exchange
+from clipgraft.exchange import Exchange, SharedMean
 
 
 def _maker(size: int, patience: float = 60) -> Callable[[int], Exchange]:
@@ -76,6 +76,37 @@ def test_what_is_larger_than_a_buffer_goes_in_pieces(size, monkeypatch):
             assert torch.equal(found, sum(vectors[1:], start=vectors[0]))
         for found in all_do(lambda rank, end: end.gather(vectors[rank][:, None])):
             assert torch.equal(found, torch.cat(vectors)[:, None])
+
+
+@pytest.mark.parametrize("size, num", [(2, 101), (3, 101), (3, 2), (5, 7)])
+def test_means_of_vectors_are_the_same_bits_for_all_and_each_has_its_own(size, num):
+    """One is late at each filling and at each reading, and changes what it has read."""
+    vectors = [[torch.randn(num) for _ in range(size)] for _ in range(6)]
+
+    def work(rank: int, end: Exchange) -> list[torch.Tensor]:
+        mean, found = SharedMean(end, num, torch.float32), []
+        for step, vectors_R in enumerate(vectors):
+            time.sleep(0.003 * ((step + rank) % size == 0))
+            mean.own_X.copy_(vectors_R[rank])
+            mean.compute(7)
+            time.sleep(0.003 * ((step + rank) % size == 1))
+            found.append(mean.mean_X.clone())
+            mean.mean_X.mul_(0.5)
+        return found
+
+    with ends(size) as all_do:
+        for found in all_do(work):
+            for mean_X, vectors_R in zip(found, vectors, strict=True):
+                assert torch.equal(mean_X, sum(vectors_R[1:], start=vectors_R[0]) / size)
+
+
+def test_a_mean_of_what_is_not_alike_is_an_error():
+    def work(rank: int, end: Exchange) -> None:
+        with pytest.raises(RuntimeError, match="processes of one training say different things"):
+            SharedMean(end, 3, torch.float32).compute(5 + rank)
+
+    with ends(2) as all_do:
+        all_do(work)
 
 
 def test_nobody_fills_a_buffer_that_another_one_still_reads():
@@ -162,7 +193,7 @@ def test_nothing_stays_open():
 
 @pytest.mark.parametrize(
     "name, num_before",
-    [("memfd_create", 0), ("memfd_create", 2), ("pipe", 0), ("pipe", 5), ("open", 0), ("open", 5)],
+    [("memfd_create", 0), ("ftruncate", 0), ("pipe", 0), ("pipe", 5), ("open", 0), ("open", 5)],
 )
 def test_what_one_may_not_do_none_does_and_nothing_stays_open(name, num_before, monkeypatch):
     """As in a container that forbids it: a call of one end fails, after others that work."""

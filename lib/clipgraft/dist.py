@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as torch_dist
 
-from clipgraft.exchange import Exchange
+from clipgraft.exchange import Exchange, SharedMean
 from clipgraft.orphan import NOTHING_TO_DO
 
 log = logging.getLogger(__name__)
@@ -157,6 +157,26 @@ def _sum(value: torch.Tensor) -> torch.Tensor:
     value = value.clone()
     torch_dist.all_reduce(value)
     return value
+
+
+class GroupMean:
+    """As `SharedMean`, through gloo or NCCL."""
+
+    def __init__(self, num: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Of `num` elements."""
+        self.own_X = self.mean_X = torch.empty(num, dtype=dtype, device=device)
+
+    def compute(self, number: int) -> None:
+        """By all processes together; that they have the same number is not looked at."""
+        torch_dist.all_reduce(self.own_X)
+        self.own_X.div_(torch_dist.get_world_size())
+
+
+def mean_of_vectors(num: int, dtype: torch.dtype, device: torch.device) -> SharedMean | GroupMean:
+    """What computes means of vectors of `num` elements again and again; made by all processes together."""
+    if _exchange is not None:
+        return SharedMean(_exchange, num, dtype)
+    return GroupMean(num, dtype, device)
 
 
 def is_alone() -> bool:

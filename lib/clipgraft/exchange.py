@@ -16,6 +16,7 @@ import os
 import select
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from clipgraft.config import ConfigError
 BUFFER = 2**23  # bytes that a process may say at once
 _MESSAGE = struct.Struct("qq")  # which of all messages, a number
 _ENDED = "another process of this training has ended; what it said last tells why"
+_REFUSED = "refused: "
 _SILENT = "another process of this training has said nothing"
 
 
@@ -45,52 +47,78 @@ class Exchange:
         Raises:
             OSError: in all of them, if one may not do it; says why.
         """
-        self._rank, self._patience = rank, patience
+        self.rank, self.size = rank, size
+        self._say, self._patience = say, patience
         self._num_told, self._num_filled = 0, 0
         self._heard: list[_Ear] = []
         self._tell: list[int] = []
         self._buffers = torch.empty(0)
-        shown: list[int] = []  # to be opened by others
-        trouble = self._show(shown, size)
-        paths_RR = [text.split() for text in say(" ".join(map(_path, shown)))]
-        trouble = trouble or self._take(paths_RR)
-        troubles = list(filter(None, say(trouble)))  # by now all have opened what they need
-        for end in shown:
-            os.close(end)
-        if troubles:
+        try:
+            self._open_pipes()
+            self._buffers = self.memory(2 * size * BUFFER).view(2, size, BUFFER)
+        except OSError:
             self.close()
-            raise OSError(troubles[0])
+            raise
 
-    def _show(self, shown: list[int], size: int) -> str:
-        """Make one end for each process, in `shown`: pipes, and in its own place memory. Returns what went wrong."""
-        try:
-            for other in range(size):
-                if other == self._rank:
-                    shown.append(os.memfd_create("clipgraft"))  # the first process's is used
-                    os.ftruncate(shown[-1], 2 * size * BUFFER)
-                else:
-                    read, write = os.pipe()
-                    shown.append(write)
-                    self._heard.append(_Ear(read))
-        except OSError as error:
-            return str(error)
-        return ""
+    def _open_pipes(self) -> None:
+        others, written = [rank for rank in range(self.size) if rank != self.rank], dict[int, int]()
 
-    def _take(self, paths_RR: list[list[str]]) -> str:
-        """Open what the others have made for this process. Returns what went wrong."""
-        size = len(paths_RR)
-        try:
-            for other, paths in enumerate(paths_RR):
-                if other != self._rank:
-                    self._tell.append(os.open(paths[self._rank], os.O_WRONLY))
-            with open(paths_RR[0][0], "r+b") as memory:
-                mapped = mmap.mmap(memory.fileno(), 2 * size * BUFFER)
-        except OSError as error:
-            return str(error)
-        except IndexError:  # one that could not make its ends says so itself
+        def make() -> str:
+            for other in others:
+                read, written[other] = os.pipe()
+                self._heard.append(_Ear(read))
+            return " ".join(
+                _path(written[rank]) if rank in written else "-" for rank in range(self.size)
+            )
+
+        def take() -> str:
+            for other in others:
+                self._tell.append(os.open(paths_R[other].split()[self.rank], os.O_WRONLY))
             return ""
-        self._buffers = torch.frombuffer(mapped, dtype=torch.uint8).view(2, size, BUFFER)
-        return ""
+
+        try:
+            paths_R = self._together(make)
+            self._together(take)
+        finally:
+            for end in written.values():
+                os.close(end)
+
+    def memory(self, num_bytes: int) -> Tensor:
+        """Zeros [num_bytes], uint8, that all processes see; by all together.
+
+        Raises:
+            OSError: in all of them, if one may not do it; says why.
+        """
+        with ExitStack() as until_all_map_it:
+
+            def make() -> str:
+                if self.rank:
+                    return ""
+                end = os.memfd_create("clipgraft")
+                until_all_map_it.callback(os.close, end)
+                os.ftruncate(end, num_bytes)
+                return _path(end)
+
+            def take() -> str:
+                with open(path, "r+b") as file:
+                    maps.append(mmap.mmap(file.fileno(), num_bytes))
+                return ""
+
+            path, maps = self._together(make)[0], list[mmap.mmap]()
+            self._together(take)
+        return torch.frombuffer(maps[0], dtype=torch.uint8)
+
+    def _together(self, do: Callable[[], str]) -> list[str]:
+        """Let each process do its part, and tell all what comes of it; `OSError` in all if one may not."""
+        try:
+            result = do()
+        except OSError as error:
+            result = _REFUSED + str(error)
+        results_R = self._say(result)
+        for each in results_R:
+            if each.startswith(_REFUSED):
+                raise OSError(each.removeprefix(_REFUSED))
+        return results_R
 
     def close(self) -> None:
         """Leave; who still waits for this process learns that it has ended."""
@@ -132,25 +160,27 @@ class Exchange:
             numbers.append(ear.heard.pop(message))
         return numbers
 
+    def agree(self, number: int) -> None:
+        """Wait until all others have told the same number.
+
+        Raises:
+            RuntimeError: if one told another.
+        """
+        if any(other != number for other in self.hear(self.tell(number))):
+            raise RuntimeError("processes of one training say different things")
+
     def gather(self, local_BD: Tensor) -> Tensor:
         """Rows of all processes [R * B, ...], as many on each."""
-        parts_RX = local_BD.new_empty((self._buffers.shape[1], local_BD.numel()))
+        parts_RX = local_BD.new_empty((self.size, local_BD.numel()))
         for piece, said_RX in self._said(local_BD.flatten()):
             parts_RX[:, piece] = said_RX
         return parts_RX.view(-1, *local_BD.shape[1:])
 
     def total(self, own_X: Tensor) -> Tensor:
         """Sum over processes, in their order: the same bits for all."""
-        total_X = torch.empty_like(own_X)
-        for piece, said_RX in self._said(own_X):
-            shares = said_RX.tensor_split(len(said_RX), 1)  # each process sums its own, for all
-            share_RS = shares[self._rank]
-            sum_S = share_RS[0] + share_RS[1]
-            for other_S in share_RS[2:]:
-                sum_S += other_S
-            share_RS[self._rank] = sum_S
-            self.hear(self.tell(len(own_X)))
-            torch.cat([each_RS[rank] for rank, each_RS in enumerate(shares)], out=total_X[piece])
+        total_X, *others = self.gather(own_X[None])
+        for other_X in others:
+            total_X += other_X
         return total_X
 
     def _said(self, own_X: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -165,10 +195,45 @@ class Exchange:
             said_RX = self._buffers[self._num_filled % 2].view(own_X.dtype)
             said_RX = said_RX[:, : piece.stop - start]
             self._num_filled += 1
-            said_RX[self._rank] = own_X[piece]
-            if any(other != num for other in self.hear(self.tell(num))):
-                raise RuntimeError("processes of one training say different things")
+            said_RX[self.rank] = own_X[piece]
+            self.agree(num)
             yield piece, said_RX
+
+
+class SharedMean:
+    """The mean over processes of a vector, of which each computes a share for all.
+
+    Attributes:
+        own_X: this process's vector, to be filled; the others see it.
+        mean_X: the mean of all; this process's own copy.
+    """
+
+    def __init__(self, exchange: Exchange, num: int, dtype: torch.dtype) -> None:
+        """Of `num` elements; all processes together."""
+        self._exchange = exchange
+        memory = exchange.memory((exchange.size + 1) * num * dtype.itemsize)
+        vectors_VX = memory.view(dtype).view(exchange.size + 1, num)
+        self.own_X, self._seen_X = vectors_VX[exchange.rank], vectors_VX[-1]
+        self.mean_X = torch.empty(num, dtype=dtype)
+        *self._own_RS, self._mean_S = vectors_VX.tensor_split(exchange.size, 1)[exchange.rank]
+
+    def compute(self, number: int) -> None:
+        """By all processes together, the sums in their order: the same bits for all.
+
+        Args:
+            number: which all must have in common.
+
+        Raises:
+            RuntimeError: if they do not.
+        """
+        self._exchange.agree(number)  # and all have copied the mean before
+        first_S, second_S, *others = self._own_RS
+        torch.add(first_S, second_S, out=self._mean_S)
+        for other_S in others:
+            self._mean_S.add_(other_S)
+        self._mean_S.div_(self._exchange.size)
+        self._exchange.agree(number)
+        self.mean_X.copy_(self._seen_X)
 
 
 class _Ear:

@@ -1,8 +1,8 @@
 """Data parallelism: every process has all weights (DDP), or a share of them (FSDP2).
 
-With `ddp` gradients are averaged once a step; by `average_others`, not torch's DDP, where processes share memory. With `fsdp` each process keeps 1/n of weights, gradients and the
-optimizer's moments; a block's weights are gathered when it runs, and its gradients are averaged and scattered. Three
-decisions shape it:
+With `ddp` gradients are averaged once a step; by `GradientMean`, not torch's DDP, where processes share memory. With
+`fsdp` each process keeps 1/n of weights, gradients and the optimizer's moments; a block's weights are gathered when it
+runs, and its gradients are averaged and scattered. Three decisions shape it:
 
 - Towers are sharded apart, block by block, and the model itself is not: either tower may be called alone, as a watch
   does. What belongs to neither, the temperature and a bias, every process has; their gradients are averaged here.
@@ -129,24 +129,53 @@ def no_sync(model: nn.Module) -> Iterator[None]:
             module.set_requires_gradient_sync(True, recurse=False)
 
 
-def average_others(model: nn.Module, projections: nn.Module) -> None:
-    """Average the gradients that neither way does.
+class GradientMean:
+    """Averages the gradients that neither way does, in one vector, whose views they become.
 
-    Those of projections, and of what belongs to no tower of a sharded model; where processes share memory all gradients,
-    and then in one vector, whose views they become.
+    Those of projections, and of what belongs to no tower of a sharded model; where processes share memory all gradients.
     """
-    if dist.is_alone():
-        return
-    is_sharded = bool(sharded_modules(model))
-    alone = model.parameters(recurse=not is_sharded) if is_sharded or dist.shares_memory() else ()
-    kinds: dict[torch.dtype, list[nn.Parameter]] = {}
-    for parameter in (*projections.parameters(), *alone):
-        if parameter.grad is not None:
-            kinds.setdefault(parameter.grad.dtype, []).append(parameter)
-    for kind in kinds.values():
-        mean = dist.mean(torch.cat([p.grad.flatten() for p in kind if p.grad is not None]))
-        for parameter, part in zip(kind, mean.split([p.numel() for p in kind]), strict=True):
-            parameter.grad = part.view_as(parameter)
+
+    def __init__(self, model: nn.Module, projections: nn.Module) -> None:
+        """Of all that is trained; by all processes together."""
+        is_sharded = bool(sharded_modules(model))
+        alone = model.parameters(recurse=not is_sharded)
+        kinds: dict[torch.dtype, list[nn.Parameter]] = {}
+        if not dist.is_alone():
+            for parameter in (
+                *projections.parameters(),
+                *(alone if is_sharded or dist.shares_memory() else ()),
+            ):
+                if parameter.requires_grad:
+                    kinds.setdefault(parameter.dtype, []).append(parameter)
+        self._kinds = [_Averaged(parameters) for parameters in kinds.values()]
+
+    def take(self) -> None:
+        """Put the mean over processes in the place of each gradient; by all processes together."""
+        for kind in self._kinds:
+            kind.take()
+
+
+class _Averaged:
+    """Parameters of one dtype, and the vector of their gradients."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        sizes, first = [p.numel() for p in parameters], parameters[0]
+        self._parameters = parameters
+        self._mean = dist.mean_of_vectors(sum(sizes), first.dtype, first.device)
+        parts = self._mean.mean_X.split(sizes)
+        self._views = [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
+
+    def take(self) -> None:
+        gradients = [p.grad for p in self._parameters]
+        parts = [
+            view if gradient is None else gradient
+            for view, gradient in zip(self._views, gradients, strict=True)
+        ]
+        torch.cat([part.flatten() for part in parts], out=self._mean.own_X)
+        self._mean.compute(sum(gradient is not None for gradient in gradients))
+        for parameter, view in zip(self._parameters, self._views, strict=True):
+            if parameter.grad is not None:
+                parameter.grad = view
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> None:

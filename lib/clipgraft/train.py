@@ -227,6 +227,7 @@ class Fit:
 
     def _loop(self, parts: Parts, first_step: int, stop: Stop) -> None:
         model = parallel.in_all_processes(self.model, self.world)
+        gradients = parallel.GradientMean(self.model, self.projections)
         image_size, text_length = self._sizes
         loader = Loader(
             self.data.shards,
@@ -260,7 +261,7 @@ class Fit:
             for step, batch in enumerate(loader, start=first_step):
                 # Asked before the step and answered after it, so that nobody waits for the others.
                 agreed = dist.ask_largest(lambda: self._wish(stop, pace, meter))
-                loss, lr, extras = self._step(model, parts, batch, step)
+                loss, lr, extras = self._step(model, parts, gradients, batch, step)
                 done = step + 1
                 meter.add(done, loss, lr, loader.wait_seconds, extras)
                 self._look(meter, done)
@@ -301,13 +302,14 @@ class Fit:
         self,
         model: nn.Module,
         parts: Parts,
+        gradients: parallel.GradientMean,
         batch: Batch,
         step: int,
     ) -> tuple[Tensor, float, dict[str, Tensor]]:
         begin_step(self.settings, self.world.device)
         parts.optimizer.zero_grad(set_to_none=True)
         loss, extras = self._backward(model, batch, step / self.sampler.num_batches)
-        parallel.average_others(self.model, self.projections)
+        gradients.take()
         if self.settings.optim.max_grad_norm is not None:
             parallel.clip_gradients(parts.trained.values(), self.settings.optim.max_grad_norm)
         lr = set_rates(parts.optimizer, self.settings, self.loss, step, self._tau)
