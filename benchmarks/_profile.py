@@ -10,9 +10,10 @@ the operator itself, and gaps are the time outside of all operators, that is Pyt
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
@@ -20,6 +21,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 INPUTS = "normalise + copies"  # what stands outside of all modules: data lie ready
+DATA = "data"  # waiting for a loader
 PARTS = ("attention", "mlp", "model", "loss", "optimizer", INPUTS, "gaps")
 _MARK, _BACKWARD = "part: ", "autograd::engine::evaluate_function: "
 
@@ -44,6 +46,37 @@ def profiled(model: nn.Module, device: str) -> Iterator[dict[str, float]]:
         yield table
         seconds = time.perf_counter() - start
     table.update(shares(taken.events(), seconds * 1e6, device))
+
+
+def watched(
+    batches: Iterable[Any],
+    profile: Callable[[], AbstractContextManager[dict[str, float]]],
+    steps: range,
+    keep: Callable[[dict[str, float]], None],
+) -> Iterator[Any]:
+    """Batches as they come, of which some steps are profiled, with the wait for each batch.
+
+    Args:
+        batches: of a real loader.
+        profile: as `profiled`, of a model that is known by then.
+        steps: which, from 0; one more must follow.
+        keep: gets the table, which has one part more: `DATA`, else one of the gaps.
+    """
+    source, waited = iter(batches), 0.0
+    with ExitStack() as until_last:
+        for step in itertools.count():
+            asked = time.perf_counter()
+            if step == steps.start:
+                table, begun = until_last.enter_context(profile()), asked
+            if step == steps.stop:
+                until_last.close()
+                share = min(waited / (asked - begun), table["gaps"])
+                keep({**table, "gaps": table["gaps"] - share, DATA: share})
+                asked = time.perf_counter()
+            if (batch := next(source, None)) is None:
+                return
+            waited += (time.perf_counter() - asked) * (step in steps)
+            yield batch
 
 
 @contextmanager

@@ -60,13 +60,17 @@ class Ours:
         part: what is trained: all, mlps (of a dense model), routers (of a mixture).
         changes: settings of a training.
         environment: variables.
-        without: names below `clipgraft` that stand back for what `REPLACED` has.
+        without: keys of `REPLACED`: what they name below `clipgraft` stands back for its values.
+        processes: of which each has a share of a batch.
+        vocabulary: of the model, if it is larger than that of its texts.
     """
 
     part: str = "all"
     changes: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     without: tuple[str, ...] = ()
+    processes: int = 1
+    vocabulary: int | None = None
 
     def is_possible(self) -> bool:
         """Whether this version of ours has the settings that are changed."""
@@ -79,17 +83,27 @@ class Ours:
     def run(self, case: Case, orders: Connection, folder: Path) -> None:
         """Train until the turns end."""
         os.environ.update(self.environment)
-        for name in self.without:
+        for key in self.without:
+            name = key.split()[0]
             *modules, leaf = name.split(".")
             place = reduce(getattr, modules, clipgraft)
             assert hasattr(place, leaf), f"clipgraft has no {name}"
-            setattr(place, leaf, REPLACED[name])
+            setattr(place, leaf, REPLACED[key])
         torch.manual_seed(0)
+        if self.processes == 1:
+            self._train(case, orders, folder, dist.World(0, 1, torch.device(case.device)))
+            return
+        with dist.world() as world:
+            self._train(case, orders, folder, world)
+
+    def _train(self, case: Case, orders: Connection, folder: Path, world: dist.World) -> None:
         if case.num_experts:
             keep_kernels(KERNELS)  # as its stage does
-        model, spec = build(case.config), describe(case.config)
+        text = case.config["text_cfg"]
+        text = {**text, "vocab_size": self.vocabulary or text["vocab_size"]}
+        config = {**case.config, "text_cfg": text}
+        model, spec = build(config), describe(config)
         moe = mixture(model, case.num_experts) if case.num_experts else None
-        world = dist.World(0, 1, torch.device(case.device))
         raw = {"samples_seen": NUM_STEPS * case.batch, "batch_size": case.batch, "optim": OPTIM}
         raw |= self.changes
         settings = TrainSettings.model_validate(raw)
@@ -103,7 +117,8 @@ class Ours:
             objective, trained = expert_objective(world, expert), trained_in_expert(model, expert)  # fmt: skip
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained is None or name in trained)
-        turns = Turns(case, orders, [our_batch(case, number) for number in range(NUM_BATCHES)])
+        batches = [our_batch(case, number, world.rank, world.size) for number in range(NUM_BATCHES)]
+        turns = Turns(case, orders, batches)
         turns.model, num = model, 16 * case.batch
         train.Loader = lambda *_, **__: turns  # type: ignore[assignment,misc]
         train.Fit(
@@ -126,10 +141,12 @@ def mixture(model: nn.Module, num_experts: int) -> dict[str, Any]:
     return upcycle(model, states, top_k=TOP_K, generator=generator, **layers)
 
 
-def our_batch(case: Case, number: int) -> Batch:
-    """As our loader would bring it, but on the device."""
-    images_BCHW, text_BL = batch_of(case, number, case.config["text_cfg"]["context_length"])
-    rows_B = torch.arange(case.batch)
+def our_batch(case: Case, number: int, rank: int = 0, world: int = 1) -> Batch:
+    """As our loader would bring it to a process, but on the device."""
+    everyone = batch_of(case, number, case.config["text_cfg"]["context_length"])
+    images_BCHW, text_BL, rows_B = (
+        each.chunk(world)[rank] for each in (*everyone, torch.arange(case.batch))
+    )
     return Batch(images_BCHW.to(case.device), text_BL, rows_B, rows_B)
 
 
@@ -140,14 +157,26 @@ def _unfused(*args: Any, **how: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
+def _copied(model: nn.Module, world: dist.World) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+
+
+def _static(model: nn.Module, world: dist.World) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(
+        model, gradient_as_bucket_view=True, broadcast_buffers=False, static_graph=True
+    )
+
+
 _BUILT = train.build_optimizer
-# What a switch replaces in `clipgraft`, in the process of its side alone.
+# What a switch replaces in `clipgraft`, in the processes of its side alone: the first word says where.
 REPLACED: dict[str, Callable[..., Any]] = {
     "devices.attention": lambda device: nullcontext(),  # the kernel that torch chooses
     "devices.keep_freed_memory": lambda device: None,  # freed memory goes back to the kernel
     "models.training_blocks.WholeVisionTransformer": VisionTransformer,  # the stem is a convolution
     "models.training_blocks.attend": attend_by_torch,
     "models.training_blocks.reads_one": lambda tower, last: False,  # last blocks compute all tokens
+    "parallel.in_all_processes copied": _copied,  # DDP without views of what it sends
+    "parallel.in_all_processes static": _static,  # DDP with a static graph
     "train.build_optimizer": _unfused,  # torch's AdamW as open_clip builds it
     "train.speed_up": lambda model: None,  # open_clip's own towers
     "encoding.trimmed": lambda model, text_BL: text_BL,  # texts stay padded to the context
@@ -165,6 +194,11 @@ class OpenClip:
 
     context: int
     compiled: bool = False
+
+    @property
+    def processes(self) -> int:
+        """It runs alone."""
+        return 1
 
     def size(self, case: Case) -> int:
         """Samples of a step."""
@@ -228,6 +262,11 @@ class Matmul:
     """
 
     side: int
+
+    @property
+    def processes(self) -> int:
+        """It runs alone."""
+        return 1
 
     def size(self, case: Case) -> int:
         """FLOPs of a product."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import socket
 import tempfile
 import time
 import traceback
@@ -65,7 +66,14 @@ class Case:
 
 
 class Side(Protocol):
-    """One way to run the steps of a case."""
+    """One way to run the steps of a case.
+
+    Attributes:
+        processes: that run it together; each is given orders.
+    """
+
+    @property
+    def processes(self) -> int: ...
 
     def run(self, case: Case, orders: Connection, folder: Path) -> None:
         """Run a program on `Turns` of this connection; `folder` is empty, and goes afterwards."""
@@ -148,13 +156,14 @@ class Turns:
         return time.perf_counter()
 
 
-def _child(side: Side, case: Case, orders: Connection, folder: Path) -> None:
-    """A side's process; what it prints is not for the reader of the table."""
-    folder.mkdir()
+def _child(side: Side, case: Case, orders: Connection, folder: Path, about: dict[str, str]) -> None:
+    """A process of a side; what it prints is not for the reader of the table."""
+    folder.mkdir(parents=True)
+    os.environ.update(about)
     log = os.open(folder / "output", os.O_WRONLY | os.O_CREAT)
     for stream in (1, 2):
         os.dup2(log, stream)
-    torch.set_num_threads(case.threads)
+    torch.set_num_threads(max(case.threads // side.processes, 1))
     try:
         side.run(case, orders, folder)
     except Exception:
@@ -162,41 +171,61 @@ def _child(side: Side, case: Case, orders: Connection, folder: Path) -> None:
 
 
 class Player:
-    """A side's process, as seen by the one that measures."""
+    """The processes of a side, as seen by the one that measures."""
 
     def __init__(self, side: Side, case: Case, folder: Path) -> None:
-        """Start it; it is ready when it has said what it runs on. `folder` is made."""
-        self.orders, theirs = PROCESSES.Pipe()
+        """Start them; they are ready when they have said what they run on. `folder` is made."""
         self.size = side.size(case)
-        self.process = PROCESSES.Process(target=_child, args=(side, case, theirs, folder))
-        self.process.start()
-        theirs.close()
+        self.orders, self.processes = [], []
+        for rank, about in enumerate(_together(side.processes)):
+            ours, theirs = PROCESSES.Pipe()
+            words = (side, case, theirs, folder / str(rank), about)
+            process = PROCESSES.Process(target=_child, args=words)
+            process.start()
+            theirs.close()
+            self.orders.append(ours)
+            self.processes.append(process)
 
     def answer(self) -> Any:
-        """What it says next.
+        """What they say next, of them all the first.
 
         Raises:
-            RuntimeError: if it has failed.
+            RuntimeError: if one has failed.
         """
-        try:
-            said = self.orders.recv()
-        except EOFError:
-            self.process.join()
-            raise RuntimeError(f"a side has ended with {self.process.exitcode}") from None
-        if isinstance(said, Exception):
-            raise said
-        return said
+        said = []
+        for orders, process in zip(self.orders, self.processes, strict=True):
+            try:
+                said.append(orders.recv())
+            except EOFError:
+                process.join()
+                raise RuntimeError(f"a side has ended with {process.exitcode}") from None
+            if isinstance(said[-1], Exception):
+                raise said[-1]
+        return said[0]
 
     def ask(self, what: str, num: int) -> Any:
         """Some steps, timed or profiled."""
-        self.orders.send((what, num))
+        for orders in self.orders:
+            orders.send((what, num))
         return self.answer()
 
     def end(self) -> None:
         """At once: nothing of it is kept."""
-        self.process.kill()
-        self.process.join()
-        self.orders.close()
+        for process, orders in zip(self.processes, self.orders, strict=True):
+            process.kill()
+            process.join()
+            orders.close()
+
+
+def _together(num: int) -> list[dict[str, str]]:
+    """What torchrun would tell each of so many processes of one machine; nothing to one that is alone."""
+    if num == 1:
+        return [{}]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    group = {"WORLD_SIZE": str(num), "LOCAL_WORLD_SIZE": str(num), "MASTER_PORT": port}
+    group |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    return [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num)]
 
 
 def turns(

@@ -10,7 +10,7 @@ are cut), batch, number of samples, AdamW settings, clipping, schedule, crops of
 has all cores: torch's threads and ours for decoding, torch's threads and --workers processes of open_clip's, whose default is 4;
 the number that was fastest in the first round has rows of its own. Other differences: open_clip writes a log line for every
 step, which gives the times, and one checkpoint at the end; ours writes the model, and state when it is due. The loss of both is
-the mean of the last quarter of the steps.
+the mean of the last quarter of the steps. Profiles are of a few more steps of each.
 
 "Excluding start-up" is the second half of the steps: ours from `metrics.jsonl`, open_clip from the times of its batches.
 "Including" is from the start of the process to its end.
@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,16 +53,7 @@ CORES = len(os.sched_getaffinity(0))
 DEFAULT_WORKERS = 4  # of open_clip
 SOURCES = {"photos": "photos", "shards": "our shards"}  # what open_clip reads: folder, name
 OPTIM = {"lr": 5.0e-4, "weight_decay": 0.2, "beta2": 0.98, "eps": 1.0e-6, "max_grad_norm": 1.0}
-# Its main, with one more model, and without the mark at the end of a tar: open_clip 3.3 is made for webdataset up to
-# 0.2.86, and later versions have that mark, which stops its reader.
-OPEN_CLIP = """
-import functools, sys
-import open_clip
-from open_clip_train import data, main
-data.tar_file_expander = functools.partial(data.tar_file_expander, eof_value=None)
-open_clip.add_model_config(sys.argv[1])
-main.main(sys.argv[2:])
-"""
+PROGRAMS = str(ROOT / "benchmarks/_programs.py")
 STEP = re.compile(r"Data \(t\): ([\d.]+) Batch \(t\): ([\d.]+),.* Loss: ([\d.]+)")
 
 
@@ -215,6 +207,36 @@ class Both:
 
     def open_clip(self, name: str, source: str, workers: int) -> Outcome:
         """Train with open_clip's program on a folder of tars."""
+        log = self.root / f"{name}.log"
+        seconds = self._run(self._open_clip("-", name, source, workers), log)
+        steps = [tuple(map(float, found)) for found in STEP.findall(log.read_text())]
+        assert len(steps) == self.plan.steps, log.read_text()[-3000:]
+        half = steps[self.plan.steps // 2 :]
+        waited, took = (sum(column) for column in list(zip(*half, strict=True))[:2])
+        loss = statistics.fmean(step[2] for step in steps[self.plan.steps * 3 // 4 :])
+        rate = len(half) * self.plan.batch / took
+        return Outcome(rate, self.plan.samples / seconds, waited / took, loss)
+
+    def profiles(self, workers: Mapping[str, int]) -> dict[str, dict[str, float]]:
+        """Where the time of some steps goes, data included.
+
+        Args:
+            workers: of open_clip, by source.
+        """
+        python, *script = self._script(self.phase, self.root / "profiled")
+        file = self.root / "profile.json"
+        commands = {"ours": [python, PROGRAMS, "ours", str(file), *script]}
+        for source, num in workers.items():
+            side = f"open_clip on {SOURCES[source]}"
+            commands[side] = self._open_clip(str(file), f"profiled {source}", source, num)
+        found = {}
+        for side, command in commands.items():
+            self._run(command, self.root / f"{side}.log")
+            found[side] = json.loads(file.read_text())
+            file.unlink()
+        return found
+
+    def _open_clip(self, profile: str, name: str, source: str, workers: int) -> list[str]:
         is_gpu = torch.cuda.is_available()
         mixed = precision(torch.device("cuda" if is_gpu else "cpu")) == torch.bfloat16
         options = {
@@ -239,16 +261,8 @@ class Both:
             "name": name,
         }
         words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-        command = [sys.executable, "-c", OPEN_CLIP, str(self.root / "benchmark.json"), *words]
-        log = self.root / f"{name}.log"
-        seconds = self._run(command, log)
-        steps = [tuple(map(float, found)) for found in STEP.findall(log.read_text())]
-        assert len(steps) == self.plan.steps, log.read_text()[-3000:]
-        half = steps[self.plan.steps // 2 :]
-        waited, took = (sum(column) for column in list(zip(*half, strict=True))[:2])
-        loss = statistics.fmean(step[2] for step in steps[self.plan.steps * 3 // 4 :])
-        rate = len(half) * self.plan.batch / took
-        return Outcome(rate, self.plan.samples / seconds, waited / took, loss)
+        config = str(self.root / "benchmark.json")
+        return [sys.executable, PROGRAMS, "open_clip", profile, config, *words]
 
     def tars_of(self, source: str, workers: int) -> list[str]:
         """Named so often that each of open_clip's workers has as many, and a whole batch; or it would bring none."""
@@ -268,7 +282,7 @@ class Both:
         return time.monotonic() - start
 
 
-def measure(model: str, both: Both, repeats: int) -> list[Row]:
+def measure(model: str, both: Both, repeats: int) -> tuple[list[Row], dict[str, dict[str, float]]]:
     """Trainings of both sides in turns; the first round tries how many workers open_clip wants."""
     is_gpu = torch.cuda.is_available()
     # Of these numbers of workers, each brings as many batches as any other; else open_clip would train more steps.
@@ -310,7 +324,7 @@ def measure(model: str, both: Both, repeats: int) -> list[Row]:
         note += f"; {least:.2%} stands for at most that"
     wait = within(f"{model}: share of time that waits for data", waits, DATA_WAIT, "share", note)
     rows.append(wait if is_gpu else replace(wait, target=None))
-    return rows
+    return rows, {f"{model}, {side}": table for side, table in both.profiles(best).items()}
 
 
 def _rows(
@@ -343,15 +357,16 @@ def main() -> None:
     parser = command_line()
     parser.add_argument("--json", type=Path, help="write JSON there; the table comes last")
     args = parser.parse_args()
-    rows = []
+    rows, profiles = list[Row](), dict[str, dict[str, float]]()
     repeats = 1 if args.quick or torch.cuda.is_available() else 3
     for model, plan in plans(quick=args.quick).items():
         with tempfile.TemporaryDirectory() as scratch:
-            rows += measure(model, Both(Path(scratch), plan), repeats)
+            more, of_model = measure(model, Both(Path(scratch), plan), repeats)
+        rows, profiles = rows + more, profiles | of_model
     if not torch.cuda.is_available():
         name = f"cuda: share of time that waits for data, of {DATA_WAIT}"
         rows.append(Row(name, None, None, "share", None, None, note="no CUDA device"))
-    report("train_run", rows, None, args.json)
+    report("train_run", rows, profiles, args.json)
 
 
 if __name__ == "__main__":

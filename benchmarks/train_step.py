@@ -77,6 +77,20 @@ OFF = {
 OFF_ON_GPU = {  # no effect elsewhere
     "compile and cuda_graphs": Ours(changes={"compile": True, "cuda_graphs": True}),
 }
+# Two processes, and how their gradients meet. Two machines are told apart by how many processes each has.
+SHARED, DDP = "through memory", "DDP through gloo"
+_APART = {"LOCAL_WORLD_SIZE": "1"}
+TOGETHER = {
+    SHARED: Ours(processes=2),
+    DDP: Ours(processes=2, environment=_APART),
+    "copied": Ours(processes=2, environment=_APART, without=("parallel.in_all_processes copied",)),
+    "static": Ours(processes=2, environment=_APART, without=("parallel.in_all_processes static",)),
+}
+MEETINGS = {  # what a row is called: one side, and the other
+    f"gradients {SHARED}, beside {DDP}": (SHARED, DDP),
+    "DDP with gradient_as_bucket_view, beside without": (DDP, "copied"),
+    "DDP with a static graph (off by default)": ("static", DDP),
+}
 
 
 def config_of(name: str, image_size: int, context: int) -> dict[str, Any]:
@@ -260,6 +274,9 @@ def switch_rows(
     """Ours as it is beside ours with one thing changed: above 1, the switch pays (where it is off: would pay)."""
     text = {**case.config["text_cfg"], "context_length": CONTEXT}  # longer than most texts
     case = replace(case, config={**case.config, "text_cfg": text}, longest=longest)
+    if text["vocab_size"] < VOCABULARY and switches.keys() >= ON.keys():
+        name = f"vocabulary of {text['vocab_size']:,}, beside CLIP's of {VOCABULARY:,}"
+        switches = {**switches, name: Ours(vocabulary=VOCABULARY)}
     rows = []
     for name, changed in switches.items():
         is_off = name in OFF or name in OFF_ON_GPU
@@ -276,6 +293,17 @@ def switch_rows(
         with_it, without = (rates[side] for side in sides)
         note = f"batch {case.batch}, {about}, context {CONTEXT}, longest text {longest} tokens"
         rows.append(faster(what, with_it, without, "samples/s", None, note))
+    return rows
+
+
+def process_rows(case: Case, seconds: float, repeats: int) -> list[Row]:
+    """Two processes, each with half of a batch and of the threads, whose gradients meet in different ways."""
+    rates, _, about = turns(TOGETHER, case, seconds, repeats)
+    note = f"batch {case.batch}, {about}, {max(case.threads // 2, 1)} threads a process"
+    rows = []
+    for name, (side, other) in MEETINGS.items():
+        what = f"{case.name}, two processes: {name}"
+        rows.append(faster(what, rates[side], rates[other], "samples/s", None, note))
     return rows
 
 
@@ -333,6 +361,8 @@ def main() -> None:
     if "switches" in args.only:
         for case in of_cpu:
             keep(switch_rows(case, seconds, repeats, {**ON, **ON_CPU}))
+        for case in of_cpu[:1]:
+            keep(process_rows(case, seconds, repeats))
         long = long_case(quick=args.quick)
         if args.device != "cuda" and args.model in long.name:
             attention = {ATTENTION: ON_CPU[ATTENTION]}

@@ -9,8 +9,11 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,6 +111,57 @@ def test_a_side_that_is_optional_fails_alone_and_its_rows_say_why(monkeypatch):
     assert len(rows) == 4 and len(profiles) == 2
 
 
+def test_two_processes_run_as_one_side():
+    import train_step
+
+    [case] = train_step.cpu_cases(quick=True)
+    rows = train_step.process_rows(case, 0.05, 1)
+    assert len(rows) == len(train_step.MEETINGS)
+    assert all(row.ratio is not None and row.ratio > 0 for row in rows)
+
+
+def test_a_process_that_fails_is_not_waited_for():
+    import train_step
+    from _sides import Ours
+    from _turns import turns
+
+    [case] = train_step.cpu_cases(quick=True)
+    side = Ours(processes=2, changes={"batch_size": 3})
+    with pytest.raises(RuntimeError, match="batch_size = 3 does not divide by 2 processes"):
+        turns({"odd": side}, case, 0.05, 1)
+
+
+def test_waiting_for_data_is_a_part_of_a_profile(monkeypatch):
+    import _profile
+
+    now = 0.0
+
+    def took(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(_profile, "time", SimpleNamespace(perf_counter=lambda: now))
+
+    def loader() -> Iterator[int]:
+        for step in range(6):
+            took(3.0 if step in (2, 3) else 50.0)
+            yield step
+
+    @contextmanager
+    def taken() -> Iterator[dict[str, float]]:
+        table: dict[str, float] = {}
+        yield table
+        table |= {"mlp": 0.1, "gaps": 0.9}
+
+    found: list[dict[str, float]] = []
+    seen = []
+    for step in _profile.watched(loader(), taken, range(2, 4), found.append):
+        seen.append(step)
+        took(2.0 if step in (2, 3) else 70.0)
+    assert seen == list(range(6))
+    assert found == [{"mlp": 0.1, "data": pytest.approx(0.6), "gaps": pytest.approx(0.3)}]
+
+
 def test_the_file_of_results_has_what_was_measured_before_time_ran_out(tmp_path, monkeypatch):
     import train_step
     from _common import Row
@@ -127,6 +181,7 @@ def test_the_file_of_results_has_what_was_measured_before_time_ran_out(tmp_path,
 def test_every_switch_has_a_row():
     measured = ratios(quick("train_step"))
     switches = ("fp32", "torch's choice", "trimmed", "AdamW", "grad_checkpointing", "accumulate")
+    switches += ("vocabulary", "through memory", "bucket_view", "static graph")
     for what in (*switches, "a whole", "stem", "last block", "freed memory"):
         assert any(what in name and ratio > 0 for name, ratio in measured.items()), what
 
@@ -135,6 +190,13 @@ def test_every_switch_has_a_row():
 def test_both_trainings_run_to_their_end_on_the_same_photos():
     told = quick("train_run")
     measured = ratios(told)
+    sides = ("ours", "open_clip on photos", "open_clip on our shards")
+    assert [name.partition(", ")[2] for name in told["profiles"]] == list(sides)
+    for shares in told["profiles"].values():
+        assert shares.keys() == {*PARTS, "data"} and sum(shares.values()) == pytest.approx(
+            1, abs=0.02
+        )
+        assert min(shares[part] for part in PARTS - {"gaps"}) > 0, shares
     for what in ("excluding start-up", "including start-up"):
         for source in ("photos", "our shards"):
             assert any(f": {what}, open_clip on {source}" in name for name in measured)
