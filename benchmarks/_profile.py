@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -42,10 +43,16 @@ def profiled(model: nn.Module, device: str) -> Iterator[dict[str, float]]:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
     table: dict[str, float] = {}
     with marks(model), profile(activities=activities, acc_events=True) as taken:
-        start = time.perf_counter()
+        start = _now(device)
         yield table
-        seconds = time.perf_counter() - start
+        seconds = _now(device) - start
     table.update(shares(taken.events(), seconds * 1e6, device))
+
+
+def _now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def watched(
@@ -60,19 +67,21 @@ def watched(
         batches: of a real loader.
         profile: as `profiled`, of a model that is known by then.
         steps: which, from 0; one more must follow.
-        keep: gets the table, which has one part more: `DATA`, else one of the gaps.
+        keep: gets the table, which has one part more: `DATA`, else one of the gaps. On a GPU it is at most that: the device
+            may be busy while its host waits.
     """
     source, waited = iter(batches), 0.0
     with ExitStack() as until_last:
         for step in itertools.count():
-            asked = time.perf_counter()
             if step == steps.start:
-                table, begun = until_last.enter_context(profile()), asked
+                table = until_last.enter_context(profile())  # starting it takes a while
+                begun = time.perf_counter()
             if step == steps.stop:
+                seconds = time.perf_counter() - begun
                 until_last.close()
-                share = min(waited / (asked - begun), table["gaps"])
+                share = min(waited / seconds, table["gaps"])
                 keep({**table, "gaps": table["gaps"] - share, DATA: share})
-                asked = time.perf_counter()
+            asked = time.perf_counter()
             if (batch := next(source, None)) is None:
                 return
             waited += (time.perf_counter() - asked) * (step in steps)

@@ -1,4 +1,4 @@
-"""Turns: sides of a benchmark, each a process of its own, that run some steps when they are told to.
+"""Turns: sides of a benchmark, each a process of its own or some that belong together, that run some steps when they are told to.
 
 A side runs a whole training program in which the loader alone is replaced, by `Turns`: it hands out batches that lie
 ready on the device, stops the clock after as many steps as it was told to, and then waits for its next turn. What one
@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -187,21 +187,30 @@ class Player:
             self.processes.append(process)
 
     def answer(self) -> Any:
-        """What they say next, of them all the first.
+        """What all of them say next: the first one's word.
 
         Raises:
-            RuntimeError: if one has failed.
+            RuntimeError: if one has failed; the others may wait for it and say nothing.
         """
-        said = []
-        for orders, process in zip(self.orders, self.processes, strict=True):
-            try:
-                said.append(orders.recv())
-            except EOFError:
-                process.join()
-                raise RuntimeError(f"a side has ended with {process.exitcode}") from None
-            if isinstance(said[-1], Exception):
-                raise said[-1]
+        said: dict[int, Any] = {}
+        while len(said) < len(self.orders):
+            silent = [rank for rank in range(len(self.orders)) if rank not in said]
+            ready = wait([self.orders[rank] for rank in silent])
+            for rank in silent:
+                if self.orders[rank] in ready:
+                    said[rank] = self._heard(rank)
         return said[0]
+
+    def _heard(self, rank: int) -> Any:
+        try:
+            said = self.orders[rank].recv()
+        except EOFError:
+            self.processes[rank].join()
+            code = self.processes[rank].exitcode
+            raise RuntimeError(f"a side has ended with {code}") from None
+        if isinstance(said, Exception):
+            raise said
+        return said
 
     def ask(self, what: str, num: int) -> Any:
         """Some steps, timed or profiled."""

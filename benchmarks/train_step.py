@@ -274,9 +274,6 @@ def switch_rows(
     """Ours as it is beside ours with one thing changed: above 1, the switch pays (where it is off: would pay)."""
     text = {**case.config["text_cfg"], "context_length": CONTEXT}  # longer than most texts
     case = replace(case, config={**case.config, "text_cfg": text}, longest=longest)
-    if text["vocab_size"] < VOCABULARY and switches.keys() >= ON.keys():
-        name = f"vocabulary of {text['vocab_size']:,}, beside CLIP's of {VOCABULARY:,}"
-        switches = {**switches, name: Ours(vocabulary=VOCABULARY)}
     rows = []
     for name, changed in switches.items():
         is_off = name in OFF or name in OFF_ON_GPU
@@ -296,15 +293,25 @@ def switch_rows(
     return rows
 
 
+def small_vocabulary(case: Case) -> dict[str, Ours]:
+    """The switch of a model whose vocabulary is that of its texts."""
+    num = case.config["text_cfg"]["vocab_size"]
+    name = f"vocabulary of {num:,}, beside CLIP's of {VOCABULARY:,}"
+    return {name: Ours(vocabulary=VOCABULARY)} if num < VOCABULARY else {}
+
+
 def process_rows(case: Case, seconds: float, repeats: int) -> list[Row]:
     """Two processes, each with half of a batch and of the threads, whose gradients meet in different ways."""
+    names = {pair: f"{case.name}, two processes: {name}" for name, pair in MEETINGS.items()}
+    if torch.cuda.is_available():
+        here = RuntimeError("where there are CUDA devices, processes take one each")
+        return [failed(name, here) for name in names.values()]
     rates, _, about = turns(TOGETHER, case, seconds, repeats)
     note = f"batch {case.batch}, {about}, {max(case.threads // 2, 1)} threads a process"
-    rows = []
-    for name, (side, other) in MEETINGS.items():
-        what = f"{case.name}, two processes: {name}"
-        rows.append(faster(what, rates[side], rates[other], "samples/s", None, note))
-    return rows
+    return [
+        faster(name, rates[side], rates[other], "samples/s", None, note)
+        for (side, other), name in names.items()
+    ]
 
 
 def failed(name: str, error: RuntimeError) -> Row:
@@ -360,7 +367,7 @@ def main() -> None:
             keep(part_rows(case, seconds, repeats))
     if "switches" in args.only:
         for case in of_cpu:
-            keep(switch_rows(case, seconds, repeats, {**ON, **ON_CPU}))
+            keep(switch_rows(case, seconds, repeats, {**ON, **ON_CPU, **small_vocabulary(case)}))
         for case in of_cpu[:1]:
             keep(process_rows(case, seconds, repeats))
         long = long_case(quick=args.quick)

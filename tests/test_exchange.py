@@ -87,11 +87,11 @@ def test_means_of_vectors_are_the_same_bits_for_all_and_each_has_its_own(size, n
         mean, found = SharedMean(end, num, torch.float32), []
         for step, vectors_R in enumerate(vectors):
             time.sleep(0.003 * ((step + rank) % size == 0))
-            mean.own_X.copy_(vectors_R[rank])
+            mean.vector_X.copy_(vectors_R[rank])
             mean.compute(7)
             time.sleep(0.003 * ((step + rank) % size == 1))
-            found.append(mean.mean_X.clone())
-            mean.mean_X.mul_(0.5)
+            found.append(mean.vector_X.clone())
+            mean.vector_X.mul_(0.5)
         return found
 
     with ends(size) as all_do:
@@ -193,11 +193,22 @@ def test_nothing_stays_open():
 
 @pytest.mark.parametrize(
     "name, num_before",
-    [("memfd_create", 0), ("ftruncate", 0), ("pipe", 0), ("pipe", 5), ("open", 0), ("open", 5)],
+    [
+        ("os.memfd_create", 0),
+        ("os.ftruncate", 0),
+        ("os.pipe", 0),
+        ("os.pipe", 5),
+        ("os.open", 0),
+        ("os.open", 5),
+        ("mmap.mmap", 0),
+        ("mmap.mmap", 2),
+    ],
 )
 def test_what_one_may_not_do_none_does_and_nothing_stays_open(name, num_before, monkeypatch):
     """As in a container that forbids it: a call of one end fails, after others that work."""
-    before, real, lock, num_calls = _opened(), getattr(os, name), threading.Lock(), 0
+    module, _, function = name.partition(".")
+    place = getattr(exchange, module)
+    before, real, lock, num_calls = _opened(), getattr(place, function), threading.Lock(), 0
 
     def refuse_one(*how: Any) -> Any:
         nonlocal num_calls
@@ -207,7 +218,7 @@ def test_what_one_may_not_do_none_does_and_nothing_stays_open(name, num_before, 
                 raise PermissionError(1, "Operation not permitted")
         return real(*how)
 
-    monkeypatch.setattr(os, name, refuse_one)
+    monkeypatch.setattr(place, function, refuse_one)
     make = _maker(3)
 
     def why(rank: int) -> str:

@@ -36,7 +36,7 @@ from clipgraft.data.memory import SampleMemory
 from clipgraft.data.tokens import Tokens
 from clipgraft.experts import finetune_expert
 from clipgraft.graft import assemble
-from clipgraft.parallel import in_all_processes, sharded_dim
+from clipgraft.parallel import GradientMean, in_all_processes, sharded_dim
 from clipgraft.pretrain import pretrain
 from clipgraft.router import finetune_router
 from clipgraft.settings import AssembleJob, ExpertJob, RouterJob
@@ -275,11 +275,17 @@ def near(inputs: Inputs, root: Path) -> dict[str, Any]:
             in_all_processes(model, world)
         except RuntimeError as error:
             found["told"] = str(error)
+        found["lacking"] = _averaged((0,))
+        try:
+            _averaged((world.rank,))
+        except RuntimeError as error:
+            found["unlike"] = str(error)
     with pytest.MonkeyPatch.context() as patch, _warnings() as warnings:
         if os.environ["RANK"] == "0":
             patch.setattr(os, "memfd_create", _refuse)
         with dist.world() as world:
             mean = dist.mean(torch.tensor([1.0 + world.rank]))
+            found["lacking in gloo"] = _averaged((0,))
             found["refused"] = dist.shares_memory(), mean.tolist(), warnings
             if world.rank == 1:
                 patch.setattr(np, "memmap", _not_by_number(np.memmap))
@@ -289,6 +295,18 @@ def near(inputs: Inputs, root: Path) -> dict[str, Any]:
             memory.settle()
             found["remembered"] = memory.read(torch.arange(4), world.device).tolist()
     return found
+
+
+def _averaged(with_gradient: tuple[int, ...]) -> list[list[float] | None]:
+    """The gradients of two parameters after two rounds, of which some have one; that of rank r is r + 1, then 10 (r + 1)."""
+    layers = torch.nn.ModuleList(torch.nn.Linear(2, 1, bias=False) for _ in "ab")
+    mean = GradientMean(torch.nn.Module(), layers)
+    for scale in (1, 10):
+        for number in with_gradient:
+            full = torch.full((1, 2), scale * (1.0 + torch_dist.get_rank()))
+            layers[number].weight.grad = full
+        mean.take()
+    return [None if p.grad is None else p.grad.flatten().tolist() for p in layers.parameters()]
 
 
 def _not_by_number(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -423,6 +441,16 @@ def test_gloo_carries_nothing_of_a_step_between_processes_that_share_memory(root
 def test_processes_that_share_memory_begin_with_the_same_weights(root):
     near = torch.load(root / "2 near.pt", weights_only=True)
     assert near["told"] == "processes of one training begin with different weights"
+
+
+@pytest.mark.parametrize("way", ["lacking", "lacking in gloo"])
+def test_a_parameter_without_gradient_stays_without(root, way):
+    assert torch.load(root / "2 near.pt", weights_only=True)[way] == [[15.0, 15.0], None]
+
+
+def test_processes_whose_gradients_are_of_different_parameters_are_an_error(root):
+    told = torch.load(root / "2 near.pt", weights_only=True)["unlike"]
+    assert told == "processes of one training say different things"
 
 
 def test_where_one_may_not_share_memory_all_talk_through_gloo(root):

@@ -13,6 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as torch_dist
 
+from clipgraft.config import ConfigError
 from clipgraft.exchange import Exchange, SharedMean
 from clipgraft.orphan import NOTHING_TO_DO
 
@@ -164,18 +165,29 @@ class GroupMean:
 
     def __init__(self, num: int, dtype: torch.dtype, device: torch.device) -> None:
         """Of `num` elements."""
-        self.own_X = self.mean_X = torch.empty(num, dtype=dtype, device=device)
+        self.vector_X = torch.zeros(num, dtype=dtype, device=device)
 
     def compute(self, number: int) -> None:
         """By all processes together; that they have the same number is not looked at."""
-        torch_dist.all_reduce(self.own_X)
-        self.own_X.div_(torch_dist.get_world_size())
+        torch_dist.all_reduce(self.vector_X)
+        self.vector_X.div_(torch_dist.get_world_size())
 
 
 def mean_of_vectors(num: int, dtype: torch.dtype, device: torch.device) -> SharedMean | GroupMean:
-    """What computes means of vectors of `num` elements again and again; made by all processes together."""
+    """What computes means of vectors of `num` elements again and again; made by all processes together.
+
+    Raises:
+        ConfigError: in all of them, if one may not share so much memory.
+    """
     if _exchange is not None:
-        return SharedMean(_exchange, num, dtype)
+        try:
+            return SharedMean(_exchange, num, dtype)
+        except OSError as error:
+            size = (_exchange.size + 1) * num * dtype.itemsize
+            raise ConfigError(
+                f"processes cannot share {size / 2**20:,.0f} MB of memory for their gradients ({error}). "
+                "Hint: fewer processes on this machine, or more memory for the job"
+            ) from None
     return GroupMean(num, dtype, device)
 
 

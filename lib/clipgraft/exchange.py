@@ -5,7 +5,7 @@ process per core, that was a sixth of the step. Here a process copies what it ha
 each of the others by a message through a pipe, and reads what they say once they have told it the same.
 
 Neither has a name: all of it is gone with its processes, however they end. A process that ends closes its pipes, so that
-nobody waits for it. There are two buffers, taken in turn: who fills one again has heard from all others about the next one,
+nobody waits for it. For what is told in rows there are two buffers, taken in turn: who fills one again has heard from all others about the next one,
 and they had read the first before they spoke of that.
 """
 
@@ -105,7 +105,12 @@ class Exchange:
                 return ""
 
             path, maps = self._together(make)[0], list[mmap.mmap]()
-            self._together(take)
+            try:
+                self._together(take)
+            except OSError:
+                for each in maps:
+                    each.close()
+                raise
         return torch.frombuffer(maps[0], dtype=torch.uint8)
 
     def _together(self, do: Callable[[], str]) -> list[str]:
@@ -203,18 +208,22 @@ class Exchange:
 class SharedMean:
     """The mean over processes of a vector, of which each computes a share for all.
 
+    Others read a process's vector only while all compute; before and after it belongs to that process alone.
+
     Attributes:
-        own_X: this process's vector, to be filled; the others see it.
-        mean_X: the mean of all; this process's own copy.
+        vector_X: this process's, zeros at first; `compute` puts the mean in its place.
     """
 
     def __init__(self, exchange: Exchange, num: int, dtype: torch.dtype) -> None:
-        """Of `num` elements; all processes together."""
+        """Of `num` elements; all processes together.
+
+        Raises:
+            OSError: in all of them, if one may not share so much memory.
+        """
         self._exchange = exchange
         memory = exchange.memory((exchange.size + 1) * num * dtype.itemsize)
         vectors_VX = memory.view(dtype).view(exchange.size + 1, num)
-        self.own_X, self._seen_X = vectors_VX[exchange.rank], vectors_VX[-1]
-        self.mean_X = torch.empty(num, dtype=dtype)
+        self.vector_X, self._mean_X = vectors_VX[exchange.rank], vectors_VX[-1]
         *self._own_RS, self._mean_S = vectors_VX.tensor_split(exchange.size, 1)[exchange.rank]
 
     def compute(self, number: int) -> None:
@@ -226,14 +235,14 @@ class SharedMean:
         Raises:
             RuntimeError: if they do not.
         """
-        self._exchange.agree(number)  # and all have copied the mean before
+        self._exchange.agree(number)  # all have copied the mean before this one
         first_S, second_S, *others = self._own_RS
         torch.add(first_S, second_S, out=self._mean_S)
         for other_S in others:
             self._mean_S.add_(other_S)
         self._mean_S.div_(self._exchange.size)
-        self._exchange.agree(number)
-        self.mean_X.copy_(self._seen_X)
+        self._exchange.agree(number)  # all have read the vectors
+        self.vector_X.copy_(self._mean_X)
 
 
 class _Ear:

@@ -16,6 +16,7 @@ runs, and its gradients are averaged and scattered. Three decisions shape it:
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -130,7 +131,7 @@ def no_sync(model: nn.Module) -> Iterator[None]:
 
 
 class GradientMean:
-    """Averages the gradients that neither way does, in one vector, whose views they become.
+    """Averages the gradients that neither way does, in one vector for each dtype, whose views they become.
 
     Those of projections, and of what belongs to no tower of a sharded model; where processes share memory all gradients.
     """
@@ -160,22 +161,17 @@ class _Averaged:
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         sizes, first = [p.numel() for p in parameters], parameters[0]
-        self._parameters = parameters
         self._mean = dist.mean_of_vectors(sum(sizes), first.dtype, first.device)
-        parts = self._mean.mean_X.split(sizes)
-        self._views = [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
+        parts = self._mean.vector_X.split(sizes)
+        self._views = [(p, part.view_as(p)) for p, part in zip(parameters, parts, strict=True)]
 
     def take(self) -> None:
-        gradients = [p.grad for p in self._parameters]
-        parts = [
-            view if gradient is None else gradient
-            for view, gradient in zip(self._views, gradients, strict=True)
-        ]
-        torch.cat([part.flatten() for part in parts], out=self._mean.own_X)
-        self._mean.compute(sum(gradient is not None for gradient in gradients))
-        for parameter, view in zip(self._parameters, self._views, strict=True):
-            if parameter.grad is not None:
-                parameter.grad = view
+        filled = [(p, view, p.grad) for p, view in self._views if p.grad is not None]
+        torch._foreach_copy_([view for _, view, _ in filled], [grad for *_, grad in filled])
+        has_gradient = bytes(p.grad is not None for p, _ in self._views)
+        self._mean.compute(zlib.crc32(has_gradient))  # the same parameters in all processes
+        for parameter, view, _ in filled:
+            parameter.grad = view
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
