@@ -5,8 +5,8 @@ process per core, that was a sixth of the step. Here a process copies what it ha
 each of the others by a message through a pipe, and reads what they say once they have told it the same.
 
 Neither has a name: all of it is gone with its processes, however they end. A process that ends closes its pipes, so that
-nobody waits for it. For what is told in rows there are two buffers, taken in turn: who fills one again has heard from all others about the next one,
-and they had read the first before they spoke of that.
+nobody waits for it. For what is told in rows there are two buffers, taken in turn: who fills one again has heard from all
+others about the next one, and they had read the first before they spoke of that.
 """
 
 from __future__ import annotations

@@ -167,7 +167,8 @@ class _Averaged:
 
     def take(self) -> None:
         filled = [(p, view, p.grad) for p, view in self._views if p.grad is not None]
-        torch._foreach_copy_([view for _, view, _ in filled], [grad for *_, grad in filled])
+        if filled:
+            torch._foreach_copy_([view for _, view, _ in filled], [grad for *_, grad in filled])
         has_gradient = bytes(p.grad is not None for p, _ in self._views)
         self._mean.compute(zlib.crc32(has_gradient))  # the same parameters in all processes
         for parameter, view, _ in filled:
