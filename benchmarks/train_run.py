@@ -6,11 +6,12 @@ Ours reads shards of 112 px, which its own stages made of tars of photos first. 
 photos, and our shards, the same JPEGs with captions as the .txt files that it wants. "With preparation", beside it on photos,
 adds the seconds that index and shards took to a training of ours; they serve all trainings of that size. The models are those
 that this repository trains on a CPU, with patches of 16. Same architecture, full vocabulary, 16 text tokens (longer captions
-are cut), batch, number of samples, AdamW settings, clipping, schedule, crops of 90 to 100 % of the area and precision. Each side
-has all cores: torch's threads and ours for decoding, torch's threads and --workers processes of open_clip's, whose default is 4;
-the number that was fastest in the first round has rows of its own. Other differences: open_clip writes a log line for every
-step, which gives the times, and one checkpoint at the end; ours writes the model, and state when it is due. The loss of both is
-the mean of the last quarter of the steps. Profiles are of a few more steps of each.
+are cut; "texts whole" has 77, open_clip's default, where none is), batch, number of samples, AdamW settings, clipping,
+schedule, crops of 90 to 100 % of the area and precision. Each side has all cores: torch's threads and ours for decoding,
+torch's threads and --workers processes of open_clip's, whose default is 4; the number that was fastest in the first round has
+rows of its own. Other differences: open_clip writes a log line for every step, which gives the times, and one checkpoint at the
+end; ours writes the model, and state when it is due. The loss of both is the mean of the last quarter of the steps. Profiles
+are of a few more steps of each.
 
 "Excluding start-up" is the second half of the steps: ours from `metrics.jsonl`, open_clip from the times of its batches.
 "Including" is from the start of the process to its end.
@@ -46,8 +47,9 @@ from clipgraft.devices import precision
 from clipgraft.planning import plan_runs
 from clipgraft.versions import PlannedJob
 
-MODELS = {"demo model": "config.yaml", "Flickr8k model": "tests/config/flickr8k.yaml"}
-SIZE, CONTEXT, VOCABULARY = 112, 16, 49_408
+LARGER = "Flickr8k model"
+MODELS = {"demo model": "config.yaml", LARGER: "tests/config/flickr8k.yaml"}
+SIZE, CONTEXT, WHOLE, VOCABULARY = 112, 16, 77, 49_408
 REACH, DATA_WAIT = 2.5, 0.03
 CORES = len(os.sched_getaffinity(0))
 DEFAULT_WORKERS = 4  # of open_clip
@@ -67,6 +69,7 @@ class Plan:
         batch: samples of a step.
         steps: in all.
         warmup: steps of them.
+        sources: what open_clip reads.
     """
 
     config: dict[str, Any]
@@ -74,6 +77,12 @@ class Plan:
     batch: int
     steps: int
     warmup: int
+    sources: tuple[str, ...] = tuple(SOURCES)
+
+    @property
+    def context(self) -> int:
+        """Tokens of a text at most."""
+        return int(self.config["text_cfg"]["context_length"])
 
     @property
     def samples(self) -> int:
@@ -108,14 +117,16 @@ def plans(*, quick: bool) -> dict[str, Plan]:
     if torch.cuda.is_available():
         # So many steps that a row of ours is of four: to close one, the host waits for the device.
         return {"ViT-B/16": Plan(b16, 2048, 512, 400, 40)}
-    return {name: Plan(config_in(file), 4096, 256, 48, 5) for name, file in MODELS.items()}
+    cut = {name: Plan(config_in(file), 4096, 256, 48, 5) for name, file in MODELS.items()}
+    whole = Plan(config_in(MODELS[LARGER], WHOLE), 4096, 256, 24, 3, ("shards",))
+    return {**cut, f"{LARGER}, texts whole": whole}
 
 
-def config_in(file: str) -> dict[str, Any]:
+def config_in(file: str, context: int = CONTEXT) -> dict[str, Any]:
     """The architecture in a config of this repository, for pictures and texts of this benchmark."""
     raw = yaml.safe_load((ROOT / file).read_text())["model"]["config"]
     vision = {**raw["vision_cfg"], "image_size": SIZE, "patch_size": 16}
-    text = {**raw["text_cfg"], "context_length": CONTEXT, "vocab_size": VOCABULARY}
+    text = {**raw["text_cfg"], "context_length": context, "vocab_size": VOCABULARY}
     return {**raw, "vision_cfg": vision, "text_cfg": text}
 
 
@@ -170,7 +181,7 @@ class Both:
         phase = {
             "name": "full",
             "image_size": SIZE,
-            "text_length": CONTEXT,
+            "text_length": self.plan.context,
             "samples_seen": self.plan.samples,
             "batch_size": self.plan.batch,
             "crop_scale": [0.9, 1.0],
@@ -291,13 +302,15 @@ def measure(model: str, both: Both, repeats: int) -> tuple[list[Row], dict[str, 
     ours = [both.ours("ours0")]
     peers = {
         (source, workers): [both.open_clip(f"{source}{workers}-0", source, workers)]
-        for source in SOURCES
+        for source in both.plan.sources
         for workers in tried
     }
-    best = {source: max(tried, key=lambda n: peers[source, n][0].rate) for source in SOURCES}
+    best = {
+        source: max(tried, key=lambda n: peers[source, n][0].rate) for source in both.plan.sources
+    }
     kept = [
         (source, workers)
-        for source in SOURCES
+        for source in best
         for workers in sorted({best[source], DEFAULT_WORKERS} & set(tried))
     ]
     for number in range(1, repeats):
@@ -317,8 +330,8 @@ def measure(model: str, both: Both, repeats: int) -> tuple[list[Row], dict[str, 
     least = 1e-4  # what `metrics.jsonl` may round to 0
     waits = [max(each.wait, least) for each in ours]
     note = "open_clip's: " + ", ".join(
-        f"{statistics.median(x.wait for x in peers[source, best[source]]):.1%} on {name}"
-        for source, name in SOURCES.items()
+        f"{statistics.median(x.wait for x in peers[source, workers]):.1%} on {SOURCES[source]}"
+        for source, workers in best.items()
     )
     if min(waits) == least:
         note += f"; {least:.2%} stands for at most that"

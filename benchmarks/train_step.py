@@ -39,7 +39,7 @@ from clipgraft.cost import FLOPS_PER_MAC, Trained, sample_flops
 
 CORES = len(os.sched_getaffinity(0))  # threads of every side
 VOCABULARY, CONTEXT, E = 49_408, 77, 4
-FLICKR8K = (14.1, 4.0)  # tokens of a caption, with start and end
+FLICKR8K, LONGEST = (14.1, 4.0), 32  # tokens of a caption, with start and end
 REACH_SHARE = 1 / 1.1
 PEERS = {  # what a row is called: our side, the other one, and the ratio to reach
     "same text tokens": ("ours", "open_clip", 1.5),
@@ -63,6 +63,11 @@ ON = {
         without=(f"{_TOWERS}.WholeVisionTransformer",)
     ),
     "of these the last block for one token, beside all": Ours(without=(f"{_TOWERS}.reads_one",)),
+}
+PACKED = {
+    "texts without their padding, beside padded to the longest": Ours(
+        without=("encoding.tell_lengths",)
+    ),
 }
 ATTENTION = "of these attention written out, beside torch's choice"
 ON_CPU = {  # no choice elsewhere
@@ -289,8 +294,14 @@ def switch_rows(
         sides = ("changed", "as_is") if is_off else ("as_is", "changed")
         with_it, without = (rates[side] for side in sides)
         note = f"batch {case.batch}, {about}, context {CONTEXT}, longest text {longest} tokens"
+        note += f", mean {case.lengths[0]}" if case.lengths is not None else ""
         rows.append(faster(what, with_it, without, "samples/s", None, note))
     return rows
+
+
+def packed_rows(case: Case, seconds: float, repeats: int) -> list[Row]:
+    """The switch that matters where texts differ in length; elsewhere all are as long as the longest."""
+    return switch_rows(replace(case, lengths=FLICKR8K), seconds, repeats, PACKED, LONGEST)
 
 
 def small_vocabulary(case: Case) -> dict[str, Ours]:
@@ -368,6 +379,7 @@ def main() -> None:
     if "switches" in args.only:
         for case in of_cpu:
             keep(switch_rows(case, seconds, repeats, {**ON, **ON_CPU, **small_vocabulary(case)}))
+            keep(packed_rows(case, seconds, repeats))
         for case in of_cpu[:1]:
             keep(process_rows(case, seconds, repeats))
         long = long_case(quick=args.quick)
@@ -376,6 +388,7 @@ def main() -> None:
             keep(switch_rows(long, seconds, repeats, attention, long.longest))
         for case in on_gpu[:1]:
             keep(switch_rows(case, seconds, repeats, ON))
+            keep(packed_rows(case, seconds, repeats))
         off = {name: OFF[name] for name in OFF if not (args.quick and name == "compile")}
         for case in of_cpu[:2][-1:]:  # compiling takes minutes
             keep(switch_rows(case, seconds, repeats, off))

@@ -198,7 +198,7 @@ def test_the_file_of_results_has_what_was_measured_before_time_ran_out(tmp_path,
 def test_every_switch_has_a_row():
     measured = ratios(quick("train_step"))
     switches = ("fp32", "torch's choice", "trimmed", "AdamW", "grad_checkpointing", "accumulate")
-    switches += ("vocabulary",)
+    switches += ("vocabulary", "without their padding")
     if not torch.cuda.is_available():
         switches += ("through memory", "bucket_view", "static graph")
     for what in (*switches, "a whole", "stem", "last block", "freed memory"):

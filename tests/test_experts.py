@@ -25,6 +25,7 @@ from clipgraft.evaluation import encode
 from clipgraft.experts import check_learnable, expert_objective, finetune_expert, mean_of_end
 from clipgraft.graft import assemble
 from clipgraft.models import build as build_module
+from clipgraft.models import padding
 from clipgraft.models.build import build
 from clipgraft.models.moe import insert_experts
 from clipgraft.models.positions import stretched_table
@@ -219,6 +220,14 @@ def untrimmed(_: object, text_BL: torch.Tensor) -> torch.Tensor:
     return text_BL
 
 
+pack = padding.Packing.pack
+
+
+def compute_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "trimmed", untrimmed)
+    monkeypatch.setattr(encoding, "tell_lengths", lambda *_: None)
+
+
 @pytest.fixture
 def lengths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Columns of the texts that training hands to the model."""
@@ -238,14 +247,20 @@ def test_trimmed_batches_train_the_same_expert(
     data, base, labels, tmp_path, monkeypatch, lengths, accumulate, reduction
 ):
     monkeypatch.setattr(build_module, "_TRIM_TO", 1)  # or so short texts would all be 16 tokens
+    monkeypatch.setattr(padding, "_LEAST_STEP", 1)  # nor would it pay to leave out the rest
+    packings = []
+    monkeypatch.setattr(
+        padding.Packing, "pack", lambda told, x: packings.append(told) or pack(told, x)
+    )
     settings = job(accumulate=accumulate, text_reduction=reduction)
     trimmed, whole = folder(tmp_path / "trimmed"), folder(tmp_path / "whole")
     finetune_expert(settings, base, *data, labels, trimmed)
-    assert len(set(lengths)) > 2 and max(lengths) < LENGTH
-    monkeypatch.setattr(encoding, "trimmed", untrimmed)
+    assert len(set(lengths)) > 2 and max(lengths) < LENGTH and packings
+    packings.clear()
+    compute_padding(monkeypatch)
     lengths.clear()
     finetune_expert(settings, base, *data, labels, whole)
-    assert set(lengths) == {LENGTH}
+    assert set(lengths) == {LENGTH} and not packings
     expected, got = read_weights(whole), read_weights(trimmed)
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-6)
@@ -277,7 +292,7 @@ def test_trimmed_batches_train_the_same_routers(data, base, tmp_path, monkeypatc
     assemble(AssembleJob(num_experts=2, top_k=1, seed=0), [base, base], moe)
     settings = RouterJob(samples_seen=64, batch_size=16, optim=STABLE, seed=0)
     finetune_router(settings, moe, *data, trimmed)
-    monkeypatch.setattr(encoding, "trimmed", untrimmed)
+    compute_padding(monkeypatch)
     finetune_router(settings, moe, *data, whole)
     expected, got = read_weights(whole), read_weights(trimmed)
     for name in expected:

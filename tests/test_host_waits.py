@@ -41,7 +41,7 @@ WAITS = {
     "bincount",
     "lift_fresh",
 }
-NAMED = {"trimmed"}  # functions that may: it looks at texts before they are sent
+NAMED = {"trimmed", "packing"}  # functions that may: they look at texts before they are sent
 TOLD = {"tell_real_tokens"}  # likewise, where texts have experts
 COPIES = {
     torch.Tensor.cpu,
@@ -186,7 +186,7 @@ def test_a_step_of_a_router_waits_for_what_experts_leave_out_alone(root, tmp_pat
     monkeypatch.setenv("CLIPGRAFT_MOE_BACKEND", "loop")  # elsewhere `grouped`, which does not wait
     with steps_seen(monkeypatch) as found:
         finetune_router(settings, *inputs, folder(tmp_path / "out"))
-    assert found == [NAMED | TOLD | {"_loop"}] * 2
+    assert found == [{"trimmed"} | TOLD | {"_loop"}] * 2
 
 
 @pytest.mark.parametrize("copy", ["cpu", "numpy", "tolist", "to"])

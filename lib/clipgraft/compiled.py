@@ -56,6 +56,9 @@ def compile_blocks(model: Any, settings: TrainSettings, device: torch.device) ->
     config.recompile_limit = _VARIANTS
     for block in plain:
         block.compile(mode="reduce-overhead" if has_graphs(settings, device) else None)
+    model.text.packs = (
+        False  # how many tokens there are changes with the batch, and code is of fixed shapes
+    )
 
 
 def has_graphs(settings: TrainSettings, device: torch.device) -> bool:

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from clipgraft.config import ConfigError
+from clipgraft.models.padding import pick_rows
 
 log = logging.getLogger(__name__)
 
@@ -107,16 +108,6 @@ def mix(experts: Experts, x_TD: Tensor, gates_TK: Tensor, topk_TK: Tensor, backe
     return _Weigh.apply(y_PD.view(*topk_TK.shape, y_PD.shape[1]), gates_TK)
 
 
-def without_padding(x_ND: Tensor, real_T: Tensor, place_N: Tensor) -> Tensor:
-    """The tokens at `real_T`, [T, D]; `place_N` has of each token its place among them, of padding T."""
-    return _Pick.apply(x_ND, real_T, place_N)
-
-
-def with_padding(y_TD: Tensor, real_T: Tensor, place_N: Tensor) -> Tensor:
-    """The way back, [N, D]: zeros for padding."""
-    return _Lengthen.apply(y_TD, real_T, place_N)
-
-
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What products of this tensor are computed in: autocast's precision, or its own."""
     kind = x.device.type
@@ -146,7 +137,7 @@ def _loop(experts: Experts, x_TD: Tensor, expert_P: Tensor, order_P: Tensor, top
         strict=True,
     )
     y_RD = torch.cat([F.linear(gelu(F.linear(x, w1, b1)), w2, b2) for x, w1, b1, w2, b2 in parts])
-    return _Pick.apply(y_RD, place_P, choice_R)
+    return pick_rows(y_RD, place_P, choice_R)
 
 
 def _row_step(num_rows: int) -> int:
@@ -169,7 +160,7 @@ def _grouped(
         h_PF = F.grouped_mm(x_PD, fc_EFD.transpose(1, 2), offs=ends_E)
         h_PF = experts.gelu(h_PF.addmm(is_expert_PE, fc_bias_EF))
         y_PD = F.grouped_mm(h_PF, proj_EDF.transpose(1, 2), offs=ends_E)
-        return _Pick.apply(y_PD.addmm(is_expert_PE, proj_bias_ED), place_P, order_P)
+        return pick_rows(y_PD.addmm(is_expert_PE, proj_bias_ED), place_P, order_P)
 
 
 def _dense(experts: Experts, x_TD: Tensor, gates_TK: Tensor, topk_TK: Tensor) -> Tensor:
@@ -232,41 +223,6 @@ class _Repeat(torch.autograd.Function):
         (place_P,) = ctx.saved_tensors
         grad_TKD = grad_RD.index_select(0, place_P).view(-1, ctx.top_k, grad_RD.shape[1])
         return _sum(grad_TKD), None, None, None
-
-
-class _Pick(torch.autograd.Function):
-    """Rows at P places, the choices of tokens in order, say; backward, each to its place, zeros to the rows of choice P, nobody's."""
-
-    @staticmethod
-    def forward(ctx: Any, y_RD: Tensor, place_P: Tensor, choice_R: Tensor) -> Tensor:
-        ctx.save_for_backward(choice_R)
-        return y_RD.index_select(0, place_P)
-
-    @staticmethod
-    def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor, None, None]:
-        (choice_R,) = ctx.saved_tensors
-        if len(choice_R) == len(grad_PD):
-            return grad_PD.index_select(0, choice_R), None, None
-        return _with_zeros(grad_PD, choice_R), None, None
-
-
-class _Lengthen(torch.autograd.Function):
-    """Rows with zeros for padding; backward, without it."""
-
-    @staticmethod
-    def forward(ctx: Any, y_TD: Tensor, real_T: Tensor, place_N: Tensor) -> Tensor:
-        ctx.save_for_backward(real_T)
-        return _with_zeros(y_TD, place_N)
-
-    @staticmethod
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
-        (real_T,) = ctx.saved_tensors
-        return grad_ND.index_select(0, real_T), None, None
-
-
-def _with_zeros(y_TD: Tensor, place_N: Tensor) -> Tensor:
-    """Rows at these places, zeros for place T. Choosing them takes a CPU a seventh of the time of putting them there."""
-    return torch.cat([y_TD, y_TD.new_zeros(1, y_TD.shape[1])]).index_select(0, place_N)
 
 
 class _Weigh(torch.autograd.Function):

@@ -303,7 +303,7 @@ def _cut_mask(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Let texts be shorter than the context: open_clip 3.3 cuts the positions, but not the mask."""
     length, mask = arguments[0].shape[1], named.get("attn_mask")
-    if mask is not None:
+    if isinstance(mask, Tensor):
         named = {**named, "attn_mask": mask[..., :length, :length]}
     return arguments, named
 

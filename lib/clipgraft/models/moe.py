@@ -31,10 +31,9 @@ from clipgraft.models.backends import (
     choose_backend,
     mix,
     wished_backend,
-    with_padding,
-    without_padding,
 )
 from clipgraft.models.build import Layers, is_padding_unseen, layer_numbers
+from clipgraft.models.padding import pick_rows, real_tokens, with_padding
 
 TOWERS = ("visual", "text")
 _MLP_TENSORS = ("c_fc.weight", "c_fc.bias", "c_proj.weight", "c_proj.bias")
@@ -67,7 +66,7 @@ class TowerState:
         Without it the text tower looks itself, and a GPU waits until the host knows how many there are.
         """
         if self.is_padding_unseen:
-            self.told_T = devices.send(_real_tokens(text_BL).flatten().nonzero().squeeze(1), device)
+            self.told_T = devices.send(real_tokens(text_BL).flatten().nonzero().squeeze(1), device)
 
 
 class MoeMlp(nn.Module):
@@ -107,7 +106,7 @@ class MoeMlp(nn.Module):
             return self._mix(x_ND).view(x_BLD.shape)
         assert state.real_BL is not None and state.place_N is not None
         assert state.real_BL.shape == x_BLD.shape[:2], "the tower has seen another batch since"
-        y_TD = self._mix(without_padding(x_ND, state.real_T, state.place_N))
+        y_TD = self._mix(pick_rows(x_ND, state.real_T, state.place_N))
         return with_padding(y_TD, state.real_T, state.place_N).view(x_BLD.shape)
 
     def _mix(self, x_TD: Tensor) -> Tensor:
@@ -270,19 +269,13 @@ def _before(tower: nn.Module, _: tuple[Any, ...]) -> None:
 def _before_text(tower: nn.Module, arguments: tuple[Any, ...]) -> None:
     _before(tower, arguments)
     state, text_BL = tower.moe_state, arguments[0]
-    state.real_BL = _real_tokens(text_BL)
+    state.real_BL = real_tokens(text_BL)
     state.real_T, state.told_T = state.told_T, None
     if state.real_T is None:
         state.real_T = state.real_BL.flatten().nonzero().squeeze(1)
     number_T = torch.arange(len(state.real_T), device=text_BL.device)
     last_N = number_T.new_full([text_BL.numel()], len(number_T))
     state.place_N = last_N.index_copy(0, state.real_T, number_T)
-
-
-def _real_tokens(text_BL: Tensor) -> Tensor:
-    """Padding follows the end token, the highest id. Id 0 alone is no sign of it: it is "!"."""
-    position_L = torch.arange(text_BL.shape[1], device=text_BL.device)
-    return position_L <= text_BL.argmax(1, keepdim=True)
 
 
 def _after(tower: nn.Module, *_: Any) -> None:

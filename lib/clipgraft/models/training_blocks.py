@@ -4,6 +4,7 @@
   the mask is the causal one it is not given as numbers, so that flash attention can be used on GPUs. For CPUs it is
   written out here, forward and backward: in bf16 torch's kernels take longer at all lengths (benchmarks/LOG.md).
 - Where a feature is that of one token, the last block computes that token alone; nothing else reads the others.
+- Texts of different lengths stand one behind another, without their padding, but for attention (`padding`).
 - On GPUs norms take and give bf16, and count in float32 inside; autocast would copy their input to float32 and back, five
   times the bytes.
 
@@ -11,7 +12,7 @@ Gradients are autograd's wherever they can be, so what is frozen costs nothing, 
 compiling see ordinary modules.
 """
 
-# Shapes: B batch, L tokens, D width, H heads, d width of a head, N = B * H, C = 3 * D
+# Shapes: B batch, L tokens, T tokens of all texts, D width, H heads, d width of a head, N = B * H, C = 3 * D
 
 from __future__ import annotations
 
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clipgraft.lean import open_clip
+from clipgraft.models.build import is_padding_unseen
+from clipgraft.models.padding import Packing, packing
 from clipgraft.models.patches import WholeVisionTransformer
 from clipgraft.models.plain_blocks import SelfAttentionBlock, in_heads, is_plain, mask_like
 
@@ -52,6 +55,23 @@ def speed_up(model: nn.Module) -> None:
             if type(tower) is _TEXT:
                 tower.__class__ = OneTokenTextTransformer
                 tower.transformer.__class__ = OneTokenTransformer
+                tower.packs = is_padding_unseen(tower) and all(map(_knows_packing, blocks))
+
+
+def tell_lengths(model: Any, text_BL: Tensor, device: torch.device) -> None:
+    """Let the text tower leave out padding of the texts that it is given next; other towers see all of it.
+
+    Args:
+        model: that is trained.
+        text_BL: the texts, before they are sent.
+        device: where to.
+    """
+    if getattr(model.text, "packs", False):
+        model.text.packing = packing(text_BL, device)
+
+
+def _knows_packing(block: Any) -> bool:
+    return isinstance(block, TrainingBlock) and isinstance(block.mlp, nn.Sequential)
 
 
 class TrainingNorm(_NORM):  # type: ignore[misc,valid-type]
@@ -76,13 +96,15 @@ class TrainingBlock(SelfAttentionBlock):
 
     is_causal: bool
 
-    def compute(self, x_BLD: Tensor, mask: Tensor | None) -> Tensor:
+    def compute(self, x_BLD: Tensor, mask: Tensor | Packing | None) -> Tensor:
         """As open_clip's block."""
         return self._rest(x_BLD, self._mix(self.ln_1(x_BLD), mask))
 
-    def _mix(self, normed_BLD: Tensor, mask: Tensor | None) -> Tensor:
+    def _mix(self, normed_BLD: Tensor, mask: Tensor | Packing | None) -> Tensor:
         attn = self.attn
         qkv_BLC = F.linear(normed_BLD, attn.in_proj_weight, attn.in_proj_bias)
+        if isinstance(mask, Packing):
+            return mask.pack(attend(mask.unpack(qkv_BLC), attn.num_heads, self.is_causal))
         if self.is_causal or mask is None:
             return attend(qkv_BLC, attn.num_heads, self.is_causal)
         heads = [in_heads(each, attn.num_heads) for each in qkv_BLC.chunk(3, dim=-1)]
@@ -105,7 +127,7 @@ class LastTrainingBlock(TrainingBlock):
         q_x: Tensor,
         k_x: None = None,
         v_x: None = None,
-        attn_mask: Tensor | None = None,
+        attn_mask: Tensor | Packing | None = None,
         place_B: Tensor | None = None,
     ) -> Tensor:
         """That token, [B, 1, D]; of each item of the batch the one at its place, or the first."""
@@ -113,23 +135,31 @@ class LastTrainingBlock(TrainingBlock):
         attn, width = self.attn, q_x.shape[2]
         weight, bias = attn.in_proj_weight, attn.in_proj_bias
         normed_BLD = self.ln_1(q_x)
-        query_B1D = F.linear(_read(normed_BLD, place_B), weight[:width], bias[:width])
-        key_BLD, value_BLD = F.linear(normed_BLD, weight[width:], bias[width:]).chunk(2, dim=-1)
-        heads = [in_heads(each, attn.num_heads) for each in (query_B1D, key_BLD, value_BLD)]
+        query_B1D = F.linear(_read(normed_BLD, attn_mask, place_B), weight[:width], bias[:width])
+        key_value_BLC = F.linear(normed_BLD, weight[width:], bias[width:])
+        if isinstance(attn_mask, Packing):
+            key_value_BLC = attn_mask.unpack(key_value_BLC)
+        heads = [in_heads(x, attn.num_heads) for x in (query_B1D, *key_value_BLC.chunk(2, dim=-1))]
         mask = None if attn_mask is None else _row(attn_mask, place_B, heads[0])
         mixed_BH1d = F.scaled_dot_product_attention(*heads, attn_mask=mask)
-        return self._rest(_read(q_x, place_B), mixed_BH1d.transpose(1, 2).flatten(2))
+        mixed_B1D = mixed_BH1d.transpose(1, 2).flatten(2)
+        return self._rest(_read(q_x, attn_mask, place_B), mixed_B1D)
 
 
-def _read(x_BLD: Tensor, place_B: Tensor | None) -> Tensor:
+def _read(x_BLD: Tensor, mask: Tensor | Packing | None, place_B: Tensor | None) -> Tensor:
+    if isinstance(mask, Packing):
+        return x_BLD[0].index_select(0, mask.end_B)[:, None]
     if place_B is None:
         return x_BLD[:, :1]
     return x_BLD[torch.arange(len(x_BLD), device=x_BLD.device), place_B][:, None]
 
 
-def _row(mask: Tensor, place_B: Tensor | None, query_BH1d: Tensor) -> Tensor:
+def _row(mask: Tensor | Packing, place_B: Tensor | None, query_BH1d: Tensor) -> Tensor:
     """The mask of the token that is read, [B, 1 or H, 1, L]."""
     assert place_B is not None, "images have no mask"
+    if isinstance(mask, Packing):
+        position_L = torch.arange(mask.shape[1], device=place_B.device)
+        return (position_L <= place_B[:, None])[:, None, None]
     if mask.dim() == 2:
         return mask_like(mask, query_BH1d)[place_B][:, None, None]
     item_B = torch.arange(len(place_B), device=mask.device)
@@ -139,26 +169,38 @@ def _row(mask: Tensor, place_B: Tensor | None, query_BH1d: Tensor) -> Tensor:
 class OneTokenTransformer(open_clip.transformer.Transformer):  # type: ignore[misc]
     """Blocks of which the last is told what to read."""
 
-    def forward(self, x_BLD: Tensor, attn_mask: Tensor | None, place_B: Tensor) -> Tensor:
-        """What is read, [B, 1, D]."""
+    def forward(self, x_BLD: Tensor, attn_mask: Tensor | Packing | None, place_B: Tensor) -> Tensor:
+        """What is read, [B, 1, D]; packed, tokens are [1, T, D]."""
         *others, last = self.resblocks
         for block in others:
             x_BLD = self._run(block, x_BLD, None, None, attn_mask)
         return self._run(last, x_BLD, None, None, attn_mask, place_B)
 
-    def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+    def _run(self, block: nn.Module, *inputs: Tensor | Packing | None) -> Tensor:
         if self.grad_checkpointing:
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
 
 class OneTokenTextTransformer(_TEXT):  # type: ignore[misc,valid-type]
-    """A text tower whose last block computes the token that is read."""
+    """A text tower whose last block computes the token that is read.
+
+    Attributes:
+        packs: whether it can compute a batch without its padding.
+        packing: of the next batch, from `tell_lengths`; None: it has all of its padding.
+    """
+
+    packs: bool
+    packing: Packing | None = None
 
     def forward(self, text: Tensor) -> Tensor:
         """As of open_clip's tower."""
         x_BLD, mask = self._embeds(text)
         place_B = self._place(text, x_BLD)
+        told, self.packing = self.packing, None
+        if told is not None:
+            assert told.shape == x_BLD.shape[:2], "the tower was told of another batch"
+            x_BLD, mask = told.pack(x_BLD), told
         x_B1D = self.transformer(x_BLD, attn_mask=mask, place_B=place_B)
         pooled_BD = self.ln_final(x_B1D[:, 0])
         if isinstance(self.text_projection, nn.Linear):
