@@ -179,7 +179,7 @@ REPLACED: dict[str, Callable[..., Any]] = {
     "parallel.in_all_processes static": _static,  # DDP with a static graph
     "train.build_optimizer": _unfused,  # torch's AdamW as open_clip builds it
     "train.speed_up": lambda model: None,  # open_clip's own towers
-    "encoding.tell_lengths": lambda model, text_BL, device: None,  # blocks compute padding, too
+    "encoding.tell_padding": lambda model, text_BL, device: None,  # blocks compute padding, too
     "encoding.trimmed": lambda model, text_BL: text_BL,  # texts stay padded to the context
 }
 

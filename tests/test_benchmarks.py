@@ -86,7 +86,7 @@ def test_every_benchmark_runs_to_its_end(name):
 def test_both_sides_of_a_step_run_and_all_their_time_has_a_part():
     told = quick("train_step", "--only", "step", "parts")
     measured = ratios(told)
-    for what in ("step, same", "padded to 77", "top 2 of 4: step", "MFU", "mlps", "routers"):
+    for what in ("same longest", "padded to 77", "top 2 of 4: step", "MFU", "mlps", "routers"):
         assert any(what in name and ratio > 0 for name, ratio in measured.items()), what
     assert {name.rpartition(", ")[2] for name in told["profiles"]} == {"ours", "open_clip"}
     for name, shares in told["profiles"].items():

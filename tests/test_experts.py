@@ -225,7 +225,7 @@ pack = padding.Packing.pack
 
 def compute_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoding, "trimmed", untrimmed)
-    monkeypatch.setattr(encoding, "tell_lengths", lambda *_: None)
+    monkeypatch.setattr(encoding, "tell_padding", lambda *_: None)
 
 
 @pytest.fixture

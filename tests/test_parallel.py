@@ -472,7 +472,9 @@ def test_where_no_process_may_open_what_another_one_holds_the_table_of_a_loss_ha
 def test_a_sharded_model_has_the_gradients_and_ends_with_the_weights_of_a_whole_one(
     found, root, case
 ):
-    assert_same_steps(found[2][f"fsdp {case}"], found[2][case if case in SAME else f"ddp {case}"])
+    rel = 5e-6 if "references" in OTHERS.get(case, {}) else 1e-6
+    wanted = found[2][case if case in SAME else f"ddp {case}"]
+    assert_same_steps(found[2][f"fsdp {case}"], wanted, rel)
     assert_same_weights(root / f"fsdp {case}", root / f"ddp {case}")
 
 

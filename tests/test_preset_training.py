@@ -85,7 +85,7 @@ def test_every_preset_trains_on_as_many_tokens_as_it_says(
 ):
     monkeypatch.setenv("CLIPGRAFT_PRECISION", "fp32")
     monkeypatch.setattr(encoding, "trimmed", lambda _, text_BL: text_BL)  # of the longest caption
-    monkeypatch.setattr(encoding, "tell_lengths", lambda *_: None)  # padding is computed
+    monkeypatch.setattr(encoding, "tell_padding", lambda *_: None)  # padding is computed
     ((model, phases),) = plan.read([path]).values()
     config = shrunk(architecture(model))
     index = indexes["wordpiece" if path.stem.startswith("clipa_v2") else "full"]

@@ -65,7 +65,7 @@ def made(path: Path, tokenizer: Path, *, vocab_size: int, dim=16, side=16, lengt
         "quick_gelu": True,
         "custom_text": True,
         "vision_cfg": {"image_size": side, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16},
-        "text_cfg": {"context_length": length, "vocab_size": vocab_size, "width": 32, "heads": 2, "layers": 1},
+        "text_cfg": {"context_length": length, "vocab_size": vocab_size, "width": 32, "heads": 2, "layers": 2},
     }  # fmt: skip
     torch.manual_seed(dim)
     spec = describe(config)
@@ -311,7 +311,7 @@ def test_a_locked_temperature_is_the_one_before_and_a_constant_one_is_the_phases
 
 
 def test_a_phase_starts_as_its_reference_and_keeps_its_temperature(data, references, tmp_path):
-    starts = {"init_from": "reference", "distillation": {}}
+    starts = {"init_from": "reference", "distillation": {}, "text_length": 12}
     same, out = folder(tmp_path / "same"), folder(tmp_path / "out")
     pretrain(learning(references, "near", **starts, samples_seen=0), *data, None, same)
     theirs, ours = read_weights(references["near"]), read_weights(same)

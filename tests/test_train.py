@@ -76,7 +76,7 @@ def phase(**changes: object) -> PretrainJob:
     raw = {
         "name": "short",
         "image_size": 16,
-        "text_length": 12,
+        "text_length": 24,  # more than captions have: padding is trimmed, and left out
         "samples_seen": 160,
         "batch_size": 16,
         "optim": {"lr": 1e-3},
@@ -86,7 +86,7 @@ def phase(**changes: object) -> PretrainJob:
             "config": {
                 "embed_dim": 16,
                 "vision_cfg": {"patch_size": 8, "width": 32, "layers": 1, "head_width": 16},
-                "text_cfg": {"width": 32, "heads": 2, "layers": 1},
+                "text_cfg": {"width": 32, "heads": 2, "layers": 2},
             }
         },
     }
@@ -281,7 +281,7 @@ def test_embeddings_are_unit_rows_in_sample_order_and_average_the_captions(data,
     np.testing.assert_allclose(np.linalg.norm(image_ND, axis=1), 1, atol=2e-3)
     loaded, samples = load_model(model), Samples.open(data[0])
     tokens_CL = torch.from_numpy(
-        Tokenizer(loaded.tokenizer).encode_batch(samples.captions(7), text_length=12)
+        Tokenizer(loaded.tokenizer).encode_batch(samples.captions(7), text_length=24)
     )
     with torch.no_grad():
         features_CD = loaded.model.eval().encode_text(tokens_CL, normalize=True)

@@ -34,6 +34,7 @@ from clipgraft.versions import WATCHED, PlannedJob
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 FILLED = 0.9  # of the memory
 STEPS = 2  # the second one has the optimizer's moments, too
+_MOST = {"CLIPGRAFT_PACK_TEXTS": "0"}  # a later part may have less padding to leave out
 _FULL = ("out of memory", "OutOfMemoryError", "can't allocate memory", "MemoryError", "(SIGKILL)")
 
 
@@ -151,7 +152,11 @@ def watched(command: Sequence[str], memory_mb: int | None) -> tuple[str, int, bo
     peak_mb, is_over = 0, False
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(
-            command, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=os.environ | _MOST,
         )
         try:
             while process.poll() is None:

@@ -56,9 +56,8 @@ def compile_blocks(model: Any, settings: TrainSettings, device: torch.device) ->
     config.recompile_limit = _VARIANTS
     for block in plain:
         block.compile(mode="reduce-overhead" if has_graphs(settings, device) else None)
-    model.text.packs = (
-        False  # how many tokens there are changes with the batch, and code is of fixed shapes
-    )
+    # Without padding the number of tokens changes with the batch, and code is of fixed shapes.
+    model.text.packs = False
 
 
 def has_graphs(settings: TrainSettings, device: torch.device) -> bool:

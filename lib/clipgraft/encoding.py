@@ -15,7 +15,7 @@ from clipgraft import devices
 from clipgraft.data.augment import augment
 from clipgraft.data.loader import Batch
 from clipgraft.models.build import normalize, trimmed
-from clipgraft.models.training_blocks import tell_lengths
+from clipgraft.models.training_blocks import tell_padding
 from clipgraft.objectives import Features, Reference, ReferenceFeatures, encode
 from clipgraft.recipes import AugmentationSettings
 
@@ -56,7 +56,7 @@ class Encoding:
         experts = getattr(self.model.text, "moe_state", None)
         if experts is not None:
             experts.tell_real_tokens(text_BL, self.device)
-        tell_lengths(self.model, text_BL, self.device)
+        tell_padding(self.model, text_BL, self.device)
         with self._autocast():
             return encode(model, images_BCHW, devices.send(text_BL, self.device))
 

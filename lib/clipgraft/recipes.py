@@ -157,7 +157,8 @@ class TrainSettings(AugmentationSettings):
     compile: bool = Field(
         False,
         description="Compile the blocks of both towers (torch.compile; needs a C++ compiler): minutes at the start. The "
-        "same result but for rounding; part of no version. Off by default: slower on CPUs, not measured on GPUs.",
+        "same result but for rounding; part of no version. Padding of texts is computed then. Off by default: slower on "
+        "CPUs, not measured on GPUs.",
     )
     cuda_graphs: bool = Field(
         False,

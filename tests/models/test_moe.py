@@ -140,10 +140,12 @@ def test_what_is_told_of_texts_is_what_the_tower_sees_and_holds_once(tiny_config
     model = grafted(tiny_config)
     alone = model.encode_text(TEXT)
     model.text.moe_state.tell_real_tokens(TEXT, torch.device("cpu"))
-    assert torch.equal(model.text.moe_state.told_T, model.text.moe_state.real_T)
+    real_T, place_N = model.text.moe_state.told
+    assert torch.equal(real_T, model.text.moe_state.real_T)
+    assert torch.equal(place_N, model.text.moe_state.place_N)
     assert torch.equal(model.encode_text(TEXT), alone)
     assert torch.equal(model.encode_text(TEXT.flip(0)), alone.flip(0)), "these were not told"
-    model.text.moe_state.told_T = torch.arange(3)
+    model.text.moe_state.told = real_T.flip(0), place_N
     assert not torch.equal(model.encode_text(TEXT), alone), "what was told was not used"
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from clipgraft.compiled import compile_blocks
 from clipgraft.models import padding
 from clipgraft.models.padding import Packing, packing, real_tokens
-from clipgraft.models.training_blocks import OneTokenTextTransformer, tell_lengths
+from clipgraft.models.training_blocks import OneTokenTextTransformer, tell_padding
 from clipgraft.recipes import TrainSettings
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ def told(model: nn.Module) -> nn.Module:
     forward, model.packed = model.forward, []
 
     def tell(images: Tensor, texts: Tensor) -> Any:
-        tell_lengths(model, texts, CPU)
+        tell_padding(model, texts.cpu(), texts.device)
         model.packed.append(model.text.packing)
         return forward(images, texts)
 
@@ -76,8 +76,18 @@ def test_as_many_tokens_as_there_are_and_no_more(monkeypatch):
     assert widths == {(1, num, 32), (NUM, 1, 32)}  # the last block computes end tokens
 
 
-def test_in_bf16_the_error_is_that_of_bf16():
-    plain = published("ViT-B-32", 2)
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+        ),
+    ],
+)
+def test_in_bf16_the_error_is_that_of_bf16(device):
+    plain = published("ViT-B-32", 2).to(device)
     model, exact, found = told(quick(plain)), run(plain, 4), []
     for each in (model, plain):
         features, grads = run(each, 4, is_mixed=True)
@@ -102,10 +112,10 @@ def test_checkpointing_changes_nothing():
 def test_a_telling_is_of_one_batch():
     model = quick(model_of())
     _, texts = batch_of(model, NUM)
-    tell_lengths(model, texts, CPU)
-    with pytest.raises(AssertionError, match="another batch"):
+    tell_padding(model, texts, CPU)
+    with pytest.raises(AssertionError, match="another shape"):
         model.encode_text(texts[:5])
-    tell_lengths(model, texts, CPU)
+    tell_padding(model, texts, CPU)
     first = model.encode_text(texts)
     assert model.text.packing is None  # the next batch is whole, unless something is said of it
     torch.testing.assert_close(model.encode_text(texts), first, rtol=1e-5, atol=1e-6)
@@ -115,9 +125,27 @@ def test_a_telling_is_of_one_batch():
 def test_towers_that_see_padding_or_have_experts_get_all_of_it(make):
     plain = make()
     model = quick(plain)
-    tell_lengths(model, batch_of(plain, NUM)[1], CPU)
+    tell_padding(model, batch_of(plain, NUM)[1], CPU)
     assert getattr(model.text, "packing", None) is None
     assert_same(model, plain, NUM)
+
+
+def test_a_mask_that_is_not_the_causal_one_is_not_left_out():
+    plain = model_of()
+    plain.text.attn_mask[0, 1] = 0.0
+    model = told(quick(plain))
+    assert not model.text.packs
+    assert_same(model, plain, NUM)
+
+
+def test_a_variable_turns_it_off(monkeypatch):
+    model = told(quick(model_of()))
+    features, _ = run(model, NUM)
+    monkeypatch.setenv("CLIPGRAFT_PACK_TEXTS", "0")
+    same = zip(run(model, NUM)[0], features, strict=True)
+    assert isinstance(model.packed[0], Packing) and model.packed[1] is None
+    for one, other in same:
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_compiled_blocks_keep_their_shapes():
@@ -125,7 +153,7 @@ def test_compiled_blocks_keep_their_shapes():
     assert isinstance(model.text, OneTokenTextTransformer) and model.text.packs
     raw = {"samples_seen": 8, "batch_size": 8, "optim": {"lr": 1e-3}, "compile": True}
     compile_blocks(model, TrainSettings.model_validate(raw), CPU)
-    tell_lengths(model, batch_of(model, NUM)[1], CPU)
+    tell_padding(model, batch_of(model, NUM)[1], CPU)
     assert model.text.packing is None
 
 
@@ -162,7 +190,7 @@ def test_where_little_is_left_out_nothing_is(sizes):
 
 
 def test_numbers_of_tokens_repeat():
-    """Few shapes: steps are at most a 32nd of a batch, and powers of two."""
+    """Few shapes: steps of a large batch are at most a 32nd of it, and powers of two."""
     generator = torch.Generator().manual_seed(0)
     nums = set()
     for _ in range(50):
@@ -187,7 +215,7 @@ def test_a_copy_of_a_tower_is_told_apart():
     model = quick(model_of())
     other = copy.deepcopy(model)
     texts = batch_of(model, NUM)[1]
-    tell_lengths(other, texts, CPU)
+    tell_padding(other, texts, CPU)
     assert model.text.packing is None and other.text.packing is not None
     same = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
     same(other.encode_text(texts), model.encode_text(texts))

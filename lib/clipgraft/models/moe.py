@@ -33,7 +33,7 @@ from clipgraft.models.backends import (
     wished_backend,
 )
 from clipgraft.models.build import Layers, is_padding_unseen, layer_numbers
-from clipgraft.models.padding import pick_rows, real_tokens, with_padding
+from clipgraft.models.padding import pick_rows, places, real_tokens, with_padding
 
 TOWERS = ("visual", "text")
 _MLP_TENSORS = ("c_fc.weight", "c_fc.bias", "c_proj.weight", "c_proj.bias")
@@ -56,7 +56,7 @@ class TowerState:
     real_BL: Tensor | None = None  # tokens that are not padding; None: all are, or padding is seen
     real_T: Tensor | None = None  # their places in the flattened batch, found once for all layers
     place_N: Tensor | None = None  # the way back: of each token its number among them; of padding T
-    told_T: Tensor | None = None  # the same of the batch that comes next, from `tell_real_tokens`
+    told: tuple[Tensor, Tensor] | None = None  # both of the next batch, from `tell_real_tokens`
     is_padding_unseen: bool = False
     backend: str = "auto"
 
@@ -66,7 +66,8 @@ class TowerState:
         Without it the text tower looks itself, and a GPU waits until the host knows how many there are.
         """
         if self.is_padding_unseen:
-            self.told_T = devices.send(real_tokens(text_BL).flatten().nonzero().squeeze(1), device)
+            real_T, place_N = places(real_tokens(text_BL).flatten())
+            self.told = devices.send(real_T, device), devices.send(place_N, device)
 
 
 class MoeMlp(nn.Module):
@@ -270,12 +271,8 @@ def _before_text(tower: nn.Module, arguments: tuple[Any, ...]) -> None:
     _before(tower, arguments)
     state, text_BL = tower.moe_state, arguments[0]
     state.real_BL = real_tokens(text_BL)
-    state.real_T, state.told_T = state.told_T, None
-    if state.real_T is None:
-        state.real_T = state.real_BL.flatten().nonzero().squeeze(1)
-    number_T = torch.arange(len(state.real_T), device=text_BL.device)
-    last_N = number_T.new_full([text_BL.numel()], len(number_T))
-    state.place_N = last_N.index_copy(0, state.real_T, number_T)
+    told, state.told = state.told, None
+    state.real_T, state.place_N = told or places(state.real_BL.flatten())
 
 
 def _after(tower: nn.Module, *_: Any) -> None:

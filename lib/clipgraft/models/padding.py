@@ -9,6 +9,7 @@ that are found on the host, forward and backward, never by sums in the order in 
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from clipgraft import devices
 
-_LEAST_STEP, _STEPS = 32, 32
+VARIABLE = "CLIPGRAFT_PACK_TEXTS"
+_LEAST_STEP, _STEPS = 32, 32  # rows; of a large batch, that are at least so many
 _WORTH = 7 / 8  # of the tokens: what is saved has to pay for the way there and back
 
 
@@ -55,27 +57,38 @@ def packing(text_BL: Tensor, device: torch.device) -> Packing | None:
         device: that computes.
 
     Returns:
-        None if so few are left out that it does not pay.
+        None if so few are left out that it does not pay, or where CLIPGRAFT_PACK_TEXTS=0.
     """
-    is_real_N, num = real_tokens(text_BL).flatten(), text_BL.numel()
+    if os.environ.get(VARIABLE) == "0":
+        return None
+    end_B, num = text_BL.argmax(1), text_BL.numel()
+    is_real_N = _is_up_to(end_B, text_BL).flatten()
     num_real = int(is_real_N.sum())
     step = 1 << max(num // _STEPS, _LEAST_STEP).bit_length() - 1
     num_kept = -(-num_real // step) * step
     if num_kept >= _WORTH * num:
         return None
-    padding_N = ~is_real_N
-    is_kept_N = is_real_N | (padding_N & (padding_N.cumsum(0) <= num_kept - num_real))
-    number_N = is_kept_N.cumsum(0) - 1
-    end_B = torch.arange(len(text_BL)) * text_BL.shape[1] + text_BL.argmax(1)
-    kept_T, place_N = is_kept_N.nonzero().squeeze(1), number_N.where(is_kept_N, num_kept)
-    kept_T, place_N, end_B = (devices.send(x, device) for x in (kept_T, place_N, number_N[end_B]))
+    is_padding_N = ~is_real_N
+    is_kept_N = is_real_N | (is_padding_N & (is_padding_N.cumsum(0) <= num_kept - num_real))
+    kept_T, place_N = places(is_kept_N)
+    end_B = place_N[torch.arange(len(end_B)) * text_BL.shape[1] + end_B]
+    kept_T, place_N, end_B = (devices.send(x, device) for x in (kept_T, place_N, end_B))
     return Packing(kept_T, place_N, end_B, (len(text_BL), text_BL.shape[1]))
+
+
+def places(is_kept_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the tokens are that are kept, and the way back: of each its number among them, of the others T."""
+    kept_T = is_kept_N.nonzero().squeeze(1)
+    return kept_T, (is_kept_N.cumsum(0) - 1).where(is_kept_N, len(kept_T))
 
 
 def real_tokens(text_BL: Tensor) -> Tensor:
     """Padding follows the end token, the highest id. Id 0 alone is no sign of it: it is "!"."""
-    position_L = torch.arange(text_BL.shape[1], device=text_BL.device)
-    return position_L <= text_BL.argmax(1, keepdim=True)
+    return _is_up_to(text_BL.argmax(1), text_BL)
+
+
+def _is_up_to(end_B: Tensor, text_BL: Tensor) -> Tensor:
+    return torch.arange(text_BL.shape[1], device=text_BL.device) <= end_B[:, None]
 
 
 def pick_rows(y_RD: Tensor, place_P: Tensor, number_R: Tensor) -> Tensor:

@@ -21,13 +21,13 @@ class SelfAttentionBlock(PLAIN):  # type: ignore[misc,valid-type]
         q_x: Tensor,
         k_x: None = None,
         v_x: None = None,
-        attn_mask: Tensor | None = None,
+        attn_mask: Any = None,
     ) -> Tensor:
-        """As of open_clip's block."""
+        """As of open_clip's block; the mask is what the tower gives, and the block knows."""
         assert k_x is None and v_x is None, "self-attention alone"
         return self.compute(q_x, attn_mask)
 
-    def compute(self, x_BLD: Tensor, mask: Tensor | None) -> Tensor:
+    def compute(self, x_BLD: Tensor, mask: Any) -> Tensor:
         """What the block makes of tokens."""
         raise NotImplementedError
 

@@ -58,7 +58,7 @@ def speed_up(model: nn.Module) -> None:
                 tower.packs = is_padding_unseen(tower) and all(map(_knows_packing, blocks))
 
 
-def tell_lengths(model: Any, text_BL: Tensor, device: torch.device) -> None:
+def tell_padding(model: Any, text_BL: Tensor, device: torch.device) -> None:
     """Let the text tower leave out padding of the texts that it is given next; other towers see all of it.
 
     Args:
@@ -71,7 +71,9 @@ def tell_lengths(model: Any, text_BL: Tensor, device: torch.device) -> None:
 
 
 def _knows_packing(block: Any) -> bool:
-    return isinstance(block, TrainingBlock) and isinstance(block.mlp, nn.Sequential)
+    """Packed, a block has no other mask than the causal one, and experts are told of padding in another way."""
+    is_dense = isinstance(block, TrainingBlock) and isinstance(block.mlp, nn.Sequential)
+    return is_dense and block.is_causal
 
 
 class TrainingNorm(_NORM):  # type: ignore[misc,valid-type]
@@ -170,7 +172,7 @@ class OneTokenTransformer(open_clip.transformer.Transformer):  # type: ignore[mi
     """Blocks of which the last is told what to read."""
 
     def forward(self, x_BLD: Tensor, attn_mask: Tensor | Packing | None, place_B: Tensor) -> Tensor:
-        """What is read, [B, 1, D]; packed, tokens are [1, T, D]."""
+        """What is read, [B, 1, D]. Packed texts are [1, T, D], and their packing is in the mask's place, which is causal."""
         *others, last = self.resblocks
         for block in others:
             x_BLD = self._run(block, x_BLD, None, None, attn_mask)
@@ -187,7 +189,7 @@ class OneTokenTextTransformer(_TEXT):  # type: ignore[misc,valid-type]
 
     Attributes:
         packs: whether it can compute a batch without its padding.
-        packing: of the next batch, from `tell_lengths`; None: it has all of its padding.
+        packing: of the next batch, from `tell_padding`; None: it has all of its padding.
     """
 
     packs: bool
@@ -199,7 +201,7 @@ class OneTokenTextTransformer(_TEXT):  # type: ignore[misc,valid-type]
         place_B = self._place(text, x_BLD)
         told, self.packing = self.packing, None
         if told is not None:
-            assert told.shape == x_BLD.shape[:2], "the tower was told of another batch"
+            assert told.shape == x_BLD.shape[:2], "told of a batch of another shape"
             x_BLD, mask = told.pack(x_BLD), told
         x_B1D = self.transformer(x_BLD, attn_mask=mask, place_B=place_B)
         pooled_BD = self.ln_final(x_B1D[:, 0])
