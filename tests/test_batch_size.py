@@ -95,6 +95,11 @@ def test_what_a_fork_shares_with_its_parent_is_counted_once():
     assert not said and 190 < peak_mb < 300
 
 
+def test_trials_leave_no_padding_out_for_other_batches_may_have_less():
+    work = "import os; print(os.environ['CLIPGRAFT_PACK_TEXTS'])"
+    assert watched([sys.executable, "-c", work], None)[0] == "0\n"
+
+
 def test_a_job_that_fails_for_another_reason_is_no_lack_of_memory(results):
     trials = trials_of(results, None)
     trials.inputs["index"] = trials.inputs["shard"]
