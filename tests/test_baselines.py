@@ -267,7 +267,7 @@ def test_a_soup_of_equal_models_is_that_model_to_the_bit(base, tmp_path):
 
 def test_a_soup_of_different_architectures_is_refused(data, base, tmp_path):
     model = phase().model.model_dump()
-    model["config"]["text_cfg"]["layers"] = 2
+    model["config"]["text_cfg"]["layers"] = 3
     pretrain(phase(model=model, samples_seen=16), *data, None, folder(tmp_path / "other"))
     with pytest.raises(ConfigError, match=r"other: text\.\S+ is not as in the first model. Hint"):
         soup([base, tmp_path / "other"], folder(tmp_path / "out"))

@@ -182,19 +182,19 @@ def test_centroids_are_of_the_real_tokens_that_come_into_the_mlps_of_the_base(
     }
     image_TD, text_TD = seen[0], seen[1]
     assert len(image_TD) == NUM * 5  # class token and patches
-    text_CL = torch.from_numpy(Tokens.open(data[0]).encode(np.arange(2 * NUM), 12))
+    text_CL = torch.from_numpy(Tokens.open(data[0]).encode(np.arange(2 * NUM), 24))
     model, inputs_of = load_model(base).model.eval(), []
     mlp = model.text.transformer.resblocks[0].mlp
     mlp.register_forward_pre_hook(lambda _, arguments: inputs_of.append(arguments[0]))
     with torch.no_grad():
         model.encode_text(text_CL)
     num_real_C = text_CL.argmax(1) + 1
-    assert num_real_C.min() < 12
+    assert num_real_C.min() < 24
     known = torch.cat([x[:num] for x, num in zip(inputs_of[0], num_real_C, strict=True)])
     # Of each sample one of its two captions; every token is a known one, to float16.
     first, second = num_real_C.view(NUM, 2).T
     fewest, most = (int(of(first, second).sum()) for of in (torch.minimum, torch.maximum))
-    assert fewest <= len(text_TD) <= most < 12 * NUM
+    assert fewest <= len(text_TD) <= most < 24 * NUM
     assert torch.cdist(text_TD, known).min(1).values.max() < 1e-2
 
 
